@@ -1,0 +1,3 @@
+"""Token-level Bregman preference optimization on Ray clusters."""
+
+__version__ = "0.1.0"

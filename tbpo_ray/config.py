@@ -1,0 +1,397 @@
+"""Everything a run can be told, as one typed tree. Imports neither torch nor ray, and a test says so.
+
+A configuration is a YAML file plus dotted overrides (`training.max_steps=20`). Unknown keys, wrong
+types and impossible values raise :class:`tbpo_ray.errors.InputError`, one sentence per fault, each
+naming the dotted key, the value and what would do.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ObjectiveName = Literal[
+    "tbpo_q", "tbpo_a", "dpo", "ipo", "simpo", "bpo", "tdpo1", "tdpo2", "tis_dpo", "sepo", "t_reg", "sft"
+]
+BaselineKind = Literal["none", "learned", "exact_kl", "k3", "k3_sampled", "mixed"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def check_name(value: str) -> str:
+    """A name that becomes a folder: letters, digits, `.`, `_`, `-`, at most 128, no `..`."""
+    if not _NAME.fullmatch(value) or ".." in value:
+        raise ValueError(
+            "use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit, no '..'"
+        )
+    return value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Names the run's folder and its MLflow run; the same name continues the same run."""
+    output_dir: str = "runs"
+    """Folder of all runs: a local path, or a shared file system when there are several nodes."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seeds weights, data order, dropout and sampling."""
+
+    _name = field_validator("name")(check_name)
+
+
+class LoraConfig(Section):
+    r: Count = 32
+    """Rank (the released TBPO code uses 32)."""
+    alpha: Positive = 64
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | str = "all-linear"
+    """Module names, or `all-linear` (every linear layer but the output layer)."""
+
+
+class ModelConfig(Section):
+    name_or_path: str = "builtin:tiny"
+    """`builtin:tiny`, a folder with a Hugging Face causal model, or a hub name."""
+    reference: str | None = None
+    """The frozen reference policy; by default the model as it is before training."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside the model folder, for quantised releases."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch) of `name_or_path`."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter instead of all weights."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template to use instead of the tokenizer's own, or `none` for plain text."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+class SourceConfig(Section):
+    source: str
+    """A path, glob, fsspec address, `builtin:copyedit?...` or `hf:NAME[:SPLIT]`."""
+    weight: Positive = 1.0
+    """Share of this source among all, relative to its natural size: 2 repeats every record twice."""
+
+
+Sources = str | list[SourceConfig]
+
+
+class DataConfig(Section):
+    train: Sources = "builtin:copyedit?split=train"
+    """Preference records to train on: one source, or a list of `{source, weight}`."""
+    eval: Sources | None = None
+    """Held-out preference records, for the metrics of `training.eval_every`."""
+    max_length: Annotated[int, Field(ge=4)] = 2048
+    """Most tokens of a prompt and one answer together, BOS and EOS included."""
+    max_prompt_length: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of a prompt, default half of max_length; the front is cut, never the end."""
+    quarantine_limit: Share = 0.05
+    """Largest share of records that may be quarantined before the run stops."""
+    max_pairs: Count | None = None
+    """Use at most this many records, the first ones; for trials."""
+    max_eval_pairs: Count | None = None
+    """The same for `data.eval`."""
+    cache_dir: str | None = None
+    """Where prepared shards and reference scores are kept; default `<run.output_dir>/.prepared`."""
+    card_column: str | None = None
+    """A metadata column (language, source ...) that the data card counts."""
+
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_prompt_length or self.max_length // 2
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if self.prompt_limit >= self.max_length:
+            raise ValueError(
+                f"data.max_prompt_length={self.max_prompt_length} leaves no room for an answer within "
+                f"data.max_length={self.max_length}; make it smaller than data.max_length"
+            )
+        return self
+
+
+class BregmanConfig(Section):
+    generator: Literal["logistic", "kliep", "lsif", "ba", "sba"] = "sba"
+    """The Bregman generator h."""
+    lam: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = 0.0
+    """Power of `ba` and `sba`; ignored by the others."""
+    scale: Positive = 4.0
+    """Scale of `sba`; 4 gives it the gradient of `logistic` at u = 0."""
+
+
+class StateBaselineConfig(Section):
+    kind: BaselineKind | None = None
+    """Default: `learned` for tbpo_q, `exact_kl` for tbpo_a."""
+    center: bool = False
+    """Subtract the baseline's mean over the pair's compared tokens."""
+    clip: Positive | None = None
+    """Clamp c^l - c^w to [-clip, clip]."""
+    detach: bool = False
+    """Stop the gradient through the baseline."""
+    samples: Count = 1
+    """Tokens drawn from the reference per state, for `k3_sampled`."""
+    lr: Positive = 1e-3
+    """AdamW learning rate of the learned head."""
+    hidden: Annotated[int, Field(ge=0)] = 1024
+    """Width of the learned head's hidden layer; 0 makes it linear."""
+
+
+class ObjectiveConfig(Section):
+    name: ObjectiveName = "tbpo_q"
+    """Which loss; see `tbpo_ray.objectives`."""
+    beta: Positive = 0.1
+    """Strength of the pull towards the reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a preference is the wrong way round."""
+    alpha: NonNegative = 0.5
+    """tdpo2: weight of the sequential KL difference; t_reg: weight of the token regulariser."""
+    gamma: NonNegative = 0.5
+    """simpo: target reward margin."""
+    bregman: BregmanConfig = BregmanConfig()
+    """Generator of tbpo_q, tbpo_a and bpo."""
+    state_baseline: StateBaselineConfig = StateBaselineConfig()
+    """State baseline of tbpo_q and tbpo_a."""
+
+    @property
+    def baseline_kind(self) -> str:
+        """The baseline in force: `none` for objectives that have none."""
+        if not self.name.startswith("tbpo"):
+            return "none"
+        return self.state_baseline.kind or {"tbpo_q": "learned", "tbpo_a": "exact_kl"}[self.name]
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.name not in ("sft", "simpo")
+
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the reference's whole distribution is needed, not only its score of the label."""
+        return self.name in ("tdpo1", "tdpo2") or self.baseline_kind in ("exact_kl", "k3_sampled", "mixed")
+
+
+class TrainingConfig(Section):
+    epochs: Positive = 1.0
+    """Passes over the data; a part of one is allowed."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps; overrides `epochs`."""
+    pairs_per_step: Count = 128
+    """Pairs in one optimizer step, over all workers and micro-batches."""
+    micro_batch_pairs: Count = 8
+    """Most pairs that go through the model at once on one worker."""
+    learning_rate: NonNegative = 5e-7
+    """Peak learning rate."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """The paper uses RMSprop."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled for adamw, L2 for rmsprop."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up."""
+    warmup_ratio: Share = 0.05
+    """Share of all steps in which the rate rises from 0."""
+    max_grad_norm: Positive | None = 1.0
+    """Clip the gradient's global norm."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights."""
+    tf32: bool = False
+    """Allow TF32 matrix products on GPUs."""
+    activation_checkpointing: bool = False
+    """Recompute layer activations in the backward pass."""
+    shared_prompt: bool | None = None
+    """Run the prompt once for both answers; default: on where the attention implementation allows it."""
+    cut_dead_tail: bool = True
+    """Drop answer tokens that the objective cannot see."""
+    length_batches: bool = True
+    """Put pairs of like length into the same micro-batch."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; default: ten in a run."""
+    keep_checkpoints: Count = 2
+    """How many of the latest checkpoints stay."""
+    eval_every: Count | None = None
+    """Steps between evaluations on `data.eval`; default: at the end only."""
+    log_every: Count = 1
+    """Steps between lines of `metrics.jsonl` and MLflow."""
+    reference_scores: Literal["cached", "live"] | None = None
+    """`cached`: computed once and stored; `live`: by a model at hand; default: cached where possible."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do, on all workers, with a step whose loss or gradient is not finite."""
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"stage": 1})
+    """`{stage: N}`, or any DeepSpeed mapping, passed through."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        zero = value.get("zero_optimization")
+        stage = value["stage"] if "stage" in value else zero.get("stage", 0) if isinstance(zero, dict) else 0
+        if stage not in (0, 1, 2, 3):
+            raise ValueError("the ZeRO stage must be 0, 1, 2 or 3")
+        if "stage" in value and len(value) > 1 and "zero_optimization" in value:
+            raise ValueError("give either `stage` or `zero_optimization`, not both")
+        return value
+
+    @property
+    def zero_stage(self) -> int:
+        zero = self.deepspeed.get("zero_optimization") or {}
+        return int(self.deepspeed.get("stage", zero.get("stage", 0)))
+
+
+class ClusterConfig(Section):
+    num_workers: Annotated[int, Field(ge=1)] | Annotated[list[Count], Field(min_length=2, max_length=2)] = 1
+    """Training workers: a number, or `[min, max]` to grow and shrink with the cluster."""
+    use_gpu: bool = False
+    """One GPU for each worker and vLLM engine."""
+    resources_per_worker: dict[str, NonNegative] = Field(default_factory=dict)
+    """Ray resources of a training worker; default `{CPU: 0.5}`, and `{CPU: 4, GPU: 1}` with use_gpu."""
+    threads_per_worker: Count | None = None
+    """Torch threads of a CPU worker; default: the node's cores over the workers on it."""
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+    """Worker failures that a run survives; -1: any number."""
+    max_preemption_failures: Annotated[int, Field(ge=-1)] = -1
+    """The same for preempted nodes."""
+    start_timeout_s: Positive = 600
+    """How long to wait for nodes to come up."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _range(cls, value: int | list[int]) -> int | list[int]:
+        if isinstance(value, list) and value[0] > value[1]:
+            raise ValueError("[min, max] wants min <= max")
+        return value
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        default = {"CPU": 4.0, "GPU": 1.0} if self.use_gpu else {"CPU": 0.5}
+        return dict(self.resources_per_worker) or default
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking address; default: SQLite in `<run.output_dir>/mlflow.db`."""
+    experiment: str = "tbpo"
+    """MLflow experiment."""
+
+
+class GenerationConfig(Section):
+    max_tokens: Count = 256
+    """Most tokens of an answer."""
+    temperature: NonNegative = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    samples: Count = 1
+    """Answers per prompt."""
+    engines: Annotated[int, Field(ge=1)] | Annotated[list[Count], Field(min_length=2, max_length=2)] = 1
+    """vLLM engines: a number, or `[min, max]`."""
+    tensor_parallel: Count = 1
+    """GPUs of one engine."""
+    batch_size: Count = 256
+    """Prompts handed to an engine at once."""
+    max_model_len: Count | None = None
+    """Longest prompt and answer together; default: the model's own limit."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Further vLLM engine arguments, passed through (`trust_remote_code` is refused)."""
+
+    @field_validator("engine")
+    @classmethod
+    def _no_remote_code(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("trust_remote_code"):
+            raise ValueError("trust_remote_code stays off; convert the model to safetensors of a known class")
+        return value
+
+
+class EvaluationConfig(Section):
+    prompts: str | None = None
+    """Where prompts come from (JSONL, Parquet or `builtin:copyedit?split=test`); default: `data.eval`."""
+    max_prompts: Count | None = 400
+    """Use the first so many prompts."""
+    judge: dict[str, Any] = Field(default_factory=lambda: {"kind": "checker", "function": None})
+    """How answers are judged: `{kind: checker|reward_model|llm|implicit, ...}`."""
+    policies: dict[str, str] = Field(default_factory=dict)
+    """Policies to compare, name to model folder or run name."""
+    baseline: str | None = None
+    """The policy that win rates are against; default: the first one."""
+    slice_by: list[str] = Field(default_factory=list)
+    """Metadata columns to report separately."""
+    benchmarks: dict[str, Any] = Field(default_factory=dict)
+    """lm-eval tasks (extra `harness`): `{tasks: [...], shots: {...}, include_path: ...}`."""
+    credit_pairs: Annotated[int, Field(ge=0)] = 0
+    """Pairs that the token credit map shows."""
+
+
+class TuneConfig(Section):
+    trials: Count = 12
+    """How many trials."""
+    metric: str | list[str] = "eval/rewards/accuracy"
+    """Logged metric, or several for a Pareto search."""
+    mode: Literal["max", "min"] | list[Literal["max", "min"]] = "max"
+    """Direction of each metric."""
+    algorithm: Literal["tpe", "random", "grid"] = "tpe"
+    """How parameters are proposed."""
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    """How trials are stopped early."""
+    max_concurrent: Count | None = None
+    """Trials at a time; default: as many as the cluster holds."""
+    repeats: Count = 1
+    """Runs of each trial with other seeds; the metric is their mean."""
+    grace_steps: Count | None = None
+    """Steps before a trial may be stopped."""
+
+
+class PromotionConfig(Section):
+    model_name: str | None = None
+    """Registered model that gets the alias `champion`."""
+    metric: str = "win_rate"
+    """Metric of the gate."""
+    at_least: float = 0.5
+    """The lower end of its 95 % interval must reach this."""
+
+
+class CompareConfig(Section):
+    promote: PromotionConfig = PromotionConfig()
+    """When the best run enters the model registry."""
+    output: str | None = None
+    """Folder of the report; default `<run.output_dir>/<run.name>/report`."""
+
+
+class Config(Section):
+    """The root. `sft` and `pipeline` hold overrides for the stages of `jobs/pipeline.py`."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tune: TuneConfig = TuneConfig()
+    compare: CompareConfig = CompareConfig()
+    sft: dict[str, Any] = Field(default_factory=dict)
+    """Overrides in force while `jobs/sft.py` or the pipeline's first stage runs, dotted or nested."""
+    runs: list[str] = Field(default_factory=list)
+    """Runs that `jobs/compare.py` puts side by side."""
+
+    @model_validator(mode="after")
+    def _cross(self) -> Self:
+        if self.training.reference_scores == "cached" and self.objective.needs_distribution:
+            raise ValueError(
+                f"training.reference_scores=cached cannot serve objective.name={self.objective.name} with "
+                f"objective.state_baseline.kind={self.objective.baseline_kind}, which needs the reference's whole "
+                "distribution; use live, or a k3 baseline"
+            )
+        return self
