@@ -1,0 +1,230 @@
+"""`builtin:copyedit`: a generated preference task with one right answer and mistakes at known places.
+
+A prompt is a short instruction over words (`reverse: cat tree blue`), the chosen answer the right one
+(`blue tree cat`), the rejected one the same with one or two mistakes whose character spans are in the
+metadata. Row `i` of a split depends on `(seed, split, i)` alone. Which split a prompt belongs to is a hash
+of the prompt itself, so that no two splits share one, whatever the seed. Imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+from tbpo_ray.errors import InputError
+
+PREFIX = "builtin:copyedit"
+
+# fmt: off
+WORDS: tuple[str, ...] = (
+    "ant", "arm", "bag", "bed", "bird", "blue", "boat", "book", "box", "cat", "coin", "cold", "cup",
+    "desk", "dog", "door", "egg", "fish", "fire", "food", "gold", "green", "hand", "hat", "ice", "jar",
+    "key", "lamp", "leaf", "milk", "moon", "nose", "old", "pen", "pig", "rain", "red", "ring", "salt",
+    "sand", "ship", "snow", "star", "sun", "tea", "tree", "wall", "wind",
+)
+# fmt: on
+
+TASKS: tuple[str, ...] = ("copy", "reverse", "sort", "swap", "drop", "replace", "upper")
+"""copy; reverse the order; sort by alphabet; swap first and last; drop the first; replace one; upper-case."""
+
+_SPLITS: dict[str, tuple[range, int]] = {
+    "train": (range(0, 45), 20_000),
+    "sft": (range(45, 90), 60_000),
+    "eval": (range(90, 95), 500),
+    "test": (range(95, 100), 500),
+}
+"""Split: its hash buckets of 100, and its default number of pairs."""
+
+
+@dataclass(frozen=True)
+class CopyEdit:
+    """What the query of a source string can set."""
+
+    split: str = "train"
+    pairs: int = 0
+    """0: the split's default number."""
+    damaged: float = 0.3
+    """Share of the targets of split `sft` that have a mistake."""
+    seed: int = 0
+    tasks: tuple[str, ...] = TASKS
+    min_words: int = 3
+    max_words: int = 7
+
+    @property
+    def rows(self) -> int:
+        return self.pairs or _SPLITS[self.split][1]
+
+
+@lru_cache(maxsize=64)
+def parse_source(source: str) -> CopyEdit:
+    """Settings of `builtin:copyedit?split=train&pairs=N&damaged=0.3&seed=0&tasks=copy,sort`.
+
+    Raises:
+        InputError: for an unknown parameter or an impossible value.
+    """
+    name, _, query = source.partition("?")
+    if name != PREFIX:
+        raise InputError(f"{source!r}: no such builtin source; use {PREFIX}?split=train|sft|eval|test")
+    known = {item.name: item for item in fields(CopyEdit)}
+    values: dict[str, Any] = {}
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        if key not in known:
+            raise InputError(f"{source!r}: unknown parameter {key!r}; known are {', '.join(known)}")
+        try:
+            values[key] = _READ[key](text)
+        except ValueError:
+            raise InputError(f"{source!r}: {key}={text!r} is not {_WANT[key]}") from None
+    settings = CopyEdit(**values)
+    for key, ok in _checks(settings).items():
+        if not ok:
+            raise InputError(f"{source!r}: {key}={values.get(key)!r} is not {_WANT[key]}")
+    return settings
+
+
+_READ: dict[str, Any] = {
+    "split": str,
+    "pairs": int,
+    "damaged": float,
+    "seed": int,
+    "tasks": lambda text: tuple(text.split(",")),
+    "min_words": int,
+    "max_words": int,
+}
+_WANT = {
+    "split": "one of " + ", ".join(_SPLITS),
+    "pairs": "a number from 1 to 100 million",
+    "damaged": "a share from 0 to 1",
+    "seed": "a whole number",
+    "tasks": "a comma-separated choice of " + ", ".join(TASKS),
+    "min_words": "a number from 2 to max_words",
+    "max_words": "a number from min_words to 12",
+}
+
+
+def _checks(s: CopyEdit) -> dict[str, bool]:
+    return {
+        "split": s.split in _SPLITS,
+        "pairs": 0 <= s.pairs <= 100_000_000,
+        "damaged": 0 <= s.damaged <= 1,
+        "tasks": bool(s.tasks) and set(s.tasks) <= set(TASKS),
+        "min_words": 2 <= s.min_words <= s.max_words,
+        "max_words": s.max_words <= 12,
+    }
+
+
+def example(settings: CopyEdit, row: int) -> dict[str, Any]:
+    """Row `row` as a raw record: prompt, chosen, rejected, task, answer, damage and chosen_damage.
+
+    `damage` lists `[start, end)` character spans of the rejected text, in order: a wrong, a second or a moved
+    word; for a missing word the word that stands in its place, or the empty span at the end of the text.
+    """
+    rng = random.Random(f"{settings.seed}:{settings.split}:{row}")
+    buckets = _SPLITS[settings.split][0]
+    while True:
+        task, prompt, words = _instruction(rng, settings)
+        if split_bucket(prompt) in buckets:
+            break
+    answer = " ".join(words)
+    pool = [word.upper() for word in WORDS] if task == "upper" else list(WORDS)
+    chosen: str = answer
+    chosen_spans: list[list[int]] = []
+    if settings.split == "sft" and rng.random() < settings.damaged:
+        chosen, chosen_spans = _damage(rng, words, pool)
+    rejected, spans = _damage(rng, words, pool)
+    while rejected == chosen:
+        rejected, spans = _damage(rng, words, pool)
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "task": task,
+        "answer": answer,
+        "damage": spans,
+        "chosen_damage": chosen_spans,
+    }
+
+
+def split_bucket(prompt: str) -> int:
+    """The prompt's bucket, 0 to 99, which decides its split."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest(), "big") % 100
+
+
+def check(metadata: Mapping[str, Any], answer: str) -> bool:
+    """Whether `answer`, white space around it aside, is the right one."""
+    return answer.strip() == metadata["answer"]
+
+
+def corpus(n: int, seed: int = 0) -> Iterator[str]:
+    """`n` texts (an instruction and its answer, both cases of every word) to train a tokenizer on."""
+    settings = CopyEdit(split="sft", seed=seed, damaged=0.0)
+    for row in range(n):
+        raw = example(settings, row)
+        yield f"{raw['prompt']}\n{raw['answer']}"
+
+
+def _instruction(rng: random.Random, settings: CopyEdit) -> tuple[str, str, list[str]]:
+    """Task, prompt, and the words of the right answer."""
+    task = rng.choice(settings.tasks)
+    words = rng.sample(WORDS, rng.randint(settings.min_words, settings.max_words))
+    text = " ".join(words)
+    if task == "replace":
+        old = rng.choice(words)
+        new = rng.choice([word for word in WORDS if word not in words])
+        return task, f"replace {old} by {new}: {text}", [new if word == old else word for word in words]
+    answers = {
+        "copy": words,
+        "reverse": words[::-1],
+        "sort": sorted(words),
+        "swap": [words[-1], *words[1:-1], words[0]],
+        "drop": words[1:],
+        "upper": [word.upper() for word in words],
+    }
+    return task, f"{task}: {text}", answers[task]
+
+
+def _damage(rng: random.Random, right: list[str], pool: list[str]) -> tuple[str, list[list[int]]]:
+    """The right words with one or two mistakes, and the mistakes' character spans."""
+    while True:
+        words = list(right)
+        bad = [False] * len(words)
+        end = False
+        for _ in range(rng.choice((1, 1, 2))):
+            clean = [index for index, flag in enumerate(bad) if not flag]
+            kind = rng.choice(("wrong", "missing", "doubled", "swapped"))
+            if not clean or (kind == "swapped" and len(clean) < 2) or (kind == "missing" and len(words) < 2):
+                continue
+            at = rng.choice(clean)
+            if kind == "wrong":
+                words[at] = rng.choice([word for word in pool if word not in right])
+                bad[at] = True
+            elif kind == "missing":
+                del words[at], bad[at]
+                end |= at == len(words)
+                if at < len(words):
+                    bad[at] = True
+            elif kind == "doubled":
+                words.insert(at + 1, words[at])
+                bad.insert(at + 1, True)
+            else:
+                other = rng.choice([index for index in clean if index != at])
+                words[at], words[other] = words[other], words[at]
+                bad[at] = bad[other] = True
+        if words != right:
+            return _spans(words, bad, end and len(words) < len(right))
+
+
+def _spans(words: list[str], bad: list[bool], end: bool) -> tuple[str, list[list[int]]]:
+    text = " ".join(words)
+    spans, start = [], 0
+    for word, flag in zip(words, bad, strict=True):
+        if flag:
+            spans.append([start, start + len(word)])
+        start += len(word) + 1
+    if end:
+        spans.append([len(text), len(text)])
+    return text, spans

@@ -1,0 +1,322 @@
+"""Where raw rows come from: files of any accepted format at any fsspec address, and generated tasks.
+
+A source is read in chunks of a fixed number of rows, each small, self-contained and picklable by Ray as plain
+bytes, so that one reader can feed many tokenizing workers and memory never grows with a file. Imports neither
+torch nor ray.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from tbpo_ray.data import copyedit
+from tbpo_ray.data.reasons import RecordError
+from tbpo_ray.errors import InputError
+
+ROWS_PER_CHUNK = 1024
+
+_FORMATS = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_UNREADABLE = (OSError, EOFError, ValueError, csv.Error)  # pyarrow's ArrowInvalid is a ValueError
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file (or generated task) of a source: its address for fsspec, and how to read it."""
+
+    address: str
+    format: str
+
+    def digest(self) -> str:
+        """SHA-256 of the bytes; for a remote file of what its store says of it (size, time, ETag)."""
+        if self.format == "copyedit":
+            return f"{self.address}|{copyedit.parse_source(self.address)}"
+        fs, path = _fs(self.address)
+        if "file" not in fs.protocol:
+            return f"{self.address}|{sorted((k, str(v)) for k, v in fs.info(path).items())}"
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of one file. `payload`: lines, an Arrow stream, or nothing for generated rows."""
+
+    source: str
+    first_row: int
+    rows: int
+    kind: Literal["lines", "table", "generated"]
+    payload: bytes = b""
+
+    def __iter__(self) -> Iterator[RawRow]:
+        if self.kind == "generated":
+            settings = copyedit.parse_source(self.source)
+            values: Any = (copyedit.example(settings, self.first_row + i) for i in range(self.rows))
+        elif self.kind == "table":
+            import pyarrow as pa
+
+            values = pa.ipc.open_stream(self.payload).read_all().to_pylist()
+        else:
+            values = self.payload.split(b"\n")
+        for index, value in enumerate(values):
+            if value != b"":
+                yield RawRow(self.source, self.first_row + index, value)
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as it was read: columns, or the bytes of a JSON line."""
+
+    source: str
+    row: int
+    value: dict[str, Any] | bytes
+
+    def load(self) -> Any:
+        """The row's columns.
+
+        Raises:
+            RecordError: when the line is not JSON in UTF-8.
+        """
+        if not isinstance(self.value, bytes):
+            return self.value
+        try:
+            return json.loads(self.value.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RecordError("not_utf8", f"byte {error.start}") from None
+        except (ValueError, RecursionError) as error:
+            raise RecordError("not_json", str(error)[:200]) from None
+
+    def as_read(self) -> Any:
+        """For the quarantine file: the columns where there are any, else the text."""
+        if not isinstance(self.value, bytes):
+            return self.value
+        try:
+            return self.load()
+        except RecordError:
+            return self.value.decode("utf-8", "backslashreplace")
+
+
+def resolve(source: str) -> list[SourceFile]:
+    """The files of a source, in a fixed order.
+
+    Raises:
+        InputError: when nothing is there, or nothing that can be read.
+    """
+    if source.startswith("builtin:"):
+        copyedit.parse_source(source)
+        return [SourceFile(source, "copyedit")]
+    if source.startswith("hf:") and not source.startswith("hf://"):
+        return _resolve_hub(source)
+    try:
+        fs, path = _fs(source)
+        if fs.isdir(path):
+            found = _folder(fs, path)
+        else:
+            found = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] * fs.exists(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{source}: cannot be reached: {error}") from error
+    if not found:
+        raise InputError(f"{source}: no such file; give a path, glob, fsspec address, builtin:... or hf:NAME")
+    local = "file" in fs.protocol
+    return [_file(name if local else fs.unstrip_protocol(name)) for name in found]
+
+
+def iter_chunks(file: SourceFile, rows: int = ROWS_PER_CHUNK, limit: int | None = None) -> Iterator[Chunk]:
+    """A file's rows, `rows` at a time, at most `limit` in all, in order.
+
+    Raises:
+        InputError: when the file cannot be read to its end.
+    """
+    left = limit
+    try:
+        for chunk in _chunks(file, rows):
+            if left is not None and chunk.rows >= left:
+                if left:
+                    yield _first(chunk, left)
+                return
+            yield chunk
+            left = left if left is None else left - chunk.rows
+    except _UNREADABLE as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file.address}: cannot be read as {file.format}: {error}") from error
+
+
+def iter_raw(source: str, limit: int | None = None) -> Iterator[RawRow]:
+    """The first `limit` raw rows of a source, in order, in this process.
+
+    Raises:
+        InputError: when the source cannot be read, or has no row.
+    """
+    seen = 0
+    for file in resolve(source):
+        for chunk in iter_chunks(file, limit=None if limit is None else limit - seen):
+            for raw in chunk:
+                seen += 1
+                yield raw
+        if limit is not None and seen >= limit:
+            return
+    if not seen:
+        raise InputError(f"{source}: it is empty; a preference source has at least one row")
+
+
+def _chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
+    if file.format == "copyedit":
+        total = copyedit.parse_source(file.address).rows
+        for start in range(0, total, rows):
+            yield Chunk(file.address, start, min(rows, total - start), "generated")
+    elif file.format in ("parquet", "arrow"):
+        yield from _table_chunks(file, rows)
+    else:
+        yield from _line_chunks(file, rows)
+
+
+def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
+    import fsspec
+
+    with fsspec.open(file.address, "rb", compression="infer") as stream:
+        lines = {"json": _json_lines, "csv": _csv_lines}.get(file.format, iter)(stream)
+        held: list[bytes] = []
+        first = 0
+        for line in lines:
+            line = line.rstrip(b"\r\n")
+            held.append(line.removeprefix(b"\xef\xbb\xbf") if not first and not held else line)
+            if len(held) == rows:
+                yield Chunk(file.address, first, rows, "lines", b"\n".join(held))
+                first += rows
+                held = []
+        if held:
+            yield Chunk(file.address, first, len(held), "lines", b"\n".join(held))
+
+
+def _json_lines(stream: Any) -> Iterator[bytes]:
+    """Lines of a .json file: one value a line, or one array of all rows (read at once)."""
+    start = stream.read(4096)
+    rest = io.BytesIO(start + stream.read()) if start.lstrip().startswith(b"[") else None
+    if rest is not None:
+        yield from (json.dumps(item).encode() for item in json.load(rest))
+        return
+    stream.seek(0)
+    yield from stream
+
+
+def _csv_lines(stream: Any) -> Iterator[bytes]:
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    sample = text.readline()
+    text.seek(0)
+    delimiter = "\t" if "\t" in sample and "," not in sample else ","
+    for row in csv.DictReader(text, delimiter=delimiter):
+        yield json.dumps({key or "": value for key, value in row.items()}).encode()
+
+
+def _table_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with fsspec.open(file.address, "rb") as stream:
+        if file.format == "parquet":
+            batches: Any = pq.ParquetFile(stream).iter_batches(batch_size=rows)
+        else:
+            batches = _arrow_batches(pa, stream, rows)
+        first = 0
+        for batch in batches:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            yield Chunk(file.address, first, batch.num_rows, "table", sink.getvalue().to_pybytes())
+            first += batch.num_rows
+
+
+def _arrow_batches(pa: Any, stream: Any, rows: int) -> Iterator[Any]:
+    """Record batches of an IPC file or of an IPC stream (what Hugging Face writes)."""
+    magic = stream.read(6)
+    stream.seek(0)
+    if magic == b"ARROW1":
+        reader = pa.ipc.open_file(stream)
+        batches: Any = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        batches = pa.ipc.open_stream(stream)
+    for batch in batches:
+        for start in range(0, batch.num_rows, rows):
+            yield batch.slice(start, rows)
+
+
+def _first(chunk: Chunk, rows: int) -> Chunk:
+    """The chunk's first rows."""
+    if chunk.kind == "lines":
+        payload = b"\n".join(chunk.payload.split(b"\n", rows)[:rows])
+        return Chunk(chunk.source, chunk.first_row, rows, "lines", payload)
+    if chunk.kind == "table":
+        import pyarrow as pa
+
+        table = pa.ipc.open_stream(chunk.payload).read_all().slice(0, rows)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return Chunk(chunk.source, chunk.first_row, rows, "table", sink.getvalue().to_pybytes())
+    return Chunk(chunk.source, chunk.first_row, rows, "generated")
+
+
+def _file(address: str) -> SourceFile:
+    name = address.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    for ending, kind in _FORMATS.items():
+        if name.endswith(ending):
+            return SourceFile(address, kind)
+    raise InputError(
+        f"{address}: unknown format; use {', '.join(_FORMATS)} (or text as {', '.join(_COMPRESSED)})"
+    )
+
+
+def _folder(fs: Any, path: str) -> list[str]:
+    """Data files under a folder; of a folder saved by Hugging Face `datasets`, those its state lists."""
+    state = f"{path}/state.json"
+    if fs.exists(state):
+        with fs.open(state) as file:
+            return [f"{path}/{entry['filename']}" for entry in json.load(file)["_data_files"]]
+    endings = tuple(ending + packed for ending in _FORMATS for packed in ("", *_COMPRESSED))
+    skip = ("dataset_info.json", "dataset_dict.json")
+    return sorted(f for f in fs.find(path) if f.lower().endswith(endings) and not f.endswith(skip))
+
+
+def _resolve_hub(source: str) -> list[SourceFile]:
+    """`hf:NAME[:SPLIT]`: a local folder, or the hub's Parquet conversion of a data set (no code is run)."""
+    name, _, split = source.removeprefix("hf:").partition(":")
+    if not name:
+        raise InputError(f"{source!r}: write it as hf:NAME or hf:NAME:SPLIT")
+    fs, path = _fs(name)
+    if fs.isdir(path):
+        below = f"{path}/{split}" if split else path
+        if fs.isdir(below):
+            return resolve(below)
+        found = [f for f in _folder(fs, path) if split in f.rsplit("/", 1)[-1].split(".")[0].split("-")]
+        if not found:
+            raise InputError(f"{source}: the folder has no split {split!r}")
+        return [_file(f) for f in found]
+    return resolve(f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/default/{split or 'train'}/*.parquet")
+
+
+@lru_cache(maxsize=256)
+def _fs(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    return fsspec.core.url_to_fs(address)
