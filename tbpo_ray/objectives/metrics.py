@@ -1,0 +1,119 @@
+"""Metrics of an objective: scalar tensors, detached, computed without waiting for the device.
+
+Every metric is a mean over pairs (P) or over answer tokens (A: of both answers; C: compared tokens, those
+both answers have), except the quantiles. To average over ranks or micro-batches weight a value by its
+number of pairs or tokens: exact for the means, an approximation for the quantiles and `baseline/std`.
+
+| name                                | mean of                                                             | over |
+|-------------------------------------|---------------------------------------------------------------------|------|
+| `rewards/chosen`, `/rejected`       | implicit reward beta * S, S = sum of r_t (simpo, sepo: beta * mean log pi) | P |
+| `rewards/margin`                    | rewards/chosen - rewards/rejected                                   | P    |
+| `rewards/accuracy`                  | 1 where the margin is positive                                      | P    |
+| `rewards/token_accuracy`            | 1 where u_t < 0 (token-level objectives), else where r_t^w > r_t^l (simpo, sepo: log pi for r) | C |
+| `logps/chosen`, `/rejected`         | log pi of the whole answer, nats                                    | P    |
+| `logps/chosen_drift`, `/rejected_drift` | S: log pi - log pi_ref of the whole answer, nats                | P    |
+| `logratio/q05`, `/q50`, `/q95`      | quantiles of r_t                                                    | A    |
+| `u/mean`                            | the log model ratio, rejected over chosen, that enters the loss     | C or P |
+| `u/clamped_share`                   | 1 where the generator clamped u                                     | C or P |
+| `baseline/mean`                     | c_t before centring (tdpo: the KL)                                  | A    |
+| `baseline/std`                      | standard deviation of the same                                      | A    |
+| `kl/k3`                             | K3 with rho = pi_ref/pi: estimates KL(pi || pi_ref) from tokens of pi | A  |
+| `entropy`, `kl/exact`               | only from `distribution_metrics`: of the policy; KL(pi_ref || pi)   | A    |
+| `loss/t_reg`                        | the regulariser's part of the loss (t_reg)                          | P    |
+
+`sft` has `logps/chosen` and `token_nll` (mean over A of -log pi) and, given a reference, the chosen drift.
+Pairs without tokens count as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tbpo_ray.objectives.baseline import k3
+from tbpo_ray.objectives.types import Side
+
+QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+MAX_QUANTILE_TOKENS = 1 << 16  # quantiles of a longer batch come from an even stride through it
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the selected entries of the whole tensor, 0 if none. Scalar."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def pair_metrics(chosen: Side, rejected: Side, beta: float, reference: bool) -> dict[str, Tensor]:
+    """Rewards, accuracies and log-probs of the answers; reference=False normalises by length instead."""
+    m: dict[str, Tensor] = {}
+    rewards = []
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        total = side.logps.sum(-1)
+        m[f"logps/{name}"] = total.mean()
+        if side.ref_logps is not None:
+            drift = side.log_ratio.sum(-1)
+            m[f"logps/{name}_drift"] = drift.mean()
+        score = drift if reference else total / side.mask.sum(-1).clamp(min=1)
+        rewards.append(beta * score)
+        m[f"rewards/{name}"] = rewards[-1].mean()
+    margin = rewards[0] - rewards[1]
+    m["rewards/margin"] = margin.mean()
+    m["rewards/accuracy"] = (margin > 0).to(margin.dtype).mean()
+    if chosen.ref_logps is not None and rejected.ref_logps is not None:
+        m |= log_ratio_metrics(chosen, rejected)
+    return m
+
+
+def log_ratio_metrics(chosen: Side, rejected: Side) -> dict[str, Tensor]:
+    """Quantiles of the token log-ratio and the k3 estimate of KL(pi || pi_ref)."""
+    ratio = torch.cat([chosen.log_ratio, rejected.log_ratio]).flatten()
+    mask = torch.cat([chosen.mask, rejected.mask]).flatten()
+    values = quantiles(ratio, mask, list(QUANTILES.values()))
+    m = {f"logratio/{name}": value for name, value in zip(QUANTILES, values, strict=True)}
+    m["kl/k3"] = token_mean(k3(-ratio), mask)
+    return m
+
+
+def quantiles(values: Tensor, mask: Tensor, q: list[float]) -> list[Tensor]:
+    """Quantiles of the selected entries (linear interpolation), 0 if none. Flat tensors in, scalars out."""
+    stride = -(-values.numel() // MAX_QUANTILE_TOKENS) or 1
+    values, mask = values[::stride], mask[::stride]
+    if not values.numel():
+        return [values.sum()] * len(q)
+    ordered = torch.where(mask, values, torch.inf).sort().values
+    count = mask.sum()
+    at = torch.tensor(q, dtype=values.dtype).to(values.device, non_blocking=True) * (count - 1).clamp(min=0)
+    low = ordered[at.floor().long()]
+    high = ordered[at.ceil().long()]
+    result = torch.where(count > 0, torch.lerp(low, high, at.frac()), 0)
+    return list(result.unbind())
+
+
+@torch.no_grad()
+def baseline_metrics(c_chosen: Tensor, c_rejected: Tensor, chosen: Side, rejected: Side) -> dict[str, Tensor]:
+    """Mean and standard deviation of c_t over the answers' tokens."""
+    c = torch.cat([c_chosen, c_rejected])
+    mask = torch.cat([chosen.mask, rejected.mask])
+    mean = token_mean(c, mask)
+    return {"baseline/mean": mean, "baseline/std": token_mean((c - mean) ** 2, mask).sqrt()}
+
+
+@torch.no_grad()
+def distribution_metrics(
+    entropies: Mapping[str, Tensor | None], kls: Mapping[str, Tensor | None], masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`entropy` and `kl/exact` from `token_log_probs`, by side.
+
+    Args:
+        entropies, kls: {"chosen": [B, T], "rejected": [B, T]}; a None or absent side is left out.
+        masks: the same keys, [B, T] bool.
+    """
+    m = {}
+    for name, sides in (("entropy", entropies), ("kl/exact", kls)):
+        present = [(value, masks[side]) for side, value in sides.items() if value is not None]
+        if present:
+            values = torch.cat([value.detach().flatten() for value, _ in present])
+            m[name] = token_mean(values, torch.cat([mask.flatten() for _, mask in present]))
+    return m
