@@ -150,14 +150,16 @@ class StateBaselineConfig(Section):
 class ObjectiveConfig(Section):
     name: ObjectiveName = "tbpo_q"
     """Which loss; see `tbpo_ray.objectives`."""
-    beta: Positive = 0.1
-    """Strength of the pull towards the reference."""
+    beta: Positive | None = None
+    """Strength of the pull towards the reference; default: the objective's own (tbpo, dpo ...: 0.1)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a preference is the wrong way round."""
-    alpha: NonNegative = 0.5
-    """tdpo2: weight of the sequential KL difference; t_reg: weight of the token regulariser."""
+    alpha: NonNegative | None = None
+    """tdpo2: weight of the sequential KL difference (0.5); t_reg: weight of the token regulariser (0.1)."""
     gamma: NonNegative = 0.5
     """simpo: target reward margin."""
+    select_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """sepo: share of the tokens selected from each answer."""
     bregman: BregmanConfig = BregmanConfig()
     """Generator of tbpo_q, tbpo_a and bpo."""
     state_baseline: StateBaselineConfig = StateBaselineConfig()
@@ -172,7 +174,7 @@ class ObjectiveConfig(Section):
 
     @property
     def needs_reference(self) -> bool:
-        return self.name not in ("sft", "simpo")
+        return self.name not in ("sft", "simpo", "sepo")
 
     @property
     def needs_distribution(self) -> bool:
@@ -391,7 +393,7 @@ class Config(Section):
         if self.training.reference_scores == "cached" and self.objective.needs_distribution:
             raise ValueError(
                 f"training.reference_scores=cached cannot serve objective.name={self.objective.name} with "
-                f"objective.state_baseline.kind={self.objective.baseline_kind}, which needs the reference's whole "
-                "distribution; use live, or a k3 baseline"
+                f"objective.state_baseline.kind={self.objective.baseline_kind}, which needs the reference's "
+                "whole distribution; use live, or a k3 baseline"
             )
         return self

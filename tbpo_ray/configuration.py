@@ -149,7 +149,7 @@ def _faults(error: ValidationError) -> list[str]:
             faults.setdefault(unknown_key(key), [])
             continue
         message = item["msg"].removeprefix("Value error, ")
-        if not loc or isinstance(item["input"], Mapping) and item["type"] == "value_error":
+        if not loc or (isinstance(item["input"], Mapping) and item["type"] == "value_error"):
             faults.setdefault(message, [])
             continue
         shown[key] = repr(item["input"])
@@ -159,15 +159,13 @@ def _faults(error: ValidationError) -> list[str]:
 
 def _visible(loc: Sequence[str]) -> list[str]:
     """Drop the union branch names that pydantic puts into a location."""
-    out: list[str] = []
     known = set(known_keys())
+    out: list[str] = []
     for part in loc:
-        if not out or ".".join([*out, part]) in known or ".".join(out) not in known:
-            out.append(part)
-        elif part.isdigit() or part.isidentifier() and not _branch(part):
+        inside_value = bool(out) and ".".join(out) in known and ".".join([*out, part]) not in known
+        if not (inside_value and (part in _BRANCHES or not (part.isdigit() or part.isidentifier()))):
             out.append(part)
     return out
 
 
-def _branch(part: str) -> bool:
-    return part in ("int", "float", "str", "list", "dict", "bool", "none") or part[:1].isupper()
+_BRANCHES = ("int", "float", "str", "list", "dict", "bool", "none", "constrained-int")

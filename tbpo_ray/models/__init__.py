@@ -1,0 +1,1 @@
+"""Policies, references, tokenizers, adapters: load and export."""

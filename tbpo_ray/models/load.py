@@ -1,0 +1,137 @@
+"""Load tokenizers and causal models: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tbpo_ray.config import LoraConfig, ModelConfig
+from tbpo_ray.errors import InputError
+from tbpo_ray.models.tiny import build_tiny
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN = "builtin:"
+
+
+def resolve_model(name: str, cache_dir: str | Path, *, seed: int = 0, key: str = "model.name_or_path") -> str:
+    """A name that transformers and vLLM can load: an absolute folder, or a hub name as it is.
+
+    Raises:
+        InputError: for a folder that is no model and for an unknown built-in.
+    """
+    if name.startswith(BUILTIN):
+        if name != "builtin:tiny":
+            raise InputError(f"{key}={name}: unknown built-in model; the only one is builtin:tiny")
+        return str(build_tiny(Path(cache_dir).absolute() / f"builtin-tiny-{seed}", seed))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, name, key)
+        return str(folder.absolute())
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{key}={name}: no such model folder; give a folder with config.json, or a hub name")
+    return name
+
+
+def _check_folder(folder: Path, name: str, key: str) -> None:
+    if any(folder.glob("*.gguf")):
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{key}={name}: not a model folder, it has no config.json")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}={name}: config.json is not JSON ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{key}={name}: config.json names no model_type; give a transformers model folder")
+    if config.get("auto_map") and "transformers_version" not in config:
+        raise InputError(f"{key}={name}: needs code of its own (auto_map), which is never run")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{key}={name}: no *.safetensors in it; convert the weights to safetensors")
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{key}={name}: no tokenizer in it; save the tokenizer beside the model")
+
+
+def load_tokenizer(path: str, *, chat_template: str | None = None, revision: str | None = None,
+                   gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer with its chat template: its own, the file `chat_template`, or none for `"none"`."""
+    from transformers import AutoTokenizer
+
+    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.name_or_path={path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if chat_template == "none":
+        tokenizer.chat_template = None
+    elif chat_template:
+        file = Path(chat_template)
+        if not file.is_file():
+            raise InputError(f"model.chat_template={chat_template}: no such file; give a Jinja template or `none`")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model.name_or_path={path}: its tokenizer has no EOS token, so answers cannot end")
+    return tokenizer
+
+
+def load_model(path: str, *, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None,
+               gguf_file: str | None = None) -> PreTrainedModel:
+    """A causal model in `dtype`, in eval mode, on the CPU (or the default device)."""
+    from transformers import AutoModelForCausalLM
+
+    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, **extra
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.name_or_path={path}: no model could be loaded ({_first_line(error)})") from error
+    model.config.use_cache = False
+    return model.eval()
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    """Wrap `model` with a trainable low-rank adapter; everything else is frozen (LoRA, arXiv 2106.09685)."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    targets = lora.target_modules
+    if isinstance(targets, list) and not _any_module(model, targets):
+        raise InputError(f"model.lora.target_modules={targets}: no module of the model ends in any of these names")
+    peft = PeftConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"  # type: ignore[arg-type]
+    )
+    return get_peft_model(model, peft)
+
+
+def _any_module(model: PreTrainedModel, names: list[str]) -> bool:
+    return any(module.rsplit(".", 1)[-1] in names or module in names for module, _ in model.named_modules())
+
+
+def model_config(path: str, model: ModelConfig) -> Any:
+    """The transformers configuration alone, without weights."""
+    from transformers import AutoConfig
+
+    extra: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False, **extra)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.name_or_path={path}: no model configuration ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no advice from transformers in workers."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""The driver (Ray Train), the worker loop (DeepSpeed), checkpoints and reference scores."""

@@ -1,0 +1,104 @@
+"""Put together what a training step is made of: scorer, reference, baseline head, objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tbpo_ray.config import Config
+from tbpo_ray.errors import InputError
+from tbpo_ray.models.load import add_lora, load_model, load_tokenizer
+from tbpo_ray.objectives import Objective, build_objective, build_state_baseline
+from tbpo_ray.training.plan import Places
+from tbpo_ray.training.scorer import PairScorer
+from tbpo_ray.training.step import PreferenceStep
+
+
+@dataclass
+class Parts:
+    """What a loop needs, on one device."""
+
+    scorer: PairScorer
+    step: PreferenceStep
+    head: nn.Module | None
+    pad_id: int
+    shared: bool
+    cut: bool
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective of a configuration."""
+    return build_objective(config.objective.model_dump(exclude_none=True))
+
+
+def reference_mode(config: Config, objective: Objective) -> str:
+    """`none`, `cached` or `live`: where the reference's scores come from.
+
+    Raises:
+        InputError: for `cached` where the whole distribution is needed.
+    """
+    if not objective.needs_reference:
+        return "none"
+    distribution = objective.needs_kl or objective.needs_samples > 0
+    asked = config.training.reference_scores
+    if asked == "cached" and distribution:
+        raise InputError(f"training.reference_scores=cached: objective.name={objective.name} needs live")
+    return asked or ("live" if distribution else "cached")
+
+
+def uses_shared_prompt(config: Config) -> bool:
+    """Whether both answers follow one prompt in one row. FlashAttention takes no mask of that kind."""
+    asked, possible = config.training.shared_prompt, config.model.attention != "flash_attention_2"
+    if asked and not possible:
+        raise InputError(
+            "training.shared_prompt=true: model.attention=flash_attention_2 takes no such mask; use sdpa"
+        )
+    return possible if asked is None else asked
+
+
+def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
+    """Load models and build the step. The same seed gives the same head on every rank."""
+    objective = objective_of(config)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    model_options = {
+        "dtype": dtype, "attention": config.model.attention, "revision": config.model.revision,
+        "gguf_file": config.model.gguf_file,
+    }
+    policy: nn.Module = load_model(places.model, **model_options)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(places.model, revision=config.model.revision, gguf_file=config.model.gguf_file)
+    if config.training.activation_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if config.model.lora is not None:
+            policy.enable_input_require_grads()  # type: ignore[operator]
+    if config.model.lora is not None:
+        policy = add_lora(policy, config.model.lora)  # type: ignore[arg-type]
+    scorer = PairScorer(policy.to(device))
+    scorer.train()
+
+    mode = reference_mode(config, objective)
+    reference, adapter_off = None, False
+    if mode == "live":
+        if config.model.lora is not None and config.model.reference is None:
+            reference, adapter_off = scorer, True
+        else:
+            options = model_options if config.model.reference is None else model_options | {"gguf_file": None}
+            frozen = load_model(places.reference or places.model, **options)  # type: ignore[arg-type]
+            reference = PairScorer(frozen.requires_grad_(False).to(device)).eval()
+
+    head = None
+    if objective.learned_baseline:
+        width = scorer.output_layer.weight.shape[-1] if not hasattr(scorer.output_layer, "base_layer") else (
+            scorer.output_layer.base_layer.weight.shape[-1]  # type: ignore[union-attr]
+        )
+        head = build_state_baseline(config.objective.state_baseline.model_dump(exclude_none=True)
+                                    | {"kind": config.objective.baseline_kind}, int(width))
+        assert head is not None
+        head.to(device)
+    step = PreferenceStep(objective, head, reference, adapter_off=adapter_off, seed=config.run.seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Parts(
+        scorer=scorer, step=step, head=head, pad_id=int(pad), shared=uses_shared_prompt(config),
+        cut=objective.compares_to_shorter and config.training.cut_dead_tail,
+    )

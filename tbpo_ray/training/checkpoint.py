@@ -1,0 +1,116 @@
+"""Checkpoints: one self-describing folder per step, whole when its manifest is there and true.
+
+    checkpoints/step-00000200/
+        optimizer-0000.safetensors ...   master weights and optimizer state, a slice per rank
+        head.safetensors                 learned baseline and its AdamW
+        rng-0000.safetensors ...         torch random state per rank
+        state.json                       step, pairs seen, metrics offset, fingerprints
+        manifest.json                    size and SHA-256 of each of the above, written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that is whole, and what was passed over on the way to it."""
+
+    folder: Path | None
+    state: dict[str, Any]
+    rejected: tuple[str, ...]
+    """One sentence per newer folder that is not whole."""
+
+    @property
+    def step(self) -> int:
+        return int(self.state.get("step", 0))
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def seal(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `state.json`, then the manifest over everything in the folder, atomically and last."""
+    write_atomic(folder / "state.json", json.dumps(state, indent=1, sort_keys=True))
+    files = {
+        f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)}
+        for f in sorted(folder.iterdir())
+        if f.is_file() and f.name != MANIFEST and not f.name.startswith(".")
+    }
+    write_atomic(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
+
+
+def fault(folder: Path) -> str | None:
+    """Why this folder is not a whole checkpoint; `None` if it is."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return "no manifest"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        items = [(str(name), int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "the manifest is damaged"
+    if "state.json" not in files:
+        return "the manifest is empty"
+    for name, size, digest in items:
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def newest(checkpoints: Path) -> Found:
+    """The newest whole checkpoint under `checkpoints`; folders that are not whole are never loaded."""
+    rejected: list[str] = []
+    for folder in sorted(_folders(checkpoints), reverse=True):
+        why = fault(folder)
+        if why is None:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return Found(folder, state, tuple(rejected))
+        rejected.append(f"checkpoint {folder.name} is not used: {why}")
+    return Found(None, {}, tuple(rejected))
+
+
+def prune(checkpoints: Path, keep: int, protected: set[str] | None = None) -> None:
+    """Delete all but the newest `keep` folders (and those named in `protected`)."""
+    for folder in sorted(_folders(checkpoints))[:-keep]:
+        if folder.name not in (protected or set()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Write a text file that is never seen half-written."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(partial, file)
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    if not checkpoints.is_dir():
+        return []
+    return [f for f in checkpoints.iterdir() if f.is_dir() and _FOLDER.fullmatch(f.name)]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

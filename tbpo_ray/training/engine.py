@@ -1,0 +1,84 @@
+"""The DeepSpeed engine of one worker."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbpo_ray.config import Config
+from tbpo_ray.training.optim import build_optimizer
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The mapping DeepSpeed gets: what the project sets, then `training.deepspeed` on top."""
+    training = config.training
+    given = dict(training.deepspeed)
+    stage = given.pop("stage", None)
+    zero = dict(given.pop("zero_optimization", None) or {})
+    if stage is not None:
+        zero["stage"] = stage
+    zero.setdefault("stage", 0)
+    # Reductions run in the order of the backward pass, so that a run is repeatable.
+    zero.setdefault("overlap_comm", False)
+    zero.setdefault("round_robin_gradients", False)
+    base: dict[str, Any] = {
+        # Micro-batches of a step differ in size and number: the loop sets the boundary itself.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": training.max_grad_norm or 0.0,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if training.precision == "bf16":
+        base["bf16"] = {"enabled": True}
+    return base | given
+
+
+class Engine:
+    """A DeepSpeed engine around a module whose forward returns token scores."""
+
+    def __init__(self, module: nn.Module, config: Config, device: torch.device):
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        optimizer = build_optimizer(module.parameters(), config.training)
+        self.client_optimizer = optimizer
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        self.stage = self.engine.zero_optimization_stage()
+        self.names = {id(p): n for n, p in module.named_parameters()}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate; `last` marks the step's last micro-batch."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+
+    def step(self, rate: float) -> float:
+        """Clip, check, update. Returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def skipped(self) -> int:
+        return int(getattr(self.client_optimizer, "skipped", 0))

@@ -1,0 +1,95 @@
+"""Where a run's things lie, what may change when it goes on, and what it is going to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import flatten, to_tree
+from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.errors import InputError
+
+NO_EFFECT = (
+    "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft", "runs",
+    "data.cache_dir", "data.quarantine_limit", "data.card_column", "data.eval", "data.max_eval_pairs",
+    "training.log_every", "training.checkpoint_every", "training.keep_checkpoints", "training.eval_every",
+    "training.on_nonfinite",
+)  # fmt: skip
+"""Keys (or beginnings of keys) that do not alter what a run computes."""
+EXTENDS = ("training.max_steps", "training.epochs")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Paths that a worker needs; all on storage that every node sees."""
+
+    run_dir: str
+    checkpoints: str
+    model: str
+    prepared: str
+    prepared_eval: str | None = None
+    reference: str | None = None
+    """Folder of the frozen reference, where it is held live and is not the policy itself."""
+    extra: list[str] = field(default_factory=list)
+    """Folders with columns that go beside the prepared pairs: reference scores, token weights."""
+    extra_eval: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+
+def run_dir(config: Config) -> Path:
+    return Path(config.run.output_dir).expanduser().absolute() / config.run.name
+
+
+def cache_dir(config: Config) -> Path:
+    given = config.data.cache_dir
+    return Path(given).expanduser().absolute() if given else run_dir(config).parent / ".prepared"
+
+
+def make_schedule(config: Config, lengths: Any) -> Schedule:
+    """The order in which the prepared pairs are trained on."""
+    training = config.training
+    return Schedule(
+        lengths,
+        seed=config.run.seed,
+        pairs_per_step=training.pairs_per_step,
+        micro_batch_pairs=training.micro_batch_pairs,
+        length_batches=training.length_batches,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
+
+
+def refuse_changes(config: Config, folder: Path) -> None:
+    """Compare with the configuration that a run was started with.
+
+    Raises:
+        InputError: one sentence for each change that would alter the run's result.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return
+    old = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+    new = _flat(to_tree(config))
+    faults = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        if was == now or any(key == k or (k.endswith(".") and key.startswith(k)) for k in NO_EFFECT):
+            continue
+        if key in EXTENDS and was is not None and now is not None and now > was:
+            continue
+        faults.append(
+            f"{key}={now!r}: run {config.run.name} was started with {was!r}; "
+            + ("only a larger value extends a run" if key in EXTENDS else "use another run.name")
+        )
+    if faults:
+        raise InputError(*faults)
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flatten(tree)
+    return {k: v for k, v in flat.items() if not (k == "sft" or k.startswith("sft."))}

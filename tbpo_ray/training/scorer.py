@@ -1,0 +1,185 @@
+"""The step itself: batch -> token scores -> loss. Plain torch; knows neither Ray nor DeepSpeed.
+
+The worker loop, the benchmark's bare loop and the reference-score actors all run this very code.
+
+B pairs, S sides (chosen, rejected; one for SFT), T answer tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tbpo_ray.objectives import TokenScores, token_log_probs
+from tbpo_ray.training.batch import PairBatch
+
+
+class SideScores(NamedTuple):
+    """What the model says of both sides' answer tokens. A plain tuple of tensors, as engines like it."""
+
+    logp: Tensor
+    """[S, B, T] log-prob of each label"""
+    entropy: Tensor
+    """[S, B, T] entropy of the policy, nats; zeros where not wanted"""
+    kl: Tensor
+    """[S, B, T] exact KL(reference || policy), or sampled K3; zeros where not wanted"""
+    hidden: Tensor
+    """[S, B, T, H] detached hidden states of the predicting positions"""
+
+
+class PairScorer(nn.Module):
+    """A causal model that returns per-token scores of answers instead of logits.
+
+    Args:
+        model: a transformers causal model, or one wrapped by peft.
+        block_tokens: tokens that go through the output layer at once; `None`: chosen by size.
+    """
+
+    def __init__(self, model: nn.Module, block_tokens: int | None = None):
+        super().__init__()
+        self.model = model
+        self.block_tokens = block_tokens
+        config = _causal(model).config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        self.logit_scale = float(getattr(text, "logit_scale", None) or 1.0)
+        self.logit_scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+        self.windows = _layer_windows(text)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return _causal(self.model).get_output_embeddings()
+
+    def hidden(self, batch: PairBatch) -> Tensor:
+        """[S * B, T, H] last hidden states of the positions that predict answer tokens."""
+        if batch.shared:
+            masks: Any = {kind: batch.attention_mask(window) for kind, window in self.windows.items()}
+            mask = masks["full_attention"] if set(masks) == {"full_attention"} else masks
+        else:
+            mask = (batch.segment >= 0).long()
+        out = _causal(self.model).get_decoder()(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        )
+        states = out.last_hidden_state
+        sides, pairs, tokens = batch.predict.shape
+        flat = states.reshape(-1, states.shape[-1]).index_select(0, batch.predict.reshape(-1))
+        return flat.view(sides * pairs, tokens, -1)
+
+    def forward(
+        self,
+        batch: PairBatch,
+        want: tuple[str, ...] = ("logp",),
+        reference: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        samples: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Score a batch.
+
+        Args:
+            want: of `logp`, `entropy`, `kl`, `k3`.
+            reference: (hidden [S * B, T, H], weight [V, H], bias [V] or None) of the reference, for `kl`
+                and `k3`.
+            samples: tokens drawn from the reference per state, for `k3`.
+        """
+        sides, pairs, tokens = batch.labels.shape
+        hidden = self.hidden(batch)
+        weight, bias = output_weight(self.output_layer)
+        ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
+        stats = token_log_probs(
+            hidden, weight, batch.labels.view(-1, tokens), batch.mask.view(-1, tokens),
+            ref_hidden=ref_hidden, ref_weight=ref_weight, want=want, block_tokens=self.block_tokens,
+            bias=bias, ref_bias=ref_bias, softcap=self.softcap, logit_scale=self.logit_scale,
+            samples=samples, generator=generator,
+        )
+        assert stats.logp is not None
+        zeros = torch.zeros_like(stats.logp)
+        divergence = stats.kl if stats.kl is not None else stats.k3
+        shape = (sides, pairs, tokens)
+        return (
+            stats.logp.view(shape),
+            (stats.entropy if stats.entropy is not None else zeros).view(shape),
+            (divergence if divergence is not None else zeros).view(shape),
+            hidden.detach().view(*shape, -1),
+        )
+
+    @torch.no_grad()
+    def as_reference(self, batch: PairBatch, *, adapter_off: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The triple that `forward` takes as `reference`, from this very model."""
+        scope = self.model.disable_adapter() if adapter_off else nullcontext()  # type: ignore[operator]
+        with scope:
+            hidden = self.hidden(batch)
+            weight, bias = output_weight(self.output_layer)
+        return hidden, weight.detach(), bias.detach() if bias is not None else None
+
+
+    @torch.no_grad()
+    def score_hidden(self, triple: tuple[Tensor, Tensor, Tensor | None], batch: PairBatch) -> Tensor:
+        """[S, B, T] log-probs of the labels from `as_reference`'s triple."""
+        hidden, weight, bias = triple
+        tokens = batch.labels.shape[-1]
+        stats = token_log_probs(
+            hidden, weight, batch.labels.view(-1, tokens), batch.mask.view(-1, tokens),
+            want=("logp",), block_tokens=self.block_tokens, bias=bias,
+            softcap=self.softcap, logit_scale=self.logit_scale,
+        )
+        assert stats.logp is not None
+        return stats.logp.view(batch.labels.shape)
+
+    def reference_logps(self, batch: PairBatch, *, adapter_off: bool = False) -> Tensor:
+        """[S, B, T] log-probs of the labels under this model as the frozen reference."""
+        return self.score_hidden(self.as_reference(batch, adapter_off=adapter_off), batch)
+
+
+def output_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The output layer's effective weight [V, H] and bias [V]; a LoRA adapter on it is added in
+    (its input dropout is not applied there)."""
+    base = getattr(layer, "base_layer", layer)
+    weight: Tensor = base.weight
+    if hasattr(layer, "lora_A") and not layer.disable_adapters:  # type: ignore[attr-defined]
+        for name in layer.active_adapters:  # type: ignore[attr-defined]
+            if name in layer.lora_A:  # type: ignore[attr-defined]
+                delta = layer.lora_B[name].weight @ layer.lora_A[name].weight  # type: ignore[attr-defined]
+                weight = weight + layer.scaling[name] * delta  # type: ignore[attr-defined]
+    return weight, getattr(base, "bias", None)
+
+
+def to_scores(
+    policy: tuple[Tensor, Tensor, Tensor, Tensor] | SideScores,
+    batch: PairBatch,
+    baseline: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+) -> TokenScores:
+    """Pack scores of both sides for the objective.
+
+    Args:
+        baseline: [S, B, T] state baseline c_t, where the objective reads one.
+        ref_logps: [S, B, T] reference log-probs; default: those that came with the batch.
+    """
+    logp = policy[0]
+    reference = ref_logps if ref_logps is not None else batch.ref_logps
+    rejected = 1 if batch.labels.shape[0] == 2 else 0
+
+    def side(tensor: Tensor | None, index: int) -> Tensor | None:
+        return None if tensor is None else tensor[index]
+
+    return TokenScores(
+        chosen_logps=logp[0], rejected_logps=logp[rejected],
+        chosen_ref_logps=side(reference, 0), rejected_ref_logps=side(reference, rejected),
+        chosen_mask=batch.mask[0], rejected_mask=batch.mask[rejected],
+        chosen_baseline=side(baseline, 0), rejected_baseline=side(baseline, rejected),
+        chosen_weights=side(batch.weights, 0), rejected_weights=side(batch.weights, rejected),
+    )
+
+
+def _causal(model: nn.Module) -> Any:
+    """The transformers causal model inside peft's wrapping, if any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _layer_windows(config: Any) -> dict[str, int | None]:
+    """Attention kinds of the model's layers and their windows."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return {kind: int(config.sliding_window) if "sliding" in kind else None for kind in kinds}
