@@ -7,14 +7,14 @@ depends on the prefix alone does not cancel in their log-ratio difference. TBPO 
 
 Shapes: B pairs, T answer tokens. Source: TBPO, arXiv 2605.12288.
 
-| kind       | c_t                                                          | where it comes from             |
-|------------|--------------------------------------------------------------|---------------------------------|
-| none       | 0                                                            | the ablation; a given c_t is ignored |
-| learned    | b_phi(s_t), the log partition function (TBPO-Q)              | a head, see `heads`             |
-| exact_kl   | KL(pi_ref || pi) over the vocabulary (TBPO-A)                | `token_log_probs(want="kl")`    |
-| k3         | (rho - 1) - log rho at the label, rho = pi/pi_ref            | computed here unless given      |
-| k3_sampled | the mean of the same over n tokens drawn from pi_ref         | `token_log_probs(want="k3")`    |
-| mixed      | g_t b_phi(s_t) + (1 - g_t) KL, g_t a learned gate per state  | a head, see `heads`             |
+| kind       | c_t                                                          | where it comes from          |
+|------------|--------------------------------------------------------------|------------------------------|
+| none       | 0 (the ablation)                                             | a given c_t is ignored       |
+| learned    | b_phi(s_t), the log partition function (TBPO-Q)              | a head, see `heads`          |
+| exact_kl   | KL(pi_ref || pi) over the vocabulary (TBPO-A)                | `token_log_probs`, want kl   |
+| k3         | (rho - 1) - log rho at the label, rho = pi/pi_ref            | computed here unless given   |
+| k3_sampled | the mean of the same over n tokens drawn from pi_ref         | `token_log_probs`, want k3   |
+| mixed      | g_t b_phi(s_t) + (1 - g_t) KL, g_t a learned gate per state  | a head, see `heads`          |
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class Scan:
         if separate:
             z.mul_(e)
             self.p_logp = keep * (self.p_logp + self.p.total * step) + z.sum(1, keepdim=True)
-            if self.pzw is not None:
+            if self.pzw is not None and self.pw is not None:
                 self.pzw.addcmul_(step, self.pw).mul_(keep)
                 add_product(self.pzw, sloped(z, slope), block)
         self.p.total = self.p.total * keep + e.sum(1, keepdim=True)
@@ -234,8 +234,7 @@ class Scan:
         found = {}
         for name in self.plan.differentiable:
             if name == "logp":
-                slope = self.label_slope(self.z_label)
-                found[name] = slope * weight[self.ids[:, 0]] - mean_p
+                found[name] = self.label_slope(self.z_label) * weight[self.ids[:, 0]] - mean_p
             elif name == "entropy":
                 assert self.pzw is not None
                 entropy = self.p.total.log() - self.p_logp / self.p.total
@@ -343,12 +342,8 @@ class TokenStatistics(torch.autograd.Function):
         grads = {name: grad_out[plan.want.index(name), :, None] for name in plan.differentiable}
         with torch.autocast(grad_out.device.type, enabled=False):
             if plan.leave_behind:
-                hidden_grad = weighted_sum(list(grads.values()), ctx.saved_tensors)
-                return hidden_grad, *[None] * 7
-            hidden_grad, weight_grad, bias_grad = recompute(
-                plan, grads, ctx.needs_input_grad[:3], *ctx.saved_tensors
-            )
-        return hidden_grad, weight_grad, bias_grad, *[None] * 5
+                return weighted_sum(list(grads.values()), ctx.saved_tensors), *[None] * 7
+            return *recompute(plan, grads, ctx.needs_input_grad[:3], *ctx.saved_tensors), *[None] * 5
 
 
 def weighted_sum(coefficients: list[Tensor], vectors: tuple[Tensor, ...]) -> Tensor:
@@ -388,7 +383,7 @@ def recompute(
     for cols in blocks(weight.shape[0], plan.cols):
         block = weight[cols].to(hidden.dtype)
         direct = weight_grad is not None and weight_grad.dtype == normals.dtype
-        block_grad = None
+        block_grad: Tensor | None = None
         for rows in blocks(len(hidden), plan.rows):
             z = logits(policy, rows, cols, plan)
             slope = softcap_slope(z, plan)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tbpo_ray.errors import InputError
+from tbpo_ray.objectives.baseline import StateBaseline
 from tbpo_ray.objectives.build import build_baseline
 
 
@@ -105,18 +106,19 @@ def gate_metrics(gate: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
 
 
 def build_state_baseline(
-    section: Mapping[str, Any] | None, hidden_size: int
+    section: Mapping[str, Any] | StateBaseline | None, hidden_size: int
 ) -> LearnedBaseline | MixedBaseline | None:
     """The head of an `objective.state_baseline` section, None when its kind has nothing to learn.
 
     Args:
-        section: {kind, hidden, ...}; an absent kind is `learned`.
+        section: {kind, hidden, ...}, an absent kind being `learned`; or `Objective.state_baseline`,
+            where an absent kind is the objective's own.
         hidden_size: H of the backbone.
 
     Raises:
         InputError: an unknown kind or key, or a value out of range.
     """
-    spec = build_baseline(section, "learned")
+    spec = section if isinstance(section, StateBaseline) else build_baseline(section, "learned")
     if spec.kind == "learned":
         return LearnedBaseline(hidden_size, spec.hidden)
     return MixedBaseline(hidden_size, spec.hidden) if spec.kind == "mixed" else None

@@ -9,7 +9,7 @@ S = sum of r_t over the answer's own tokens, K = sum of the per-token KL(pi_ref 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Params:
     alpha: float = 0.5
     gamma: float = 0.5
     select_ratio: float = 0.3
-    baseline: StateBaseline = StateBaseline()
+    baseline: StateBaseline = field(default_factory=StateBaseline)
 
 
 def tbpo(chosen: Side, rejected: Side, p: Params) -> Tensor:

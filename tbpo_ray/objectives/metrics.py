@@ -4,24 +4,29 @@ Every metric is a mean over pairs (P) or over answer tokens (A: of both answers;
 both answers have), except the quantiles. To average over ranks or micro-batches weight a value by its
 number of pairs or tokens: exact for the means, an approximation for the quantiles and `baseline/std`.
 
-| name                                | mean of                                                             | over |
-|-------------------------------------|---------------------------------------------------------------------|------|
-| `rewards/chosen`, `/rejected`       | implicit reward beta * S, S = sum of r_t (simpo, sepo: beta * mean log pi) | P |
-| `rewards/margin`                    | rewards/chosen - rewards/rejected                                   | P    |
-| `rewards/accuracy`                  | 1 where the margin is positive                                      | P    |
-| `rewards/token_accuracy`            | 1 where u_t < 0 (token-level objectives), else where r_t^w > r_t^l (simpo, sepo: log pi for r) | C |
-| `logps/chosen`, `/rejected`         | log pi of the whole answer, nats                                    | P    |
-| `logps/chosen_drift`, `/rejected_drift` | S: log pi - log pi_ref of the whole answer, nats                | P    |
-| `logratio/q05`, `/q50`, `/q95`      | quantiles of r_t                                                    | A    |
-| `u/mean`                            | the log model ratio, rejected over chosen, that enters the loss     | C or P |
-| `u/clamped_share`                   | 1 where the generator clamped u                                     | C or P |
-| `baseline/mean`                     | c_t before centring (tdpo: the KL)                                  | A    |
-| `baseline/std`                      | standard deviation of the same                                      | A    |
-| `kl/k3`                             | K3 with rho = pi_ref/pi: estimates KL(pi || pi_ref) from tokens of pi | A  |
-| `entropy`, `kl/exact`               | only from `distribution_metrics`: of the policy; KL(pi_ref || pi)   | A    |
-| `loss/t_reg`                        | the regulariser's part of the loss (t_reg)                          | P    |
+| name                                    | mean of | over |
+|-----------------------------------------|------------------------------|------|
+| `rewards/chosen`, `rewards/rejected`    | implicit reward beta S, S = sum of r_t [1] | P |
+| `rewards/margin`                        | rewards/chosen - rewards/rejected | P |
+| `rewards/accuracy`                      | 1 where the margin is positive | P |
+| `rewards/token_accuracy`                | 1 where u_t < 0; sequence level: where r_t^w > r_t^l [1] | C |
+| `logps/chosen`, `logps/rejected`        | log pi of the whole answer, nats | P |
+| `logps/chosen_drift`, `.../rejected_drift` | S: log pi - log pi_ref of the whole answer, nats | P |
+| `logratio/q05`, `/q50`, `/q95`          | quantiles of r_t | A |
+| `u/mean`                                | log model ratio, rejected over chosen, before clamping | C or P |
+| `u/clamped_share`                       | 1 where the generator clamped u | C or P |
+| `baseline/mean`                         | c_t before centring (tdpo: the KL) | A |
+| `baseline/std`                          | standard deviation of the same | A |
+| `kl/k3`                                 | K3 with rho = pi_ref/pi, an estimate of KL(pi || pi_ref) | A |
+| `loss/t_reg`                            | the regulariser's part of the loss (t_reg) | P |
+| `token_nll`                             | -log pi (sft) | A |
+| `entropy`, `kl/exact` [2]               | of the policy; KL(pi_ref || pi) | A |
+| `baseline/gate`, `baseline/gate_std` [3] | the mixed baseline's gate; its standard deviation | A |
 
-`sft` has `logps/chosen` and `token_nll` (mean over A of -log pi) and, given a reference, the chosen drift.
+[1] `simpo` and `sepo`, which have no reference, read log pi for r_t and length-normalise.
+[2] From `distribution_metrics`, given what `token_log_probs` returned. [3] From `MixedBaseline.metrics`.
+
+`sft` has `logps/chosen`, `token_nll` and, given a reference, `logps/chosen_drift`.
 Pairs without tokens count as zeros.
 """
 

@@ -46,9 +46,9 @@ def token_log_probs(
     mask: Tensor,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
-    *,
-    want: tuple[str, ...] = ("logp",),
+    want: tuple[str, ...] | None = None,
     block_tokens: int | None = None,
+    *,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -74,7 +74,8 @@ def token_log_probs(
         labels: token ids; what stands outside the mask is not read. [..., T] int
         mask: which tokens to compute. [..., T] bool
         ref_hidden, ref_weight: the reference's; ref_weight None means the same layer. [..., T, H'], [V, H']
-        want: outputs, any of logp, entropy, kl, k3, ref_logp; the last three need the reference.
+        want: outputs, any of logp, entropy, kl, k3, ref_logp; the last three need the reference. By
+            default logp and entropy, and kl where there is a reference.
         block_tokens: tokens in a block; by default 2,048.
         bias, ref_bias: [V], where the output layers have one.
         softcap: cap of the logits (Gemma's `final_logit_softcapping`), for both models.
@@ -89,6 +90,8 @@ def token_log_probs(
         InputError: shapes that disagree, an unknown output, a missing reference, a label outside the
             vocabulary (CPU only: on a device the check would wait for it).
     """
+    if want is None:
+        want = ("logp", "entropy") if ref_hidden is None else ("logp", "entropy", "kl")
     check(hidden, weight, labels, mask, ref_hidden, ref_weight, want, no_grad, samples, softcap, logit_scale)
     mask = mask.to(torch.bool)
     selected = mask.reshape(-1).nonzero().squeeze(1)
@@ -96,7 +99,7 @@ def token_log_probs(
     ids = labels.reshape(-1).index_select(0, selected).long()
     if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < weight.shape[0]:
         raise InputError(
-            f"labels: {ids.min()} to {ids.max()} where the mask is true; 0 to {weight.shape[0] - 1} (weight's rows)"
+            f"labels: {ids.min()} to {ids.max()} where the mask is true; 0 to {weight.shape[0] - 1}"
         )
     ref_flat = None
     if any(name in NEED_REFERENCE for name in want):

@@ -96,7 +96,10 @@ def clean_side(scores: TokenScores, side: str, needed: tuple[str, ...]) -> Side:
     if missing:
         raise InputError(*missing)
     mask = fields["mask"].to(torch.bool)
-    return Side(mask=mask, **{name: masked(fields[name], mask) for name in FIELDS if name != "mask"})
+    logps = masked(fields["logps"], mask)
+    assert logps is not None
+    optional = {name: masked(fields[name], mask) for name in ("ref_logps", "baseline", "weights")}
+    return Side(logps=logps, mask=mask, **optional)
 
 
 def check_shapes(fields: dict[str, Tensor | None], shape: torch.Size, side: str) -> None:
