@@ -169,12 +169,13 @@ def _logistic_fit(design: Floats, y: Floats) -> tuple[Floats, Floats]:
         return (design * (p * (1 - p))[:, None]).T @ design + RIDGE * np.eye(design.shape[1])
 
     start = np.zeros(design.shape[1])
-    theta = minimize(objective, start, jac=True, hess=curvature, method="trust-exact", tol=1e-9).x
+    theta: Floats = minimize(objective, start, jac=True, hess=curvature, method="trust-exact", tol=1e-9).x
     p = _sigmoid(design @ theta)
     variance = p * (1 - p)
     prior = Z**2 * float(variance.mean())
     dispersion = (float(((y - p) ** 2).sum()) + prior) / (float(variance.sum()) + prior)
-    return theta, dispersion * np.linalg.inv(curvature(theta))
+    covariance: Floats = dispersion * np.linalg.inv(curvature(theta))
+    return theta, covariance
 
 
 def _sigmoid(x: Floats) -> Floats:

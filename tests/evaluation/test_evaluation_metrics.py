@@ -165,7 +165,24 @@ def test_self_bleu_is_sacrebleus():
     import sacrebleu
 
     rng = random.Random(0)
-    words = "the a cat, dog. sat on mat 1,000 3.5 x-y 7-8 (hi) &quot; &lt;b&gt; don't! end".split()
+    words = [
+        "the",
+        "a",
+        "cat,",
+        "dog.",
+        "sat",
+        "on",
+        "mat",
+        "1,000",
+        "3.5",
+        "x-y",
+        "7-8",
+        "(hi)",
+        "&quot;",
+        "&lt;b&gt;",
+        "don't!",
+        "end",
+    ]
     prompts = [
         [" ".join(rng.choices(words, k=rng.randint(0, 9))) for _ in range(rng.randint(2, 5))]
         for _ in range(100)
