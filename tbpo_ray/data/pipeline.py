@@ -37,7 +37,7 @@ def run_chunks(job: BuildJob, folder: str) -> Iterator[ChunkResult]:
             read, batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS, fn_kwargs={"folder": folder}
         )
         results = chunks.map_batches(
-            _prepare,
+            work,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=TOKENIZE_CPUS,

@@ -1,0 +1,151 @@
+"""Random reads of prepared pairs by id, with further columns joined from folders of equal shape.
+
+The unit of a read is a Parquet row group; decoded groups are kept up to a number of bytes, so that small data
+is decoded once and large data stays on disk.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.shards import TOKEN_COLUMNS, Prepared
+from tbpo_ray.errors import InputError
+
+CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that go through the model together on one rank; `n` of them, 0 where the step has no more.
+
+    `index` runs from 0 to `count - 1` within `step`, the same on every rank; `pairs_in_step` counts the pairs
+    of all ranks. Token columns are `n` arrays [tokens] int32; `extras` maps each joined column to `n` arrays
+    [tokens] float32.
+    """
+
+    step: int
+    index: int
+    count: int
+    pairs_in_step: int
+    pair_ids: np.ndarray
+    prompt_ids: list[np.ndarray]
+    chosen_ids: list[np.ndarray]
+    rejected_ids: list[np.ndarray]
+    extras: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass
+class _File:
+    parquet: Any
+    columns: tuple[str, ...]
+    group_starts: np.ndarray
+    """First row of each row group, and the number of rows last."""
+
+
+class PairReader:
+    """Reads pairs by id.
+
+    Args:
+        prepared: the pairs.
+        extra_dirs: folders with Parquet files named as the shards, row by row beside them; all their list
+            columns are joined.
+        cache_bytes: most bytes of decoded row groups to keep.
+
+    Raises:
+        InputError: when an extra folder does not match the shards.
+    """
+
+    def __init__(self, prepared: Prepared, extra_dirs: Sequence[str] = (), cache_bytes: int = CACHE_BYTES):
+        self._folders = [Path(prepared.path), *map(Path, extra_dirs)]
+        self._shards = prepared.shards
+        self._starts = prepared.starts()
+        self._files: dict[tuple[int, int], _File] = {}
+        self._groups: OrderedDict[tuple[int, int, int], dict[str, tuple[np.ndarray, np.ndarray]]] = (
+            OrderedDict()
+        )
+        self._bytes, self._limit = 0, cache_bytes
+        self.extra_columns = tuple(
+            name for index in range(1, len(self._folders)) for name in self._file(index, 0).columns
+        )
+
+    def fetch(self, pair_ids: np.ndarray) -> dict[str, list[np.ndarray]]:
+        """Columns of these pairs, in their order: name -> one array per pair."""
+        out: dict[str, list[Any]] = {
+            name: [None] * len(pair_ids) for name in (*TOKEN_COLUMNS, *self.extra_columns)
+        }
+        # In the order of the shards, so that each row group is decoded once even if little is kept.
+        for at in np.argsort(pair_ids, kind="stable"):
+            shard = int(np.searchsorted(self._starts, pair_ids[at], side="right")) - 1
+            row = int(pair_ids[at] - self._starts[shard])
+            for folder in range(len(self._folders)):
+                starts = self._file(folder, shard).group_starts
+                group = int(np.searchsorted(starts, row, side="right")) - 1
+                local = row - int(starts[group])
+                for name, (offsets, values) in self._group(folder, shard, group).items():
+                    out[name][at] = values[offsets[local] : offsets[local + 1]]
+        return out
+
+    def micro_batches(
+        self, schedule: Schedule, rank: int, world: int, first: int, last: int
+    ) -> list[MicroBatch]:
+        """A rank's micro-batches of the steps `first` to `last - 1`, read together."""
+        plan = [(step, schedule.micro_batches(step, rank, world)) for step in range(first, last)]
+        ids = [part for _, parts in plan for part in parts]
+        columns = self.fetch(np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64))
+        out, at = [], 0
+        for step, parts in plan:
+            pairs_in_step = len(schedule.step_pairs(step))
+            for index, part in enumerate(parts):
+                here = {name: values[at : at + len(part)] for name, values in columns.items()}
+                tokens = {name: here.pop(name) for name in TOKEN_COLUMNS}
+                out.append(MicroBatch(step, index, len(parts), pairs_in_step, part, **tokens, extras=here))
+                at += len(part)
+        return out
+
+    def _file(self, folder: int, shard: int) -> _File:
+        if (folder, shard) not in self._files:
+            import pyarrow.parquet as pq
+
+            name, pairs = self._shards[shard]
+            path = self._folders[folder] / name
+            if not path.is_file():
+                raise InputError(f"{path}: missing, though the prepared pairs have a shard of this name")
+            parquet = pq.ParquetFile(path, memory_map=True)
+            meta = parquet.metadata
+            if meta.num_rows != pairs:
+                raise InputError(f"{path}: {meta.num_rows} rows beside {pairs} pairs; delete its folder")
+            sizes = [meta.row_group(index).num_rows for index in range(meta.num_row_groups)]
+            import pyarrow as pa
+
+            lists = tuple(item.name for item in parquet.schema_arrow if pa.types.is_list(item.type))
+            columns = TOKEN_COLUMNS if folder == 0 else lists
+            self._files[folder, shard] = _File(parquet, columns, np.cumsum([0, *sizes]))
+        return self._files[folder, shard]
+
+    def _group(self, folder: int, shard: int, group: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        key = (folder, shard, group)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        file = self._file(folder, shard)
+        table = file.parquet.read_row_group(group, columns=list(file.columns), use_threads=False)
+        columns = {}
+        for name in file.columns:
+            array = table.column(name).combine_chunks()
+            columns[name] = (array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False))
+        self._groups[key] = columns
+        self._bytes += _size(columns)
+        while self._bytes > self._limit and len(self._groups) > 1:
+            self._bytes -= _size(self._groups.popitem(last=False)[1])
+        return columns
+
+
+def _size(columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
+    return sum(offsets.nbytes + values.nbytes for offsets, values in columns.values())

@@ -1,0 +1,131 @@
+"""The order of training: which pairs make up each optimizer step, and who holds which of them.
+
+Which pairs are in a step depends on the seed and the epoch alone; the number of workers decides only how a
+step's pairs are dealt out. Every pair comes exactly once in an epoch, the remainder as a smaller last step.
+Any position is found by arithmetic on a permutation, so a run resumes anywhere without replaying. NumPy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+_WINDOW_STEPS = 16
+"""Pairs are sorted by length within windows of this many steps (or micro-batches, if those are more)."""
+
+
+class Schedule:
+    """Steps and micro-batches over `N` prepared pairs.
+
+    Args:
+        lengths: tokens of prompt, chosen and rejected: [N, 3] int32.
+        seed: of the permutations.
+        pairs_per_step: pairs in an optimizer step, over all workers.
+        micro_batch_pairs: most pairs in a micro-batch.
+        length_batches: put pairs of like length into the same step's micro-batches.
+        epochs: passes over the data, a part of one allowed.
+        max_steps: number of steps instead of `epochs`.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        seed: int,
+        pairs_per_step: int,
+        micro_batch_pairs: int,
+        length_batches: bool = True,
+        epochs: float = 1.0,
+        max_steps: int | None = None,
+    ):
+        if len(lengths) == 0:
+            raise ValueError("a schedule needs at least one pair")
+        self.params: dict[str, Any] = {
+            "seed": seed,
+            "pairs_per_step": pairs_per_step,
+            "micro_batch_pairs": micro_batch_pairs,
+            "length_batches": length_batches,
+            "epochs": epochs,
+            "max_steps": max_steps,
+        }
+        """Everything but `lengths`, to build an equal schedule elsewhere."""
+        self.pairs = len(lengths)
+        self.pairs_per_step, self.micro_batch_pairs = pairs_per_step, micro_batch_pairs
+        self._seed, self._length_batches = seed, length_batches
+        self._tokens = np.asarray(lengths).sum(axis=1, dtype=np.int32)
+        self.tokens_per_pair = float(self._tokens.mean())
+        """Mean tokens of a prompt and its two answers."""
+        self.steps_per_epoch = -(-self.pairs // pairs_per_step)
+        self.steps_total = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Pair ids in the order in which steps of this epoch are filled: [N] int64."""
+        if epoch not in self._orders:
+            self._orders[epoch] = self._permute(epoch)
+            while len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def step_pairs(self, step: int) -> np.ndarray:
+        """Ids of the pairs of an optimizer step, counted from 0: at most [pairs_per_step] int64."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self.epoch_order(epoch)[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
+
+    def pairs_before(self, step: int) -> int:
+        """How many pairs were seen when `step` steps are done."""
+        epochs, index = divmod(step, self.steps_per_epoch)
+        return epochs * self.pairs + min(index * self.pairs_per_step, self.pairs)
+
+    def micro_batches(self, step: int, rank: int, world: int) -> list[np.ndarray]:
+        """A rank's micro-batches of a step, each at most [micro_batch_pairs] int64.
+
+        Every rank has equally many (an empty one where pairs run out), shares differ by at most one pair, and
+        micro-batches with the same index hold pairs of like length on all ranks.
+        """
+        ids = self.step_pairs(step)
+        if self._length_batches:
+            ids = ids[np.lexsort((ids, self._tokens[ids]))]
+        shares = [len(ids) // world + (r < len(ids) % world) for r in range(world)]
+        count = -(-shares[0] // self.micro_batch_pairs)
+        out, at = [], 0
+        for index in range(count):
+            # The ranks take turns in holding the longest pairs.
+            order = range(world) if index % 2 == 0 else range(world - 1, -1, -1)
+            for r in order:
+                size = shares[r] // count + (index < shares[r] % count)
+                if r == rank:
+                    out.append(ids[at : at + size])
+                at += size
+        return out
+
+    def padding_share(self, steps: int = 64, world: int = 1) -> float:
+        """Share of padding in micro-batches padded to their longest pair, over the first `steps` steps."""
+        real = padded = 0
+        for step in range(min(steps, self.steps_total)):
+            for rank in range(world):
+                for ids in self.micro_batches(step, rank, world):
+                    if len(ids):
+                        real += int(self._tokens[ids].sum())
+                        padded += int(self._tokens[ids].max()) * len(ids)
+        return 1 - real / padded
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(self.pairs)
+        group = min(self.micro_batch_pairs, self.pairs_per_step)
+        whole = self.pairs // group * group
+        if not self._length_batches or whole == 0:
+            return order
+        # Sort by length inside windows, cut into groups of like length, and shuffle the groups. The pairs
+        # that fill no group were drawn by the permutation, so they are of any length.
+        window = max(_WINDOW_STEPS * self.pairs_per_step, _WINDOW_STEPS * group) // group * group
+        ranked = order[:whole].copy()
+        for start in range(0, whole, window):
+            part = ranked[start : start + window]
+            ranked[start : start + window] = part[np.argsort(self._tokens[part], kind="stable")]
+        groups = ranked.reshape(-1, group)
+        return np.concatenate([groups[rng.permutation(len(groups))].reshape(-1), order[whole:]])

@@ -1,0 +1,267 @@
+"""The training stream: each rank's micro-batches, in order, from any step, through Ray Data.
+
+:class:`StreamConfig` is asked by Ray Train at every start of a worker group, with the number of workers that
+it really has, and gives each rank a pipeline of its own that begins at the newest checkpoint: resuming and
+resizing need nothing more. Reading happens in light Ray Data tasks beside the rank; a rank reads ahead in the
+background, a bounded amount. :func:`local_micro_batches` is the same stream without Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import ray.train
+from ray.data import DataIterator, ExecutionOptions, ExecutionResources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tbpo_ray.data.pipeline import quiet_data_context
+from tbpo_ray.data.reader import MicroBatch, PairReader
+from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.shards import TOKEN_COLUMNS, Prepared
+
+__all__ = ["MicroBatch", "StreamConfig", "iter_micro_batches", "local_micro_batches", "stream_datasets"]
+
+READ_CPUS = 0.1
+WINDOW_BYTES, WINDOW_STEPS = 4 * 2**20, 64
+"""A read covers consecutive steps of at most about so many bytes of tokens on a rank, and so many steps."""
+_HEAD = ("step", "index", "count", "pairs_in_step")
+
+
+class StreamConfig(ray.train.DataConfig):
+    """Ray Train's data configuration: one exactly ordered pipeline for each rank.
+
+    Args:
+        prepared: the pairs.
+        schedule: their order.
+        start_step: called at each start of a worker group, where it may read the newest checkpoint; returns
+            the step that training goes on with. Has to be serialisable.
+        extra_dirs: folders whose columns are joined to the pairs (see :class:`PairReader`).
+        read_tasks: most reading tasks at once for a rank.
+        buffer_bytes: most bytes that a rank's pipeline holds in the object store.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        schedule: Schedule,
+        start_step: Callable[[], int] = int,
+        extra_dirs: Sequence[str] = (),
+        read_tasks: int = 1,
+        buffer_bytes: int = 128 * 2**20,
+    ):
+        super().__init__(datasets_to_split=[])
+        self._path, self._schedule_params = prepared.path, schedule.params
+        self._window = window_steps(schedule)
+        self._steps_total = schedule.steps_total
+        self._start_step = start_step
+        self._extra_dirs = list(extra_dirs)
+        self._read_tasks, self._buffer_bytes = read_tasks, buffer_bytes
+
+    def configure(
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: list[Any] | None,
+        worker_node_ids: list[str] | None,
+        **kwargs: Any,
+    ) -> list[dict[str, DataIterator]]:
+        """One `{name: iterator}` for each rank; called by Ray Train."""
+        start = self._start_step()
+        nodes = worker_node_ids or [None] * world_size  # type: ignore[list-item]
+        return [
+            {name: self._rank_iterator(rank, world_size, start, nodes[rank]) for name in datasets}
+            for rank in range(world_size)
+        ]
+
+    def _rank_iterator(self, rank: int, world: int, start: int, node: str | None) -> DataIterator:
+        # A rank's share of a window shrinks with the number of ranks, so windows may grow with it.
+        size = min(self._window * world, WINDOW_STEPS)
+        windows = [
+            {"first": first, "last": min(first + size, self._steps_total)}
+            for first in range(start, self._steps_total, size)
+        ] or [{"first": start, "last": start}]
+        options: dict[str, Any] = {"num_cpus": READ_CPUS, "concurrency": self._read_tasks}
+        if node is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+        with quiet_data_context() as context:
+            context.target_max_block_size = 1  # a window is a block
+            context.execution_options = ExecutionOptions(
+                preserve_order=True,
+                resource_limits=ExecutionResources(object_store_memory=self._buffer_bytes),
+            )
+            source = ray.data.from_items(windows, override_num_blocks=min(len(windows), 256))
+            read = source.map_batches(
+                cast(Any, _read_window),
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs={
+                    "path": self._path,
+                    "params": self._schedule_params,
+                    "extra_dirs": self._extra_dirs,
+                    "rank": rank,
+                    "world": world,
+                },
+                **options,
+            )
+            return read.iterator()
+
+
+def stream_datasets(config: StreamConfig) -> dict[str, Any]:
+    """What `TorchTrainer(datasets=..., dataset_config=...)` takes for a :class:`StreamConfig`."""
+    return {"datasets": {"train": ray.data.range(1)}, "dataset_config": config}
+
+
+def window_steps(schedule: Schedule) -> int:
+    """Steps that one read covers on a single rank."""
+    bytes_per_step = 4 * schedule.tokens_per_pair * min(schedule.pairs_per_step, schedule.pairs)
+    return max(1, min(WINDOW_STEPS, int(WINDOW_BYTES / bytes_per_step)))
+
+
+def local_micro_batches(
+    prepared: Prepared,
+    schedule: Schedule,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    extra_dirs: Sequence[str] = (),
+) -> Iterator[MicroBatch]:
+    """The same stream, read in this process."""
+    reader = PairReader(prepared, extra_dirs)
+    size = min(window_steps(schedule) * world, WINDOW_STEPS)
+    for first in range(start_step, schedule.steps_total, size):
+        yield from reader.micro_batches(schedule, rank, world, first, min(first + size, schedule.steps_total))
+
+
+class iter_micro_batches(Iterator[MicroBatch]):
+    """Micro-batches of a rank's :class:`DataIterator`, read ahead by a thread that starts at once.
+
+    Args:
+        data_iterator: what `ray.train.get_dataset_shard("train")` returns under :class:`StreamConfig`.
+        prefetch: most micro-batches to hold ready.
+    """
+
+    def __init__(self, data_iterator: DataIterator, prefetch: int = 128):
+        self._ready: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(maxsize=prefetch)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(data_iterator,), daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> MicroBatch:
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, MicroBatch):
+            return item
+        self._closed.set()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """Stop reading ahead; the pipeline ends with it."""
+        self._closed.set()
+
+    def _fill(self, data_iterator: DataIterator) -> None:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        try:
+            for table in data_iterator.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=1
+            ):
+                for micro in decode(cast(pa.Table, table)):
+                    if not self._put(micro):
+                        return
+            self._put(None)
+        except BaseException as error:  # handed over, and raised where the stream is read
+            self._put(error)
+
+    def _put(self, item: MicroBatch | BaseException | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+def encode(micro_batches: list[MicroBatch]) -> pa.Table:
+    """One row per micro-batch; token columns are lists of lists."""
+    first = micro_batches[0]
+    sizes = np.cumsum([0, *(len(micro.pair_ids) for micro in micro_batches)], dtype=np.int32)
+    ids = np.concatenate([micro.pair_ids for micro in micro_batches]).astype(np.int64)
+    columns: dict[str, Any] = {name: [getattr(micro, name) for micro in micro_batches] for name in _HEAD}
+    columns["pair_ids"] = pa.ListArray.from_arrays(sizes, ids)
+    for name in TOKEN_COLUMNS:
+        columns[name] = _nested([getattr(micro, name) for micro in micro_batches], sizes, np.int32)
+    for name in first.extras:
+        columns[name] = _nested([micro.extras[name] for micro in micro_batches], sizes, np.float32)
+    return pa.table(columns)
+
+
+def decode(table: pa.Table) -> Iterator[MicroBatch]:
+    """The micro-batches of :func:`encode`'s rows; arrays are views of the table."""
+    if not table.num_rows or "step" not in table.column_names:
+        return
+    table = table.combine_chunks()
+    heads = [table.column(name).to_pylist() for name in _HEAD]
+    extras = [name for name in table.column_names if name not in (*_HEAD, "pair_ids", *TOKEN_COLUMNS)]
+    ids = table.column("pair_ids").chunk(0)
+    bounds, values = ids.offsets.to_numpy(), ids.values.to_numpy()
+    lists = {name: _unnest(table.column(name).chunk(0)) for name in (*TOKEN_COLUMNS, *extras)}
+    for row in range(table.num_rows):
+        step, index, count, pairs_in_step = (head[row] for head in heads)
+        pairs = int(bounds[row + 1] - bounds[row])
+        cut = {name: _cut(*nested, row, pairs) for name, nested in lists.items()}
+        yield MicroBatch(
+            step,
+            index,
+            count,
+            pairs_in_step,
+            values[bounds[row] : bounds[row + 1]],
+            *(cut.pop(name) for name in TOKEN_COLUMNS),
+            extras=cut,
+        )
+
+
+def _nested(lists: list[list[np.ndarray]], sizes: np.ndarray, dtype: type) -> pa.ListArray:
+    flat = [array for group in lists for array in group]
+    offsets = np.cumsum([0, *map(len, flat)], dtype=np.int32)
+    values = np.concatenate(flat).astype(dtype, copy=False) if flat else np.zeros(0, dtype)
+    return pa.ListArray.from_arrays(sizes, pa.ListArray.from_arrays(offsets, values))
+
+
+def _unnest(outer: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    inner = outer.values
+    return outer.offsets.to_numpy(), inner.offsets.to_numpy(), inner.values.to_numpy()
+
+
+def _cut(outer: np.ndarray, inner: np.ndarray, values: np.ndarray, row: int, pairs: int) -> list[np.ndarray]:
+    start = int(outer[row])
+    return [values[inner[at] : inner[at + 1]] for at in range(start, start + pairs)]
+
+
+def _read_window(
+    batch: pa.Table, path: str, params: dict[str, Any], extra_dirs: list[str], rank: int, world: int
+) -> pa.Table:
+    window = batch.to_pylist()[0]
+    if window["first"] == window["last"]:
+        return pa.table({"end": [True]})
+    reader, schedule = _open(path, tuple(sorted(params.items())), tuple(extra_dirs))
+    return encode(reader.micro_batches(schedule, rank, world, window["first"], window["last"]))
+
+
+@lru_cache(maxsize=2)
+def _open(
+    path: str, params: tuple[tuple[str, Any], ...], extra_dirs: tuple[str, ...]
+) -> tuple[PairReader, Schedule]:
+    """Reader and schedule, once in a reading process."""
+    prepared = Prepared.load(path)
+    return PairReader(prepared, extra_dirs), Schedule(prepared.lengths(), **dict(params))
