@@ -380,9 +380,10 @@ def recompute(
         weight_grad = torch.empty_like(weight)
     bias_grad = torch.zeros_like(bias) if needs[2] and bias is not None else None
 
+    direct = hidden.dtype == weight.dtype == normals.dtype  # products can be written where they belong
+
     for cols in blocks(weight.shape[0], plan.cols):
         block = weight[cols].to(hidden.dtype)
-        direct = weight_grad is not None and weight_grad.dtype == normals.dtype
         block_grad: Tensor | None = None
         for rows in blocks(len(hidden), plan.rows):
             z = logits(policy, rows, cols, plan)
@@ -409,7 +410,7 @@ def recompute(
                 continue
             if block_grad is not None:
                 add_product(block_grad, dz.t(), hidden[rows])
-            elif direct and dz.dtype == weight_grad.dtype:
+            elif direct:
                 block_grad = torch.mm(dz.t(), hidden[rows], out=weight_grad[cols])
             else:
                 block_grad = product(dz.t(), hidden[rows])

@@ -107,7 +107,8 @@ def sepo(chosen: Side, rejected: Side, p: Params) -> Tensor:
     high = top_tokens(chosen.weights, chosen.mask, p.select_ratio)
     low = top_tokens(-rejected.weights, rejected.mask, p.select_ratio)
     u = p.beta * (masked_mean(rejected.logps, low) - masked_mean(chosen.logps, high))
-    return u + 0 * (chosen.weights + rejected.weights).detach().sum(-1)  # a NaN score must not rank silently
+    read = chosen.weights + rejected.weights + chosen.logps + rejected.logps
+    return u + 0 * read.detach().sum(-1)  # a NaN that was ranked, or not selected, must not pass silently
 
 
 def top_tokens(scores: Tensor, mask: Tensor, ratio: float) -> Tensor:

@@ -1,0 +1,156 @@
+"""Bad configuration and bad input are named, never a silent number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_scores
+
+from tbpo_ray.errors import InputError
+from tbpo_ray.objectives import (
+    OBJECTIVES,
+    build_objective,
+    contrastive_weights,
+    distribution_metrics,
+    oracle_scores,
+    self_rewards,
+)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, ["objective.name", "None", "tbpo_q"]),
+        ({"name": "tbpo_qq"}, ["objective.name", "'tbpo_qq'", "did you mean tbpo_q?"]),
+        ({"name": "dpo", "bata": 1}, ["objective.bata", "did you mean beta?"]),
+        ({"name": "dpo", "beta": 0}, ["objective.beta", "0", "above 0"]),
+        ({"name": "dpo", "beta": "big"}, ["objective.beta", "'big'"]),
+        ({"name": "dpo", "beta": float("inf")}, ["objective.beta", "inf"]),
+        ({"name": "dpo", "label_smoothing": 0.7}, ["objective.label_smoothing", "0.7", "0.5"]),
+        ({"name": "sft", "label_smoothing": 0.1}, ["objective.label_smoothing", "sft"]),
+        ({"name": "sepo", "select_ratio": 0}, ["objective.select_ratio", "0"]),
+        ({"name": "tdpo2", "alpha": -1}, ["objective.alpha", "-1"]),
+        ({"name": "bpo", "bregman": {"lam": -1}}, ["objective.bregman.lam", "-1", "above -1"]),
+        ({"name": "bpo", "bregman": {"generator": "x"}}, ["objective.bregman.generator", "'x'"]),
+        ({"name": "bpo", "bregman": {"lamb": 1}}, ["objective.bregman.lamb", "did you mean lam?"]),
+        ({"name": "bpo", "bregman": "sba"}, ["objective.bregman", "'sba'", "mapping"]),
+        ({"name": "tbpo_q", "state_baseline": {"kind": "kl"}}, ["state_baseline.kind", "'kl'", "exact_kl"]),
+        ({"name": "tbpo_q", "state_baseline": {"center": 1}}, ["state_baseline.center", "true or false"]),
+        ({"name": "tbpo_q", "state_baseline": {"clip": 0}}, ["state_baseline.clip", "above 0"]),
+        ({"name": "tbpo_q", "state_baseline": {"samples": 0}}, ["state_baseline.samples", "1 or more"]),
+        ({"name": "tbpo_q", "state_baseline": {"hidden": -1}}, ["state_baseline.hidden", "0 or more"]),
+        ({"name": "tbpo_q", "state_baseline": {"lr": 0}}, ["state_baseline.lr", "above 0"]),
+        ({"name": "tbpo_q", "state_baseline": {"width": 9}}, ["state_baseline.width", "unknown key"]),
+    ],
+)
+def test_bad_configuration(section: dict, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        build_objective(section)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_every_fault_is_told_at_once() -> None:
+    with pytest.raises(InputError) as error:
+        build_objective({"name": "tbpo_q", "state_baseline": {"clip": -1, "hidden": -1}})
+    assert len(error.value.faults) == 2
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_configuration_serves_every_name(name: str) -> None:
+    section = {
+        "name": name,
+        "beta": None,
+        "label_smoothing": 0.0,
+        "alpha": None,
+        "gamma": 0.5,
+        "select_ratio": 0.3,
+        "bregman": {"generator": "sba", "lam": 0.0, "scale": 4.0},
+        "state_baseline": {
+            "kind": None,
+            "center": False,
+            "clip": None,
+            "detach": False,
+            "samples": 4,
+            "lr": 1e-3,
+            "hidden": 1024,
+        },
+    }
+    objective = build_objective(section)
+    assert objective.name == name and name in repr(objective)
+    assert objective.params.beta == (2.0 if name in ("simpo", "sepo") else 0.1)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_shapes_that_disagree_and_missing_fields(name: str) -> None:
+    objective = build_objective({"name": name})
+    scores = random_scores()
+    scores.chosen_mask = scores.chosen_mask[:, :-1]
+    with pytest.raises(InputError, match=r"chosen_mask: shape \(5, 6\), expected \(5, 7\)"):
+        objective(scores)
+    scores = random_scores()
+    for field in ("ref_logps", "baseline", "weights"):
+        setattr(scores, f"chosen_{field}", None)
+    if name in ("simpo", "sft"):
+        objective(scores)
+        return
+    with pytest.raises(InputError, match=r"chosen_(ref_logps|weights): None"):
+        objective(scores)
+
+
+def test_scores_of_three_dimensions() -> None:
+    scores = random_scores()
+    for name, value in vars(scores).items():
+        setattr(scores, name, value[None])
+    with pytest.raises(InputError, match="two dimensions"):
+        build_objective({"name": "dpo"})(scores)
+
+
+def test_check_names_the_nan() -> None:
+    scores = random_scores(grad=False)
+    objective = build_objective({"name": "tbpo_q"})
+    objective.check(scores)
+    scores.rejected_logps[~scores.rejected_mask] = float("nan")
+    objective.check(scores)
+    scores.rejected_logps[2, 0] = float("nan")
+    scores.chosen_baseline[1, 0] = float("nan")
+    with pytest.raises(InputError) as error:
+        objective.check(scores)
+    assert len(error.value.faults) == 2
+    assert "chosen_baseline: nan at pair 1, token 0" in error.value.faults[0]
+    assert "rejected_logps: nan at pair 2, token 0 (1 in all)" in error.value.faults[1]
+
+
+def test_clamped_share_and_quantiles_of_long_batches() -> None:
+    scores = random_scores(pairs=40, tokens=30)
+    scores.chosen_logps = scores.chosen_logps.detach() * 1e4
+    out = build_objective({"name": "tbpo_q", "beta": 0.1})(scores)
+    both = scores.chosen_mask & scores.rejected_mask
+    ratio = scores.chosen_logps - scores.chosen_ref_logps
+    c = scores.rejected_baseline - scores.chosen_baseline
+    u = 0.1 * (scores.rejected_logps - scores.rejected_ref_logps - ratio + c)
+    assert out.metrics["u/clamped_share"].item() == pytest.approx((u[both].abs() > 30).double().mean().item())
+    rejected = (scores.rejected_logps - scores.rejected_ref_logps)[scores.rejected_mask]
+    every = torch.cat([ratio[scores.chosen_mask], rejected])
+    for name, q in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
+        torch.testing.assert_close(out.metrics[f"logratio/{name}"], every.quantile(q))
+
+
+def test_token_weights_of_two_models() -> None:
+    plus, minus = torch.tensor([[-1.0, -1.0, -5.0]]), torch.tensor([[-1.0, -4.0, -1.0]])
+    chosen = contrastive_weights(plus, minus, chosen=True)
+    torch.testing.assert_close(chosen, torch.tensor([[0.0, 1.5, -0.5]]).exp())
+    rejected = contrastive_weights(plus, minus, chosen=False, k=2.0)
+    torch.testing.assert_close(rejected, 2 * torch.tensor([[0.0, -1.5, 0.5]]).exp())
+    torch.testing.assert_close(oracle_scores(plus, minus), torch.tensor([[0.0, 3.0, -4.0]]))
+    rewards = self_rewards(plus, minus)
+    torch.testing.assert_close(rewards, torch.tensor([[0.0, 3.0, -4.0]]).sigmoid() - 0.5)
+    for estimate in (oracle_scores, self_rewards, lambda a, b: contrastive_weights(a, b, chosen=True)):
+        with pytest.raises(InputError, match="disagree"):
+            estimate(plus, minus[:, :2])
+
+
+def test_distribution_metrics() -> None:
+    masks = {"chosen": torch.tensor([[True, False]]), "rejected": torch.tensor([[True, True]])}
+    entropies = {"chosen": torch.tensor([[1.0, 9.0]]), "rejected": torch.tensor([[2.0, 3.0]])}
+    found = distribution_metrics(entropies, {"chosen": None}, masks)
+    assert found == {"entropy": torch.tensor(2.0)}
