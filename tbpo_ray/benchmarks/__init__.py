@@ -1,0 +1,1 @@
+"""Measurements behind the claims in the README; `jobs/benchmark.py` runs them."""

@@ -1,0 +1,150 @@
+"""Time of a training step of TBPO over one of DPO, on the same batch.
+
+A decoder of plain torch layers, its output layer through `token_log_probs`, the objective, backward and
+RMSprop (for TBPO-Q also the head and its AdamW). Every objective gets the very same tokens: the dead tail
+that TBPO could cut is left in, so that the ratio is about the objective alone.
+
+Shapes: B pairs, T answer tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbpo_ray.objectives import TokenScores, build_objective, build_state_baseline, token_log_probs
+
+VARIANTS: dict[str, dict] = {
+    "dpo": {"name": "dpo"},
+    "tbpo_q": {"name": "tbpo_q"},
+    "tbpo_a k3": {"name": "tbpo_a", "state_baseline": {"kind": "k3"}},
+    "tbpo_a exact_kl": {"name": "tbpo_a"},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model and the batch."""
+
+    pairs: int = 8
+    prompt: int = 64
+    answer: int = 64
+    hidden: int = 256
+    layers: int = 4
+    vocab: int = 32_000
+    device: str = "cpu"
+
+
+QUICK = Size(pairs=4, prompt=16, answer=32, hidden=128, layers=2, vocab=8_000)
+CUDA = Size(pairs=16, prompt=256, answer=256, hidden=2048, layers=8, vocab=128_256, device="cuda")
+
+
+class Decoder(nn.Module):
+    """A small causal language model without its output layer: token ids [B, T] to hidden [B, T, H]."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.embed = nn.Embedding(size.vocab, size.hidden)
+        layer = nn.TransformerEncoderLayer(
+            size.hidden, max(1, size.hidden // 64), 4 * size.hidden, dropout=0.0, batch_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, size.layers, enable_nested_tensor=False)
+        self.out = nn.Linear(size.hidden, size.vocab, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
+        return self.body(self.embed(ids), mask=mask, is_causal=True)
+
+
+def make_step(config: dict, size: Size) -> Callable[[], None]:
+    """One optimizer step of an objective on a fixed random batch."""
+    torch.manual_seed(0)
+    policy, reference = Decoder(size).to(size.device), Decoder(size).to(size.device)
+    reference.load_state_dict(policy.state_dict())
+    objective = build_objective(config)
+    head = build_state_baseline(objective.state_baseline, size.hidden) if objective.learned_baseline else None
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.RMSprop(policy.parameters(), lr=1e-6)]
+    if head is not None:
+        head.to(size.device)
+        optimizers.append(torch.optim.AdamW(head.parameters(), lr=objective.state_baseline.lr))
+    ids = torch.randint(size.vocab, (2 * size.pairs, size.prompt + size.answer), device=size.device)
+    labels, inputs = ids[:, size.prompt :], ids[:, :-1]
+    lengths = torch.randint(size.answer // 2, size.answer + 1, (2 * size.pairs, 1), device=size.device)
+    mask = torch.arange(size.answer, device=size.device) < lengths
+    answer = slice(size.prompt - 1, None)
+    with torch.no_grad():
+        ref_hidden = reference(inputs)[:, answer]
+        cached = token_log_probs(ref_hidden, reference.out.weight, labels, mask, want=("logp",)).logp
+
+    def step() -> None:
+        hidden = policy(inputs)[:, answer]
+        live = None
+        if objective.needs_kl:
+            with torch.no_grad():
+                live = reference(inputs)[:, answer]
+        stats = token_log_probs(
+            hidden,
+            policy.out.weight,
+            labels,
+            mask,
+            live,
+            reference.out.weight,
+            want=("logp", "kl") if objective.needs_kl else ("logp",),
+        )
+        c = head(hidden, stats.kl) if head is not None else stats.kl
+        assert stats.logp is not None and cached is not None
+        columns = {"logps": stats.logp, "ref_logps": cached, "mask": mask, "baseline": c}
+        halves = {name: (None, None) if v is None else v.chunk(2) for name, v in columns.items()}
+        sides: dict[str, Any] = {
+            f"{side}_{name}": half[i]
+            for name, half in halves.items()
+            for i, side in enumerate(("chosen", "rejected"))
+        }
+        objective(TokenScores(**sides)).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def run(quick: bool = False) -> dict[str, dict[str, float]]:
+    """Every variant in turns; {variant: {seconds, ratio}}, both medians over rounds.
+
+    A round times each variant once, dpo first and last, and divides by the mean of its two dpo times.
+    """
+    on_cuda = torch.cuda.is_available()
+    size = QUICK if quick else CUDA if on_cuda else Size()
+    rounds = 5 if quick else 15
+    steps = {name: make_step(config, size) for name, config in VARIANTS.items()}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        times = {name: timed(step) for name, step in steps.items()}
+        dpo = (times["dpo"] + timed(steps["dpo"])) / 2
+        for name, value in times.items():
+            seconds[name].append(value)
+            ratios[name].append(value / dpo)
+    return {
+        name: {"seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios[name])}
+        for name in steps
+    }
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
