@@ -1,0 +1,62 @@
+"""A tiny model, prompts for it, and what tells whether engines are left behind."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tbpo_ray.generation.samples import PromptTokens
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    from tbpo_ray.models.tiny import build_tiny
+
+    return str(build_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def prompts() -> list[PromptTokens]:
+    return [PromptTokens(f"p{i}", [1, 3, 300 + i, 4], f"prompt {i}", {"number": i}) for i in range(12)]
+
+
+@pytest.fixture(scope="session")
+def engines_left():
+    """A function that names the actors, engine processes and placement groups still there after a while."""
+    return _engines_left
+
+
+def _engines_left(seconds: float = 20) -> list[str]:
+    import psutil
+    import ray
+
+    end = time.monotonic() + seconds
+    while True:
+        actors = [
+            f"actor {actor['ActorClassName']}"
+            for actor in ray._private.state.actors().values()
+            if actor["State"] != "DEAD"
+            and ("vLLM" in actor["ActorClassName"] or "Telemetry" in actor["ActorClassName"])
+        ]
+        mine = psutil.Process().children(recursive=True)
+        names = [" ".join(process.cmdline()) for process in mine if process.is_running()]
+        engines = [name for name in names if "EngineCore" in name or "vLLM" in name]
+        groups = [
+            f"placement group {key}"
+            for key, group in ray.util.placement_group_table().items()
+            if group["state"] != "REMOVED"
+        ]
+        left = actors + engines + groups
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    import ray
+
+    ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

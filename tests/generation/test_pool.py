@@ -1,0 +1,123 @@
+"""The pool with real vLLM engines under a real Ray."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tbpo_ray.config import GenerationConfig
+from tbpo_ray.errors import RunFailed
+from tbpo_ray.generation.pool import generate
+from tbpo_ray.generation.samples import MANIFEST, PromptTokens, read_parts
+
+pytestmark = pytest.mark.e2e
+
+
+def test_samples_are_the_models_own_resumable_and_the_engines_end(
+    ray_session, engines_left, tiny_model, prompts, tmp_path
+):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    generation = GenerationConfig(max_tokens=8, samples=2, batch_size=5, temperature=0.7)
+    too_long = PromptTokens("long", [5] * 3000, "too long")
+    samples = generate(tiny_model, [*prompts, too_long], generation, output=tmp_path / "out", seed=3)
+    assert engines_left() == []
+    rows = list(samples)
+    assert [(r.prompt_id, r.sample) for r in rows[:3]] == [("p0", 0), ("p0", 1), ("p1", 0)]
+    assert len(rows) == 26 and samples.manifest["failed"] == 2
+    assert all("maximum context length" in r.error and r.finish_reason == "error" for r in rows[-2:])
+    assert all(len(r.token_ids) == len(r.logprobs) and 0 < len(r.token_ids) <= 8 for r in rows[:-2])
+    assert rows[0].token_ids != rows[1].token_ids
+    assert rows[2].metadata == {"number": 1}
+
+    # The log-probs are the model's own, before temperature.
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for r in rows[:4]:
+        ids = torch.tensor([[*r.prompt_token_ids, *r.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits.log_softmax(-1)[0, len(r.prompt_token_ids) - 1 : -1]
+        want = logps.gather(1, torch.tensor(r.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(r.logprobs), want, atol=1e-4, rtol=0)
+
+    # A crash: one part and the end of the manifest are lost. Only that part is sampled again, alike.
+    part = sorted((tmp_path / "out").glob("part-*"))[1]
+    untouched = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("part-*") if p != part}
+    part.unlink()
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest | {"complete": False}))
+    again = generate(tiny_model, [*prompts, too_long], generation, output=tmp_path / "out", seed=3)
+    assert [r.token_ids for r in again] == [r.token_ids for r in rows]
+    assert {p: p.stat().st_mtime_ns for p in untouched} == untouched
+
+    # Done: no engine starts.
+    before = read_parts(tmp_path / "out")
+    assert (
+        generate(tiny_model, [*prompts, too_long], generation, output=tmp_path / "out", seed=3).table()
+        == before
+    )
+    assert engines_left() == []
+
+
+def test_a_fraction_of_a_cpu_is_enough_and_an_adapter_is_served_unmerged(
+    ray_session, engines_left, tiny_model, prompts, tmp_path
+):
+    import ray
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    cpus = ray.available_resources()["CPU"] - 0.6
+
+    @ray.remote(num_cpus=cpus)
+    class Busy:
+        def ready(self) -> None: ...
+
+    busy = Busy.remote()
+    ray.get(busy.ready.remote())
+    try:
+        samples = generate(
+            tiny_model,
+            prompts[:3],
+            GenerationConfig(max_tokens=6),
+            output=tmp_path / "out",
+            adapter=tmp_path / "adapter",
+        )
+    finally:
+        ray.kill(busy)
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    for r in samples:
+        ids = torch.tensor([[*r.prompt_token_ids, *r.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits.log_softmax(-1)[0, len(r.prompt_token_ids) - 1 : -1]
+        want = logps.gather(1, torch.tensor(r.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(r.logprobs), want, atol=1e-3, rtol=0)
+    assert engines_left() == []
+
+
+def test_an_engine_that_cannot_start_fails_clearly_and_leaves_nothing(
+    ray_session, engines_left, tiny_model, prompts, tmp_path
+):
+    generation = GenerationConfig(engine={"block_size": 7777})
+    with pytest.raises(RunFailed, match="sampling from"):
+        generate(tiny_model, prompts, generation, output=tmp_path / "out")
+    assert engines_left() == []
+
+
+def test_tensor_parallelism_needs_no_placement_group(
+    ray_session, engines_left, tiny_model, prompts, tmp_path
+):
+    """Two processes per engine hold half of each matrix; there is no placement group to leak."""
+    generation = GenerationConfig(max_tokens=4, tensor_parallel=2, batch_size=3)
+    samples = generate(tiny_model, prompts, generation, output=tmp_path / "out")
+    assert samples.manifest["failed"] == 0 and len(list(samples)) == 12
+    assert engines_left() == []

@@ -1,0 +1,135 @@
+"""Parts, manifest and the checks that come before an engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tbpo_ray.config import GenerationConfig
+from tbpo_ray.errors import InputError
+from tbpo_ray.generation.engine import (
+    check_model,
+    end_tokens,
+    engine_arguments,
+    engine_resources,
+    environment,
+    pool_size,
+)
+from tbpo_ray.generation.pool import generate, sampling_fingerprint
+from tbpo_ray.generation.samples import (
+    PromptTokens,
+    done_indices,
+    open_folder,
+    read_parts,
+    write_manifest,
+    write_part,
+)
+
+
+def row(index: int, answer: str = "a") -> dict:
+    return {
+        "index": index,
+        "prompt_id": f"p{index}",
+        "sample": 0,
+        "prompt_text": "?",
+        "prompt_token_ids": [1],
+        "answer": answer,
+        "token_ids": [5, 2],
+        "logprobs": [-1.0, -0.5],
+        "finish_reason": "stop",
+        "metadata": "{}",
+        "error": "",
+    }
+
+
+def test_parts_come_back_in_order_and_each_index_once(tmp_path):
+    write_part(tmp_path, [row(3), row(2)])
+    write_part(tmp_path, [row(0), row(1), row(2)])
+    assert read_parts(tmp_path)["index"].to_pylist() == [0, 1, 2, 3]
+    assert done_indices(tmp_path) == {0, 1, 2, 3}
+    assert read_parts(tmp_path / "none").num_rows == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_other_samples_is_refused(tmp_path):
+    write_manifest(tmp_path, open_folder(tmp_path, "one"))
+    assert open_folder(tmp_path, "one") == {"fingerprint": "one", "complete": False}
+    with pytest.raises(InputError, match="another model, other prompts or settings"):
+        open_folder(tmp_path, "two")
+
+
+def test_the_fingerprint_knows_what_changes_samples_and_what_does_not(tiny_model, prompts):
+    plain = GenerationConfig()
+
+    def of(generation=plain, asked=prompts, seed=0):
+        return sampling_fingerprint(tiny_model, asked, generation, seed=seed)
+
+    assert of() == of(GenerationConfig(batch_size=3, engines=[1, 4]))
+    others = [of(GenerationConfig(temperature=0.5)), of(asked=prompts[1:]), of(seed=1)]
+    assert len({of(), *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": [PromptTokens("a", [1], "a"), PromptTokens("a", [1], "a")]}, "unique"),
+        ({"model": "/nowhere/model"}, "no such model folder"),
+        ({"model": "EMPTY"}, "no config.json"),
+        ({"adapter": "EMPTY"}, "no adapter_config.json"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence_before_any_engine(words, message, tiny_model, prompts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    given = {
+        "model": tiny_model,
+        "prompts": prompts,
+        "generation": GenerationConfig(),
+        "output": tmp_path / "out",
+    }
+    given |= {key: str(tmp_path / "empty") if value == "EMPTY" else value for key, value in words.items()}
+    with pytest.raises(InputError, match=message):
+        generate(**given)
+
+
+def adapter_for(width: int, folder) -> str:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.zeros(8, width), f"{name}.lora_B.weight": torch.zeros(width, 8)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    return str(folder)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model, tmp_path):
+    check_model(tiny_model, adapter_for(192, tmp_path / "fits"))
+    with pytest.raises(InputError, match="adapter of another model"):
+        check_model(tiny_model, adapter_for(96, tmp_path / "other"))
+
+
+def test_an_engine_takes_what_is_free():
+    generation = GenerationConfig(tensor_parallel=2)
+    assert engine_resources(generation, use_gpu=True, free_cpus=0.1, engines=1) == {"CPU": 1.0, "GPU": 2.0}
+    assert engine_resources(generation, use_gpu=False, free_cpus=2.0, engines=1) == {"CPU": 1.0}
+    assert engine_resources(generation, use_gpu=False, free_cpus=0.7, engines=1) == {"CPU": 0.5}
+    assert engine_resources(generation, use_gpu=False, free_cpus=0.0, engines=1) == {"CPU": 1.0}
+    assert (pool_size(GenerationConfig(engines=3)), pool_size(GenerationConfig(engines=[1, 4]))) == (
+        (3, 3),
+        (1, 4),
+    )
+
+
+def test_engine_arguments(tiny_model, tmp_path):
+    cpu = engine_arguments(GenerationConfig(engine={"max_num_seqs": 4}), use_gpu=False, adapter=None)
+    assert cpu["enforce_eager"] and cpu["dtype"] == "float32" and cpu["max_num_seqs"] == 4
+    assert cpu["trust_remote_code"] is False
+    gpu = engine_arguments(GenerationConfig(tensor_parallel=2, max_model_len=99), use_gpu=True, adapter=None)
+    assert "dtype" not in gpu and gpu["distributed_executor_backend"] == "mp" and gpu["max_model_len"] == 99
+    lora = engine_arguments(GenerationConfig(), use_gpu=True, adapter=adapter_for(192, tmp_path / "a"))
+    assert lora["enable_lora"] and lora["max_lora_rank"] == 8
+    assert "VLLM_CPU_KVCACHE_SPACE" in environment(use_gpu=False, engines=1)
+    assert end_tokens(tiny_model) == {2}
