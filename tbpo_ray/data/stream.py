@@ -12,10 +12,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 import ray.data
 import ray.train
@@ -25,14 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tbpo_ray.data.pipeline import quiet_data_context
 from tbpo_ray.data.reader import MicroBatch, PairReader
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.shards import TOKEN_COLUMNS, Prepared
+from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data.window import read_window, windows_of
 
 __all__ = ["MicroBatch", "StreamConfig", "iter_micro_batches", "local_micro_batches", "stream_datasets"]
 
 READ_CPUS = 0.1
-WINDOW_BYTES, WINDOW_STEPS = 4 * 2**20, 64
+WINDOW_BYTES, WINDOW_STEPS = 4 * 2**20, 256
 """A read covers consecutive steps of at most about so many bytes of tokens on a rank, and so many steps."""
-_HEAD = ("step", "index", "count", "pairs_in_step")
 
 
 class StreamConfig(ray.train.DataConfig):
@@ -99,7 +97,7 @@ class StreamConfig(ray.train.DataConfig):
             )
             source = ray.data.from_items(windows, override_num_blocks=min(len(windows), 256))
             read = source.map_batches(
-                cast(Any, _read_window),
+                cast(Any, read_window),
                 batch_size=1,
                 batch_format="pyarrow",
                 fn_kwargs={
@@ -145,25 +143,31 @@ class iter_micro_batches(Iterator[MicroBatch]):
 
     Args:
         data_iterator: what `ray.train.get_dataset_shard("train")` returns under :class:`StreamConfig`.
-        prefetch: most micro-batches to hold ready.
+        prefetch: most windows to hold ready, decoded.
     """
 
-    def __init__(self, data_iterator: DataIterator, prefetch: int = 128):
-        self._ready: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(maxsize=prefetch)
+    def __init__(self, data_iterator: DataIterator, prefetch: int = 2):
+        # Whole windows change hands, not micro-batches: a thread switch can cost milliseconds on a busy node.
+        self._ready: queue.Queue[list[MicroBatch] | BaseException | None] = queue.Queue(maxsize=prefetch)
+        self._window: Iterator[MicroBatch] = iter(())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(data_iterator,), daemon=True)
         self._thread.start()
 
     def __next__(self) -> MicroBatch:
-        if self._closed.is_set():
-            raise StopIteration
-        item = self._ready.get()
-        if isinstance(item, MicroBatch):
-            return item
-        self._closed.set()
-        if item is None:
-            raise StopIteration
-        raise item
+        while not self._closed.is_set():
+            micro = next(self._window, None)
+            if micro is not None:
+                return micro
+            item = self._ready.get()
+            if isinstance(item, BaseException):
+                self.close()
+                raise item
+            if item is None:
+                self.close()
+            else:
+                self._window = iter(item)
+        raise StopIteration
 
     def close(self) -> None:
         """Stop reading ahead; the pipeline ends with it."""
@@ -173,16 +177,16 @@ class iter_micro_batches(Iterator[MicroBatch]):
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             for table in data_iterator.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=1
+                batch_size=cast(int, None), batch_format="pyarrow", prefetch_batches=1
             ):
-                for micro in decode(cast(pa.Table, table)):
-                    if not self._put(micro):
+                for window in windows_of(cast(pa.Table, table)):
+                    if not self._put(window):
                         return
             self._put(None)
         except BaseException as error:  # handed over, and raised where the stream is read
             self._put(error)
 
-    def _put(self, item: MicroBatch | BaseException | None) -> bool:
+    def _put(self, item: list[MicroBatch] | BaseException | None) -> bool:
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=0.2)
@@ -190,78 +194,3 @@ class iter_micro_batches(Iterator[MicroBatch]):
             except queue.Full:
                 continue
         return False
-
-
-def encode(micro_batches: list[MicroBatch]) -> pa.Table:
-    """One row per micro-batch; token columns are lists of lists."""
-    first = micro_batches[0]
-    sizes = np.cumsum([0, *(len(micro.pair_ids) for micro in micro_batches)], dtype=np.int32)
-    ids = np.concatenate([micro.pair_ids for micro in micro_batches]).astype(np.int64)
-    columns: dict[str, Any] = {name: [getattr(micro, name) for micro in micro_batches] for name in _HEAD}
-    columns["pair_ids"] = pa.ListArray.from_arrays(sizes, ids)
-    for name in TOKEN_COLUMNS:
-        columns[name] = _nested([getattr(micro, name) for micro in micro_batches], sizes, np.int32)
-    for name in first.extras:
-        columns[name] = _nested([micro.extras[name] for micro in micro_batches], sizes, np.float32)
-    return pa.table(columns)
-
-
-def decode(table: pa.Table) -> Iterator[MicroBatch]:
-    """The micro-batches of :func:`encode`'s rows; arrays are views of the table."""
-    if not table.num_rows or "step" not in table.column_names:
-        return
-    table = table.combine_chunks()
-    heads = [table.column(name).to_pylist() for name in _HEAD]
-    extras = [name for name in table.column_names if name not in (*_HEAD, "pair_ids", *TOKEN_COLUMNS)]
-    ids = table.column("pair_ids").chunk(0)
-    bounds, values = ids.offsets.to_numpy(), ids.values.to_numpy()
-    lists = {name: _unnest(table.column(name).chunk(0)) for name in (*TOKEN_COLUMNS, *extras)}
-    for row in range(table.num_rows):
-        step, index, count, pairs_in_step = (head[row] for head in heads)
-        pairs = int(bounds[row + 1] - bounds[row])
-        cut = {name: _cut(*nested, row, pairs) for name, nested in lists.items()}
-        yield MicroBatch(
-            step,
-            index,
-            count,
-            pairs_in_step,
-            values[bounds[row] : bounds[row + 1]],
-            *(cut.pop(name) for name in TOKEN_COLUMNS),
-            extras=cut,
-        )
-
-
-def _nested(lists: list[list[np.ndarray]], sizes: np.ndarray, dtype: type) -> pa.ListArray:
-    flat = [array for group in lists for array in group]
-    offsets = np.cumsum([0, *map(len, flat)], dtype=np.int32)
-    values = np.concatenate(flat).astype(dtype, copy=False) if flat else np.zeros(0, dtype)
-    return pa.ListArray.from_arrays(sizes, pa.ListArray.from_arrays(offsets, values))
-
-
-def _unnest(outer: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    inner = outer.values
-    return outer.offsets.to_numpy(), inner.offsets.to_numpy(), inner.values.to_numpy()
-
-
-def _cut(outer: np.ndarray, inner: np.ndarray, values: np.ndarray, row: int, pairs: int) -> list[np.ndarray]:
-    start = int(outer[row])
-    return [values[inner[at] : inner[at + 1]] for at in range(start, start + pairs)]
-
-
-def _read_window(
-    batch: pa.Table, path: str, params: dict[str, Any], extra_dirs: list[str], rank: int, world: int
-) -> pa.Table:
-    window = batch.to_pylist()[0]
-    if window["first"] == window["last"]:
-        return pa.table({"end": [True]})
-    reader, schedule = _open(path, tuple(sorted(params.items())), tuple(extra_dirs))
-    return encode(reader.micro_batches(schedule, rank, world, window["first"], window["last"]))
-
-
-@lru_cache(maxsize=2)
-def _open(
-    path: str, params: tuple[tuple[str, Any], ...], extra_dirs: tuple[str, ...]
-) -> tuple[PairReader, Schedule]:
-    """Reader and schedule, once in a reading process."""
-    prepared = Prepared.load(path)
-    return PairReader(prepared, extra_dirs), Schedule(prepared.lengths(), **dict(params))
