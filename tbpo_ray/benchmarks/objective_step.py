@@ -32,12 +32,12 @@ VARIANTS: dict[str, dict] = {
 class Size:
     """The model and the batch."""
 
-    pairs: int = 8
+    pairs: int = 4
     prompt: int = 64
     answer: int = 64
     hidden: int = 256
-    layers: int = 4
-    vocab: int = 32_000
+    layers: int = 2
+    vocab: int = 16_000
     device: str = "cpu"
 
 
@@ -115,36 +115,40 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
 
 
 def run(quick: bool = False) -> dict[str, dict[str, float]]:
-    """Every variant in turns; {variant: {seconds, ratio}}, both medians over rounds.
+    """Every variant in turns; {variant: {seconds, ratio, cpu_ratio}}, medians over rounds.
 
-    A round times each variant once, dpo first and last, and divides by the mean of its two dpo times.
+    A round times each variant once and divides by its own dpo time; the order turns from round to round.
+    `cpu_ratio` divides CPU seconds of the process, which other programs on the machine disturb less (on
+    CUDA it means little).
     """
-    on_cuda = torch.cuda.is_available()
-    size = QUICK if quick else CUDA if on_cuda else Size()
-    rounds = 5 if quick else 15
+    size = QUICK if quick else CUDA if torch.cuda.is_available() else Size()
     steps = {name: make_step(config, size) for name, config in VARIANTS.items()}
     for step in steps.values():
         step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    ratios: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        times = {name: timed(step) for name, step in steps.items()}
-        dpo = (times["dpo"] + timed(steps["dpo"])) / 2
-        for name, value in times.items():
-            seconds[name].append(value)
-            ratios[name].append(value / dpo)
+    names = list(steps)
+    rounds: list[dict[str, tuple[float, float]]] = []
+    for i in range(4 if quick else 16):
+        turn = names[i % len(names) :] + names[: i % len(names)]
+        rounds.append({name: timed(steps[name]) for name in turn})
+
+    def over_dpo(name: str, clock: int) -> float:
+        return statistics.median(times[name][clock] / times["dpo"][clock] for times in rounds)
+
     return {
-        name: {"seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios[name])}
-        for name in steps
+        name: {
+            "seconds": statistics.median(times[name][0] for times in rounds),
+            "ratio": over_dpo(name, 0),
+            "cpu_ratio": over_dpo(name, 1),
+        }
+        for name in names
     }
 
 
-def timed(step: Callable[[], None]) -> float:
-    """Seconds of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def timed(step: Callable[[], None]) -> tuple[float, float]:
+    """Wall seconds and CPU seconds of one call."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
     step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    wait()
+    return time.perf_counter() - wall, time.process_time() - cpu
