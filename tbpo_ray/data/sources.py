@@ -10,11 +10,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
+
+import zstandard
 
 from tbpo_ray.data import copyedit
 from tbpo_ray.data.reasons import RecordError
@@ -33,7 +38,8 @@ _FORMATS = {
     ".feather": "arrow",
 }
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_UNREADABLE = (OSError, EOFError, ValueError, csv.Error)  # pyarrow's ArrowInvalid is a ValueError
+_UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+"""What the readers raise for damaged files; pyarrow's ArrowInvalid is a ValueError."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,8 @@ def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
     import fsspec
 
     with fsspec.open(file.address, "rb", compression="infer") as stream:
+        if file.address.lower().endswith(".zst"):
+            stream = io.BufferedReader(stream)  # its reader knows no lines
         lines = {"json": _json_lines, "csv": _csv_lines}.get(file.format, iter)(stream)
         held: list[bytes] = []
         first = 0
@@ -207,22 +215,20 @@ def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
 
 def _json_lines(stream: Any) -> Iterator[bytes]:
     """Lines of a .json file: one value a line, or one array of all rows (read at once)."""
-    start = stream.read(4096)
-    rest = io.BytesIO(start + stream.read()) if start.lstrip().startswith(b"[") else None
-    if rest is not None:
-        yield from (json.dumps(item).encode() for item in json.load(rest))
-        return
-    stream.seek(0)
-    yield from stream
+    first = stream.readline()
+    if first.lstrip().startswith(b"["):
+        yield from (json.dumps(item).encode() for item in json.loads(first + stream.read()))
+    else:
+        yield first
+        yield from stream
 
 
 def _csv_lines(stream: Any) -> Iterator[bytes]:
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    sample = text.readline()
-    text.seek(0)
-    delimiter = "\t" if "\t" in sample and "," not in sample else ","
-    for row in csv.DictReader(text, delimiter=delimiter):
+    header = text.readline()
+    delimiter = "\t" if "\t" in header and "," not in header else ","
+    for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
         yield json.dumps({key or "": value for key, value in row.items()}).encode()
 
 
