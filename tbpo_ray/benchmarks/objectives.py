@@ -36,9 +36,10 @@ def run(only: str | Iterable[str] | None = None, quick: bool = False) -> dict[st
         quick: small sizes and one turn, to see that it runs; its figures mean little.
 
     Returns:
-        {"device", "threads", "size", "output_layer": {case: {way: {seconds, cpu_seconds, peak_bytes},
-        "time_ratio", "cpu_time_ratio", "memory_ratio"}}, "step": {variant: {seconds, ratio, cpu_ratio}}}; ratios are
-        blockwise over full logits, from medians over turns. None where the full logits do not fit.
+        {"device", "threads", "load", "size", "output_layer": {case: {way: {seconds, cpu_seconds,
+        peak_bytes}, "time_ratio", "cpu_time_ratio", "memory_ratio"}}, "step": {variant: {seconds, ratio,
+        cpu_ratio}}}; ratios are blockwise over full logits, from medians over turns, and None where the
+        full logits do not fit.
 
     Raises:
         InputError: an unknown part.
@@ -89,13 +90,14 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as two tables."""
     size = result["size"]
     lines = [
-        f"{result['device']}, {result['threads']} CPU threads, {size['tokens']:,} tokens, "
-        f"H = {size['hidden']:,}, V = {size['vocab']:,}, {size['dtype']}; "
-        "forward plus backward, peak above the inputs.",
+        f"{result['device']}, {result['threads']} CPU threads, load {result['load']:.1f} at the start.",
         "",
     ]
     if result["output_layer"]:
         lines += [
+            f"Forward plus backward, peak above the inputs: {size['tokens']:,} tokens, "
+            f"H = {size['hidden']:,}, V = {size['vocab']:,}, {size['dtype']}.",
+            "",
             "| output layer | full logits | blockwise | time ratio | CPU-time ratio | memory ratio |",
             "|---|---|---|---|---|---|",
         ]

@@ -143,7 +143,8 @@ class Scan:
         self.ids = labels[rows, None]
         n, dtype = self.ids.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         self.zero = hidden.new_zeros(n, 1, dtype=dtype)
-        self.z_label = self.zq_label = self.p_logp = self.cross = self.zero
+        self.z_label = self.zq_label = self.zero + torch.nan  # stays NaN for a label outside the vocabulary
+        self.p_logp = self.cross = self.zero
         self.p, self.q = Softmax(self.zero), Softmax(self.zero)
         self.drawn = Reservoir(self.zero, plan) if "k3" in plan.want else None
         grads = plan.differentiable if plan.leave_behind else ()

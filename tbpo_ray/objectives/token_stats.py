@@ -90,7 +90,7 @@ def token_log_probs(
 
     Raises:
         InputError: shapes that disagree, an unknown output, a missing reference, a label outside the
-            vocabulary (CPU only: on a device the check would wait for it).
+            vocabulary (CPU only: on a device the check would wait for it, and the log-prob is NaN).
     """
     if want is None:
         want = ("logp", "entropy") if ref_hidden is None else ("logp", "entropy", "kl")

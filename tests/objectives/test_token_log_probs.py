@@ -180,6 +180,19 @@ def test_non_leaf_weight_and_tied_embeddings(x) -> None:
         torch.testing.assert_close(g, e, rtol=0, atol=1e-11)
 
 
+@frozen_or_not
+def test_weight_storage_may_be_swapped_between_forward_and_backward(x, frozen) -> None:
+    """As ZeRO-3 does: the parameter is released after forward and gathered anew before backward."""
+    hidden, weight = x["hidden"].requires_grad_(), nn.Parameter(x["weight"], requires_grad=not frozen)
+    leaves = [hidden] if frozen else [hidden, weight]
+    expected = torch.autograd.grad(ours(hidden, weight, x).logp.sum(), leaves)
+    stats = ours(hidden, weight, x)
+    gathered, weight.data = weight.data.clone(), torch.empty(0, dtype=weight.dtype)
+    weight.data = gathered
+    for g, e in zip(torch.autograd.grad(stats.logp.sum(), leaves), expected, strict=True):
+        assert torch.equal(g, e)
+
+
 def test_only_masked_in_rows_are_read(x) -> None:
     hidden = x["hidden"].masked_fill(~x["mask"][..., None], float("nan")).requires_grad_()
     weight = x["weight"].requires_grad_()
