@@ -33,8 +33,14 @@ def start_ray(**options: Any) -> None:
         else:
             folder = tempfile.mkdtemp(prefix="tbpo-ray-")
             os.environ["RAY_TMPDIR"] = folder
-            ray.init(address="local", log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder,
-                     dashboard_host="127.0.0.1", **options)
+            ray.init(
+                address="local",
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _temp_dir=folder,
+                dashboard_host="127.0.0.1",
+                **options,
+            )
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             atexit.register(ray.shutdown)
     context = DataContext.get_current()

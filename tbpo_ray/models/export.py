@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def export_policy(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, dtype: Any,
-                  card: Mapping[str, Any]) -> Path:
+def export_policy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, dtype: Any, card: Mapping[str, Any]
+) -> Path:
     """Save weights (safetensors), tokenizer, chat template and a model card; the folder appears at once.
 
     Args:
@@ -40,8 +41,18 @@ def export_policy(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | 
 
 
 def _card(facts: Mapping[str, Any]) -> str:
-    lines = ["---", "library_name: transformers", "tags: [tbpo, preference-optimization]", "---", "",
-             f"# {facts.get('name', 'policy')}", "",
-             "Aligned with token-level preferences by `tbpo_ray`.", "", "| | |", "|---|---|"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [tbpo, preference-optimization]",
+        "---",
+        "",
+        f"# {facts.get('name', 'policy')}",
+        "",
+        "Aligned with token-level preferences by `tbpo_ray`.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
     return "\n".join(lines) + "\n"

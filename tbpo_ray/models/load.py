@@ -57,8 +57,9 @@ def _check_folder(folder: Path, name: str, key: str) -> None:
         raise InputError(f"{key}={name}: no tokenizer in it; save the tokenizer beside the model")
 
 
-def load_tokenizer(path: str, *, chat_template: str | None = None, revision: str | None = None,
-                   gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, chat_template: str | None = None, revision: str | None = None, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer with its chat template: its own, the file `chat_template`, or none for `"none"`."""
     from transformers import AutoTokenizer
 
@@ -66,31 +67,48 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, revision: str
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.name_or_path={path}: no tokenizer could be loaded ({_first_line(error)})") from error
+        raise InputError(
+            f"model.name_or_path={path}: no tokenizer could be loaded ({_first_line(error)})"
+        ) from error
     if chat_template == "none":
         tokenizer.chat_template = None
     elif chat_template:
         file = Path(chat_template)
         if not file.is_file():
-            raise InputError(f"model.chat_template={chat_template}: no such file; give a Jinja template or `none`")
+            raise InputError(
+                f"model.chat_template={chat_template}: no such file; give a Jinja template or `none`"
+            )
         tokenizer.chat_template = file.read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
         raise InputError(f"model.name_or_path={path}: its tokenizer has no EOS token, so answers cannot end")
     return tokenizer
 
 
-def load_model(path: str, *, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None,
-               gguf_file: str | None = None) -> PreTrainedModel:
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    revision: str | None = None,
+    gguf_file: str | None = None,
+) -> PreTrainedModel:
     """A causal model in `dtype`, in eval mode, on the CPU (or the default device)."""
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, **extra
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            revision=revision,
+            trust_remote_code=False,
+            **extra,
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"model.name_or_path={path}: no model could be loaded ({_first_line(error)})") from error
+        raise InputError(
+            f"model.name_or_path={path}: no model could be loaded ({_first_line(error)})"
+        ) from error
     model.config.use_cache = False
     return model.eval()
 
@@ -102,9 +120,15 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
 
     targets = lora.target_modules
     if isinstance(targets, list) and not _any_module(model, targets):
-        raise InputError(f"model.lora.target_modules={targets}: no module of the model ends in any of these names")
+        raise InputError(
+            f"model.lora.target_modules={targets}: no module of the model ends in any of these names"
+        )
     peft = PeftConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"  # type: ignore[arg-type]
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",  # type: ignore[arg-type]
     )
     return get_peft_model(model, peft)
 
@@ -121,7 +145,9 @@ def model_config(path: str, model: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.name_or_path={path}: no model configuration ({_first_line(error)})") from error
+        raise InputError(
+            f"model.name_or_path={path}: no model configuration ({_first_line(error)})"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -50,7 +50,9 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairBatch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return PairBatch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        )
 
     def attention_mask(self, window: int | None = None) -> Tensor:
         """[R, 1, L, L] bool, True where the query (third axis) may see the key (fourth axis).
@@ -137,8 +139,9 @@ def collate(
     )
 
 
-def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], *, sides: int, pad_id: int, shared: bool,
-                    cut: bool) -> PairBatch:
+def collate_columns(
+    columns: Mapping[str, Sequence[np.ndarray]], *, sides: int, pad_id: int, shared: bool, cut: bool
+) -> PairBatch:
     """`collate` from the columns of prepared data: `prompt_ids`, `chosen_ids`, `rejected_ids`, and where
     present `chosen_ref_logps`, `rejected_ref_logps`, `chosen_weights`, `rejected_weights`."""
     names = ("chosen", "rejected")[:sides]
@@ -150,8 +153,13 @@ def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], *, sides: int, 
     answers = both("ids")
     assert answers is not None
     return collate(
-        columns["prompt_ids"], answers, pad_id=pad_id, shared=shared and sides == 2, cut=cut,
-        ref_logps=both("ref_logps"), weights=both("weights"),
+        columns["prompt_ids"],
+        answers,
+        pad_id=pad_id,
+        shared=shared and sides == 2,
+        cut=cut,
+        ref_logps=both("ref_logps"),
+        weights=both("weights"),
     )
 
 

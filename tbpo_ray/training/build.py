@@ -63,7 +63,9 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
     objective = objective_of(config)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model_options = {
-        "dtype": dtype, "attention": config.model.attention, "revision": config.model.revision,
+        "dtype": dtype,
+        "attention": config.model.attention,
+        "revision": config.model.revision,
         "gguf_file": config.model.gguf_file,
     }
     policy: nn.Module = load_model(places.model, **model_options)  # type: ignore[arg-type]
@@ -89,16 +91,27 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
 
     head = None
     if objective.learned_baseline:
-        width = scorer.output_layer.weight.shape[-1] if not hasattr(scorer.output_layer, "base_layer") else (
-            scorer.output_layer.base_layer.weight.shape[-1]  # type: ignore[union-attr]
+        width = (
+            scorer.output_layer.weight.shape[-1]
+            if not hasattr(scorer.output_layer, "base_layer")
+            else (
+                scorer.output_layer.base_layer.weight.shape[-1]  # type: ignore[union-attr]
+            )
         )
-        head = build_state_baseline(config.objective.state_baseline.model_dump(exclude_none=True)
-                                    | {"kind": config.objective.baseline_kind}, int(width))
+        head = build_state_baseline(
+            config.objective.state_baseline.model_dump(exclude_none=True)
+            | {"kind": config.objective.baseline_kind},
+            int(width),
+        )
         assert head is not None
         head.to(device)
     step = PreferenceStep(objective, head, reference, adapter_off=adapter_off, seed=config.run.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Parts(
-        scorer=scorer, step=step, head=head, pad_id=int(pad), shared=uses_shared_prompt(config),
+        scorer=scorer,
+        step=step,
+        head=head,
+        pad_id=int(pad),
+        shared=uses_shared_prompt(config),
         cut=objective.compares_to_shorter and config.training.cut_dead_tail,
     )

@@ -1,24 +1,25 @@
 """Checkpoints: one self-describing folder per step, whole when its manifest is there and true.
 
-    checkpoints/step-00000200/
-        optimizer-0000.safetensors ...   master weights and optimizer state, a slice per rank
-        head.safetensors                 learned baseline and its AdamW
-        rng-0000.safetensors ...         torch random state per rank
-        state.json                       step, pairs seen, metrics offset, fingerprints
-        manifest.json                    size and SHA-256 of each of the above, written last
+checkpoints/step-00000200/
+    optimizer-0000.safetensors ...   master weights and optimizer state, a slice per rank
+    head.safetensors                 learned baseline and its AdamW
+    rng-0000.safetensors ...         torch random state per rank
+    state.json                       step, pairs seen, metrics offset, fingerprints
+    manifest.json                    size and SHA-256 of each of the above, written last
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tbpo_ray.storage import write_atomic
 
 MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"step-(\d{8})")
@@ -93,16 +94,6 @@ def prune(checkpoints: Path, keep: int, protected: set[str] | None = None) -> No
     for folder in sorted(_folders(checkpoints))[:-keep]:
         if folder.name not in (protected or set()):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Write a text file that is never seen half-written."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, file)
 
 
 def _folders(checkpoints: Path) -> list[Path]:

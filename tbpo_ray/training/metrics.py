@@ -36,7 +36,9 @@ class MetricSums:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Means over all pairs of all ranks. Every rank must have seen the same metric names."""
         names = sorted(self.sums)
-        flat = torch.stack([*(self.sums[n].double() for n in names), torch.tensor(float(self.pairs)).double()])
+        flat = torch.stack(
+            [*(self.sums[n].double() for n in names), torch.tensor(float(self.pairs)).double()]
+        )
         flat = flat.to(device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat)
@@ -70,7 +72,6 @@ class MetricsFile:
         """Drop the lines behind `offset` bytes: steps that will be done again."""
         if self.enabled and self.metrics_path.exists():
             os.truncate(self.metrics_path, min(offset, self.offset()))
-
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def refuse_changes(config: Config, folder: Path) -> None:
         InputError: one sentence for each change that would alter the run's result.
     """
     file = folder / "config.yaml"
-    if not file.is_file():
+    if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
         return
     old = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
     new = _flat(to_tree(config))

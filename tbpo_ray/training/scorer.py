@@ -89,10 +89,20 @@ class PairScorer(nn.Module):
         weight, bias = output_weight(self.output_layer)
         ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
         stats = token_log_probs(
-            hidden, weight, batch.labels.view(-1, tokens), batch.mask.view(-1, tokens),
-            ref_hidden=ref_hidden, ref_weight=ref_weight, want=want, block_tokens=self.block_tokens,
-            bias=bias, ref_bias=ref_bias, softcap=self.softcap, logit_scale=self.logit_scale,
-            samples=samples, generator=generator,
+            hidden,
+            weight,
+            batch.labels.view(-1, tokens),
+            batch.mask.view(-1, tokens),
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            want=want,
+            block_tokens=self.block_tokens,
+            bias=bias,
+            ref_bias=ref_bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            samples=samples,
+            generator=generator,
         )
         assert stats.logp is not None
         zeros = torch.zeros_like(stats.logp)
@@ -106,7 +116,9 @@ class PairScorer(nn.Module):
         )
 
     @torch.no_grad()
-    def as_reference(self, batch: PairBatch, *, adapter_off: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    def as_reference(
+        self, batch: PairBatch, *, adapter_off: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The triple that `forward` takes as `reference`, from this very model."""
         scope = self.model.disable_adapter() if adapter_off else nullcontext()  # type: ignore[operator]
         with scope:
@@ -114,16 +126,21 @@ class PairScorer(nn.Module):
             weight, bias = output_weight(self.output_layer)
         return hidden, weight.detach(), bias.detach() if bias is not None else None
 
-
     @torch.no_grad()
     def score_hidden(self, triple: tuple[Tensor, Tensor, Tensor | None], batch: PairBatch) -> Tensor:
         """[S, B, T] log-probs of the labels from `as_reference`'s triple."""
         hidden, weight, bias = triple
         tokens = batch.labels.shape[-1]
         stats = token_log_probs(
-            hidden, weight, batch.labels.view(-1, tokens), batch.mask.view(-1, tokens),
-            want=("logp",), block_tokens=self.block_tokens, bias=bias,
-            softcap=self.softcap, logit_scale=self.logit_scale,
+            hidden,
+            weight,
+            batch.labels.view(-1, tokens),
+            batch.mask.view(-1, tokens),
+            want=("logp",),
+            block_tokens=self.block_tokens,
+            bias=bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
         )
         assert stats.logp is not None
         return stats.logp.view(batch.labels.shape)
@@ -166,11 +183,16 @@ def to_scores(
         return None if tensor is None else tensor[index]
 
     return TokenScores(
-        chosen_logps=logp[0], rejected_logps=logp[rejected],
-        chosen_ref_logps=side(reference, 0), rejected_ref_logps=side(reference, rejected),
-        chosen_mask=batch.mask[0], rejected_mask=batch.mask[rejected],
-        chosen_baseline=side(baseline, 0), rejected_baseline=side(baseline, rejected),
-        chosen_weights=side(batch.weights, 0), rejected_weights=side(batch.weights, rejected),
+        chosen_logps=logp[0],
+        rejected_logps=logp[rejected],
+        chosen_ref_logps=side(reference, 0),
+        rejected_ref_logps=side(reference, rejected),
+        chosen_mask=batch.mask[0],
+        rejected_mask=batch.mask[rejected],
+        chosen_baseline=side(baseline, 0),
+        rejected_baseline=side(baseline, rejected),
+        chosen_weights=side(batch.weights, 0),
+        rejected_weights=side(batch.weights, rejected),
     )
 
 

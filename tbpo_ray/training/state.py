@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbpo_ray.training.engine import Engine
 
@@ -92,6 +92,20 @@ def load_fragments(engine: Engine, files: Sequence[Path]) -> None:
                 state[name] = torch.zeros_like(part.flat, memory_format=torch.preserve_format)
             part.view(state[name]).copy_(index.read(part.name, part.start, part.length, name))
     _publish(engine)
+
+
+@torch.no_grad()
+def fill_module(module: nn.Module, files: Sequence[Path]) -> None:
+    """Put the master weights of a checkpoint into a module on this process, whole.
+
+    Raises:
+        ValueError: where the files do not cover a trainable parameter.
+    """
+    index = _Index(files)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            value = index.read(name, 0, parameter.numel(), MASTER)
+            parameter.copy_(value.view(parameter.shape))
 
 
 class _Index:

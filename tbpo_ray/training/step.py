@@ -63,7 +63,11 @@ class PreferenceStep:
         if self.objective.needs_samples:
             generator = torch.Generator(batch.labels.device).manual_seed(self.seed * 1_000_003 + step)
         out = forward(
-            batch, want=self.want, reference=reference, samples=self.objective.needs_samples, generator=generator
+            batch,
+            want=self.want,
+            reference=reference,
+            samples=self.objective.needs_samples,
+            generator=generator,
         )
         _, entropy, divergence, hidden = out
         baseline: Tensor | None = None
@@ -93,4 +97,3 @@ class PreferenceStep:
                 logp = self.reference.score_hidden(triple, batch)
                 return triple, logp
             return None, self.reference.reference_logps(batch, adapter_off=self.adapter_off)
-

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tbpo_ray.config import Config
-from tbpo_ray.data.prepare import Prepared
 from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.shards import Prepared
 from tbpo_ray.data.stream import MicroBatch, iter_micro_batches, local_micro_batches
 from tbpo_ray.models.load import quiet_transformers
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.batch import PairBatch, collate_columns
 from tbpo_ray.training.build import Parts, build_parts
 from tbpo_ray.training.engine import Engine
-from tbpo_ray.training.metrics import MetricSums, MetricsFile
+from tbpo_ray.training.metrics import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradient, learning_rate
 from tbpo_ray.training.plan import Places, make_schedule
 from tbpo_ray.training.state import load_fragments, save_fragments
@@ -54,7 +54,9 @@ class Worker:
         self.parts: Parts = build_parts(config, places, self.device)
         self.engine = Engine(self.parts.scorer, config, self.device)
         head = self.parts.head
-        self.head_optimizer = HeadOptimizer(head, config.objective.state_baseline.lr) if head is not None else None
+        self.head_optimizer = (
+            HeadOptimizer(head, config.objective.state_baseline.lr) if head is not None else None
+        )
         self.step = 0
         self.pairs_seen = 0
         self.metrics = MetricsFile(Path(places.run_dir), enabled=self.rank == 0)
@@ -111,8 +113,17 @@ class Worker:
         self.pairs_seen += pairs_in_step
         self.after_step(sums, norm, rate, total, time.perf_counter() - began, waited, tokens, real)
 
-    def after_step(self, sums: MetricSums, norm: float, rate: float, total: int, seconds: float, waited: float,
-                   tokens: int, real: int) -> None:
+    def after_step(
+        self,
+        sums: MetricSums,
+        norm: float,
+        rate: float,
+        total: int,
+        seconds: float,
+        waited: float,
+        tokens: int,
+        real: int,
+    ) -> None:
         """Log, evaluate and checkpoint where this step asks for it; all ranks agree on what happens."""
         training = self.config.training
         last = self.step == total
@@ -136,11 +147,18 @@ class Worker:
         if evaluate:
             row = {"step": self.step, **row, **{f"eval/{k}": v for k, v in self.evaluate().items()}}
         if row and self.rank == 0:
-            self.metrics.write(row, {
-                "step": self.step, "total": total, "step_seconds": seconds, "data_wait_share": waited / seconds,
-                "tokens_per_second": self.world * real / seconds, "padding_share": 1 - real / max(1, tokens),
-                "time": time.time(),
-            })
+            self.metrics.write(
+                row,
+                {
+                    "step": self.step,
+                    "total": total,
+                    "step_seconds": seconds,
+                    "data_wait_share": waited / seconds,
+                    "tokens_per_second": self.world * real / seconds,
+                    "padding_share": 1 - real / max(1, tokens),
+                    "time": time.time(),
+                },
+            )
         if last or self.step % save_every == 0:
             self.save(row)
 
@@ -154,8 +172,12 @@ class Worker:
         sums = MetricSums()
         per_step = self.config.training.micro_batch_pairs * self.world
         schedule = Schedule(
-            self.eval_data.lengths(), seed=0, pairs_per_step=per_step,
-            micro_batch_pairs=self.config.training.micro_batch_pairs, length_batches=True, epochs=1,
+            self.eval_data.lengths(),
+            seed=0,
+            pairs_per_step=per_step,
+            micro_batch_pairs=self.config.training.micro_batch_pairs,
+            length_batches=True,
+            epochs=1,
         )
         for micro in local_micro_batches(
             self.eval_data, schedule, self.rank, self.world, 0, extra_dirs=self.places.extra_eval
@@ -167,15 +189,22 @@ class Worker:
 
     def collate(self, micro: MicroBatch) -> PairBatch:
         columns: dict[str, Any] = {
-            "prompt_ids": micro.prompt_ids, "chosen_ids": micro.chosen_ids, "rejected_ids": micro.rejected_ids,
+            "prompt_ids": micro.prompt_ids,
+            "chosen_ids": micro.chosen_ids,
+            "rejected_ids": micro.rejected_ids,
             **micro.extras,
         }
         if not len(micro.pair_ids):
             # A rank without pairs runs one masked pair, so that collectives stay in step.
             empty: Any = [torch.zeros(0).numpy()]
-            columns = {k: empty for k in columns} | {"prompt_ids": [torch.zeros(1, dtype=torch.int64).numpy()]}
+            columns = {k: empty for k in columns} | {
+                "prompt_ids": [torch.zeros(1, dtype=torch.int64).numpy()]
+            }
         return collate_columns(
-            columns, sides=self.parts.step.sides, pad_id=self.parts.pad_id, shared=self.parts.shared,
+            columns,
+            sides=self.parts.step.sides,
+            pad_id=self.parts.pad_id,
+            shared=self.parts.shared,
             cut=self.parts.cut,
         ).to(self.device)
 
@@ -199,17 +228,25 @@ class Worker:
             save_file(self.head_optimizer.state_dict(), folder / "head.safetensors")
         _barrier()
         if self.rank == 0:
-            ckpt.seal(folder, {
-                "step": self.step, "pairs_seen": self.pairs_seen, "world": self.world,
-                "steps_total": self.schedule.steps_total, "metrics_bytes": self.metrics.offset(),
-                "skipped": self.engine.skipped, "data": self.prepared.fingerprint,
-                "fingerprint": self.places.fingerprint,
-            })
+            ckpt.seal(
+                folder,
+                {
+                    "step": self.step,
+                    "pairs_seen": self.pairs_seen,
+                    "world": self.world,
+                    "steps_total": self.schedule.steps_total,
+                    "metrics_bytes": self.metrics.offset(),
+                    "skipped": self.engine.skipped,
+                    "data": self.prepared.fingerprint,
+                    "fingerprint": self.places.fingerprint,
+                },
+            )
             ckpt.prune(checkpoints, self.config.training.keep_checkpoints)
         _barrier()
         numbers = {k: float(v) for k, v in row.items()} or {"step": float(self.step)}
         ray.train.report(
-            numbers, checkpoint=Checkpoint.from_directory(str(folder)),
+            numbers,
+            checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
@@ -291,5 +328,3 @@ def _load_rng(file: Path) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning on the chosen answers: the policy that preference training starts from.
+
+The `sft` section of the configuration is laid over the rest, and the objective is `sft`.
+"""
+
+import sys
+
+from tbpo_ray.cli import run_job
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import stage_config
+
+
+def prepare(config: Config, arguments: object) -> Config:
+    return stage_config(config, config.sft, objective__name="sft")
+
+
+def work(config: Config) -> None:
+    from tbpo_ray.training.driver import say, train
+
+    result = train(config, kind="sft")
+    say(f"policy: {result.export}")
+
+
+def plan(config: Config) -> str:
+    from tbpo_ray.training.estimate import plan_text
+
+    return plan_text(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(work, description=__doc__, plan=plan, prepare=prepare))

@@ -1,0 +1,17 @@
+"""The one sentence of a long error that says what happened."""
+
+from __future__ import annotations
+
+import re
+
+_NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b[^:]*:")
+_WRAPPERS = ("UserCodeException", "RayTaskError", "TrainingFailedError", "WorkerGroupError")
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost sentence of an error, without the traceback, at most 500 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if _NAMED.match(line)]
+    useful = [line for line in named if not any(w in line for w in _WRAPPERS)]
+    chosen = (useful or named or lines or [""])[-1]
+    return (chosen or type(error).__name__)[:500]

@@ -1,0 +1,281 @@
+"""A training run from configuration to exported policy. Runs where the job runs, on no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tbpo_ray.cluster import start_ray
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import to_tree, to_yaml
+from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.shards import Prepared
+from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.models.load import resolve_model
+from tbpo_ray.storage import file_lock, write_atomic
+from tbpo_ray.tracking import Tracker
+from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
+from tbpo_ray.training.causes import root_cause
+from tbpo_ray.training.follow import Follower
+from tbpo_ray.training.metrics import read_metrics
+from tbpo_ray.training.plan import Places, cache_dir, make_schedule, refuse_changes, run_dir
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    run_dir: Path
+    export: Path
+    mlflow_run_id: str | None
+    metrics: dict[str, Any]
+    """The last logged row of `metrics.jsonl`."""
+    already_finished: bool = False
+
+
+def train(config: Config, *, kind: str = "train", parent_run_id: str | None = None) -> RunResult:
+    """Prepare, score the reference, train, export; go on with an unfinished run of the same name.
+
+    Raises:
+        InputError: bad configuration or input, before any worker starts.
+        RunFailed: training could not be finished; what it reached is kept.
+    """
+    folder = run_dir(config)
+    refuse_changes(config, folder)
+    objective = objective_of(config)
+    mode = reference_mode(config, objective)
+    uses_shared_prompt(config)
+    cache = cache_dir(config)
+    _writable(folder)
+    with file_lock(folder / ".lock"):
+        finished = _finished(config, folder)
+        if finished is not None:
+            say(f"run {config.run.name} is finished: {folder}")
+            return finished
+        model = resolve_model(config.model.name_or_path, cache, seed=0)
+        reference = model
+        if config.model.reference is not None:
+            reference = resolve_model(config.model.reference, cache, key="model.reference")
+        start_ray()
+        tokenizer = {"chat_template": config.model.chat_template}
+        data = prepare(config.data.train, config.data, model, role="train", cache_dir=cache, **tokenizer)
+        held_out = None
+        if config.data.eval is not None:
+            held_out = prepare(
+                config.data.eval, config.data, model, role="eval", cache_dir=cache, **tokenizer
+            )
+        if data.quarantine_file is not None:
+            shutil.copyfile(data.quarantine_file, folder / "quarantine.jsonl")
+        write_atomic(folder / "config.yaml", to_yaml(config))
+
+        with _tracker(config, folder, kind, parent_run_id) as tracker:
+            _log_data(tracker, "train", config.data.train, data)
+            if held_out is not None:
+                _log_data(tracker, "eval", config.data.eval, held_out)
+            cut = objective.compares_to_shorter and config.training.cut_dead_tail
+            extra: list[str] = []
+            extra_eval: list[str] = []
+            if mode == "cached":
+                from tbpo_ray.training.reference import reference_scores
+
+                began = time.monotonic()
+                for prepared, target in ((data, extra), (held_out, extra_eval)):
+                    if prepared is not None:
+                        target.append(
+                            str(
+                                reference_scores(
+                                    config, prepared, reference, cut=cut, cache=cache, progress=say
+                                )
+                            )
+                        )
+                tracker.log_metrics({"reference_seconds": time.monotonic() - began})
+            places = Places(
+                run_dir=str(folder),
+                checkpoints=str(folder / "checkpoints"),
+                model=model,
+                prepared=data.path,
+                prepared_eval=held_out.path if held_out else None,
+                reference=reference if config.model.reference is not None else None,
+                extra=extra,
+                extra_eval=extra_eval,
+            )
+            result = _fit(config, places, data, tracker)
+            export = _export(config, places, tracker, result)
+            rows = read_metrics(folder)
+            last = rows[-1] if rows else {}
+            write_atomic(folder / "DONE", json.dumps({"step": result["step"], "total": _total(config, data)}))
+            tracker.log_artifact(folder / "metrics.jsonl")
+    return RunResult(folder, export, tracker.run_id, last)
+
+
+def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> dict[str, Any]:
+    """Run the workers, following their metrics. Returns what rank 0 returned."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from tbpo_ray.data.stream import StreamConfig, stream_datasets
+    from tbpo_ray.training.callbacks import FailureLog
+    from tbpo_ray.training.worker import train_loop
+
+    checkpoints = Path(places.checkpoints)
+    checkpoints.mkdir(exist_ok=True)
+    # Which checkpoint a run goes on from is decided by the manifests, not by what Ray remembers of it.
+    for remembered in checkpoints.glob("*.json"):
+        remembered.unlink()
+    workers = config.cluster.num_workers
+    total = _total(config, data)
+    say(
+        f"{config.run.name}: {data.pairs} pairs, {total} steps of {config.training.pairs_per_step} pairs, "
+        f"{config.objective.name}, {config.cluster.max_workers} worker(s)"
+    )
+    stream = StreamConfig(
+        data,
+        make_schedule(config, data.lengths()),
+        start_step=_StartStep(str(checkpoints)),
+        extra_dirs=places.extra,
+    )
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"config": to_tree(config), "places": asdict(places)},
+        scaling_config=ScalingConfig(
+            num_workers=tuple(workers) if isinstance(workers, list) else workers,  # type: ignore[arg-type]
+            use_gpu=config.cluster.use_gpu,
+            resources_per_worker=config.cluster.worker_resources,
+        ),
+        run_config=RunConfig(
+            name=checkpoints.name,
+            storage_path=str(checkpoints.parent),
+            callbacks=[FailureLog(places.run_dir)],
+            failure_config=FailureConfig(
+                max_failures=config.cluster.max_failures,
+                max_preemption_failures=config.cluster.max_preemption_failures,
+            ),
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.cluster.use_gpu else "gloo"),
+        **stream_datasets(stream),
+    )
+    with Follower(Path(places.run_dir), tracker, label=config.run.name):
+        try:
+            outcome = trainer.fit()
+        except TrainingFailedError as error:
+            log = Path(places.run_dir) / "failure.log"
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            raise RunFailed(f"run {config.run.name}: {root_cause(error)}; all of it is in {log}") from error
+    value: dict[str, Any] = outcome.return_value or {}
+    if "failed" in value:
+        raise RunFailed(f"run {config.run.name}: {value['failed']}")
+    if value.get("step") != total:
+        raise RunFailed(f"run {config.run.name}: the workers ended at step {value.get('step')} of {total}")
+    return value
+
+
+class _StartStep:
+    """Step of the newest whole checkpoint; asked at every start of the worker group."""
+
+    def __init__(self, checkpoints: str):
+        self.checkpoints = checkpoints
+
+    def __call__(self) -> int:
+        return ckpt.newest(Path(self.checkpoints)).step
+
+
+def _export(config: Config, places: Places, tracker: Tracker, result: dict[str, Any]) -> Path:
+    """Write `export/` from the last checkpoint, in a Ray task, so that the driver's node needs no memory."""
+    import ray
+
+    from tbpo_ray.training.exporting import export_checkpoint
+
+    card = {
+        "name": config.run.name,
+        "base model": config.model.name_or_path,
+        "objective": config.objective.name,
+        "steps": result["step"],
+        "pairs seen": result["pairs_seen"],
+        "MLflow run": tracker.run_id,
+    }
+    task = ray.remote(num_cpus=config.cluster.worker_resources.get("CPU", 0.5))(export_checkpoint)
+    try:
+        return Path(ray.get(task.remote(to_tree(config), asdict(places), card)))
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"run {config.run.name}: export failed: {root_cause(error)}") from error
+
+
+def _finished(config: Config, folder: Path) -> RunResult | None:
+    """The result of a run that has nothing left to do."""
+    done = folder / "DONE"
+    if not done.is_file():
+        return None
+    import yaml
+
+    old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["training"]
+    new = config.training
+    if (old["max_steps"], old["epochs"]) != (new.max_steps, new.epochs):
+        done.unlink()
+        say(f"run {config.run.name} is extended")
+        return None
+    rows = read_metrics(folder)
+    facts = _facts(folder)
+    return RunResult(folder, folder / "export", facts.get("mlflow_run_id"), rows[-1] if rows else {}, True)
+
+
+def _tracker(config: Config, folder: Path, kind: str, parent_run_id: str | None) -> Tracker:
+    """Go on with the run's MLflow run, or open one and note its id before anything else happens."""
+    known = _facts(folder).get("mlflow_run_id")
+    tracker = Tracker.start(
+        config.tracking,
+        config.run.output_dir,
+        name=config.run.name,
+        kind=kind,
+        config=config,
+        parent_run_id=parent_run_id,
+        run_id=known,
+    )
+    write_atomic(folder / "run.json", json.dumps({"mlflow_run_id": tracker.run_id}))
+    return tracker
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    file = folder / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _log_data(tracker: Tracker, role: str, source: Any, prepared: Prepared) -> None:
+    name = source if isinstance(source, str) else ", ".join(s.source for s in source)
+    tracker.log_dataset(
+        f"{role}", digest=prepared.fingerprint, source=name, rows=prepared.pairs, context=role
+    )
+    tracker.log_metrics({f"data/{role}/{k}": v for k, v in prepared.counts.items()})
+    quarantined = prepared.quarantined
+    say(
+        f"data.{role}: {prepared.records} records, {prepared.pairs} pairs"
+        + (f", {quarantined} in quarantine" if quarantined else "")
+    )
+    if prepared.quarantine_file is not None:
+        tracker.log_artifact(prepared.quarantine_file, f"data/{role}")
+
+
+def _total(config: Config, data: Prepared) -> int:
+    return make_schedule(config, data.lengths()).steps_total
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise InputError(f"run.output_dir={folder.parent}: cannot write there ({error.strerror})") from error
+
+
+def say(text: str) -> None:
+    """A line for the person who follows."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)

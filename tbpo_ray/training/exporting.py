@@ -1,0 +1,51 @@
+"""From a checkpoint's slices to a policy that plain transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tbpo_ray.config import Config
+from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.plan import Places
+
+
+def export_checkpoint(
+    tree: dict[str, Any],
+    places: dict[str, Any],
+    card: dict[str, Any],
+    folder: str | None = None,
+    target: str | None = None,
+) -> str:
+    """Put the trained weights of a checkpoint into the base model and write it out.
+
+    Args:
+        tree: the run's configuration.
+        places: the run's `Places`, as a mapping.
+        card: facts for the model card.
+        folder: the checkpoint; default: the newest whole one.
+        target: where to write; default: `export` in the run's folder.
+
+    Raises:
+        ValueError: where the checkpoint does not cover a trained parameter.
+    """
+    import torch
+
+    from tbpo_ray.models.export import export_policy
+    from tbpo_ray.models.load import add_lora, load_model, load_tokenizer, quiet_transformers
+    from tbpo_ray.training.scorer import PairScorer
+    from tbpo_ray.training.state import fill_module
+
+    quiet_transformers()
+    config, at = Config.model_validate(tree), Places(**places)
+    source = Path(folder) if folder else ckpt.newest(Path(at.checkpoints)).folder
+    if source is None:
+        raise ValueError(f"{at.checkpoints}: no whole checkpoint to export")
+    options: dict[str, Any] = {"revision": config.model.revision, "gguf_file": config.model.gguf_file}
+    model: Any = load_model(at.model, dtype=torch.float32, **options)
+    if config.model.lora is not None:
+        model = add_lora(model, config.model.lora)
+    fill_module(PairScorer(model), sorted(source.glob("optimizer-*.safetensors")))
+    tokenizer = load_tokenizer(at.model, chat_template=config.model.chat_template, **options)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return str(export_policy(model, tokenizer, target or Path(at.run_dir) / "export", dtype=dtype, card=card))
