@@ -169,13 +169,12 @@ def _logistic_fit(design: Floats, y: Floats) -> tuple[Floats, Floats]:
         return (design * (p * (1 - p))[:, None]).T @ design + RIDGE * np.eye(design.shape[1])
 
     start = np.zeros(design.shape[1])
-    theta: Floats = minimize(objective, start, jac=True, hess=curvature, method="trust-exact", tol=1e-9).x
+    theta = minimize(objective, start, jac=True, hess=curvature, method="trust-exact", tol=1e-9).x
     p = _sigmoid(design @ theta)
     variance = p * (1 - p)
     prior = Z**2 * float(variance.mean())
     dispersion = (float(((y - p) ** 2).sum()) + prior) / (float(variance.sum()) + prior)
-    covariance: Floats = dispersion * np.linalg.inv(curvature(theta))
-    return theta, covariance
+    return theta, np.asarray(dispersion * np.linalg.inv(curvature(theta)), dtype=np.float64)
 
 
 def _sigmoid(x: Floats) -> Floats:

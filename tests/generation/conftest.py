@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -39,9 +40,11 @@ def _engines_left(seconds: float = 20) -> list[str]:
             if actor["State"] != "DEAD"
             and ("vLLM" in actor["ActorClassName"] or "Telemetry" in actor["ActorClassName"])
         ]
-        mine = psutil.Process().children(recursive=True)
-        names = [" ".join(process.cmdline()) for process in mine if process.is_running()]
-        engines = [name for name in names if "EngineCore" in name or "vLLM" in name]
+        engines = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it has just ended
+                line = " ".join(process.cmdline())
+                engines += [line] if "EngineCore" in line or "vLLM" in line else []
         groups = [
             f"placement group {key}"
             for key, group in ray.util.placement_group_table().items()

@@ -1,0 +1,146 @@
+"""From samples and judgments to numbers with intervals. NumPy and SciPy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tbpo_ray.errors import RunFailed
+from tbpo_ray.evaluation.diversity import distinct_n, predictive_entropy, self_bleu
+from tbpo_ray.evaluation.metrics import Rate, Z, length_controlled_win_rate, win_rate
+from tbpo_ray.generation.samples import Sample
+
+Groups = Mapping[str, Sequence[Sample]]
+"""Prompt id to the answered samples of one policy."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with its 95 % interval, where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of_rate(cls, rate: Rate) -> Estimate:
+        return cls(rate.rate, rate.low, rate.high)
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain mapping; what is not finite becomes null."""
+        return {
+            key: value if value is not None and math.isfinite(value) else None
+            for key, value in asdict(self).items()
+        }
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """Mean with a normal 95 % interval (of one value: no interval)."""
+    x = np.asarray(values, dtype=np.float64)
+    mean = float(x.mean())
+    if len(x) < 2:
+        return Estimate(mean)
+    half = Z * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def share_estimate(per_prompt: Mapping[str, Sequence[float]]) -> Estimate:
+    """Mean of scores in [0, 1], first within a prompt, with the interval over prompts."""
+    return Estimate.of_rate(win_rate([float(np.mean(values)) for values in per_prompt.values()]))
+
+
+def describe(groups: Groups) -> dict[str, Estimate]:
+    """Diversity, entropy and length of one policy's answers."""
+    samples = [sample for group in groups.values() for sample in group]
+    logprobs = [sample.logprobs for sample in samples]
+    found = {
+        "distinct_1": Estimate(distinct_n([sample.token_ids for sample in samples], 1)),
+        "distinct_2": Estimate(distinct_n([sample.token_ids for sample in samples], 2)),
+        "self_bleu": Estimate(self_bleu([[s.answer for s in group] for group in groups.values()])),
+        "predictive_entropy": Estimate(predictive_entropy(logprobs)),
+        "entropy_per_token": Estimate(predictive_entropy(logprobs, per_token=True)),
+        "length_tokens": mean_estimate(
+            [float(np.mean([len(s.token_ids) for s in g])) for g in groups.values()]
+        ),
+        "length_chars": mean_estimate([float(np.mean([len(s.answer) for s in g])) for g in groups.values()]),
+        "truncated": Estimate(float(np.mean([s.finish_reason == "length" for s in samples]))),
+    }
+    return {name: estimate for name, estimate in found.items() if math.isfinite(estimate.value)}
+
+
+def paired(candidate: Groups, baseline: Groups) -> list[tuple[Sample, Sample]]:
+    """Sample k of the candidate beside sample k of the baseline, for every prompt both answered."""
+    return [
+        (a, b)
+        for key, group in candidate.items()
+        if key in baseline
+        for a, b in zip(group, baseline[key], strict=False)
+    ]
+
+
+def compare(
+    pairs: Sequence[tuple[Sample, Sample]], preferences: Sequence[float | None]
+) -> dict[str, Estimate]:
+    """Win rate, raw and length-controlled (length in characters), of judged pairs; prompts count once.
+
+    Raises:
+        RunFailed: not one pair got a verdict.
+    """
+    judged: dict[str, list[tuple[float, int, int]]] = {}
+    for (a, b), preference in zip(pairs, preferences, strict=True):
+        if preference is not None:
+            judged.setdefault(a.prompt_id, []).append((preference, len(a.answer), len(b.answer)))
+    if not judged:
+        raise RunFailed(f"the judge gave no verdict on any of {len(pairs)} pairs of answers")
+    means = np.asarray([np.mean(rows, axis=0) for rows in judged.values()])  # [prompts, 3]
+    controlled = length_controlled_win_rate(means[:, 0], means[:, 1], means[:, 2])
+    return {
+        "win_rate": Estimate.of_rate(win_rate(means[:, 0])),
+        "lc_win_rate": Estimate.of_rate(controlled),
+        "length_effect": Estimate(controlled.length_effect),
+    }
+
+
+def slices(groups: Groups, columns: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Column -> value -> prompt ids. `prompt_length` and `answer_length` are quarters by tokens."""
+    out: dict[str, dict[str, list[str]]] = {}
+    for column in columns:
+        if column == "prompt_length":
+            label = _quarters({key: len(group[0].prompt_token_ids) for key, group in groups.items()})
+        elif column == "answer_length":
+            label = _quarters({k: float(np.mean([len(s.token_ids) for s in g])) for k, g in groups.items()})
+        else:
+            label = {key: str(group[0].metadata.get(column, "(none)")) for key, group in groups.items()}
+        values: dict[str, list[str]] = {}
+        for key, value in label.items():
+            values.setdefault(value, []).append(key)
+        out[column] = dict(sorted(values.items()))
+    return out
+
+
+def _quarters(sizes: Mapping[str, float]) -> dict[str, str]:
+    edges = np.unique(np.quantile(list(sizes.values()), [0, 0.25, 0.5, 0.75, 1]))
+    if len(edges) < 2:
+        return {key: f"{edges[0]:.0f}" for key in sizes}
+    cell = np.clip(np.searchsorted(edges, list(sizes.values()), side="right") - 1, 0, len(edges) - 2)
+    return {
+        key: f"{i + 1}: {edges[i]:.0f} to {edges[i + 1]:.0f} tokens"
+        for key, i in zip(sizes, cell, strict=True)
+    }
+
+
+def per_prompt(samples: Iterable[Sample], values: Iterable[float]) -> dict[str, list[float]]:
+    """Values of samples by prompt id."""
+    out: dict[str, list[float]] = {}
+    for sample, value in zip(samples, values, strict=True):
+        out.setdefault(sample.prompt_id, []).append(value)
+    return out
+
+
+def restrict(mapping: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The entries of `mapping` under `keys`."""
+    return {key: mapping[key] for key in keys if key in mapping}
