@@ -1,0 +1,16 @@
+"""Put runs side by side: one HTML report, Markdown, MLflow, and the champion where the gate holds."""
+
+import sys
+
+from tbpo_ray.cli import run_job
+from tbpo_ray.config import Config
+
+
+def work(config: Config) -> None:
+    from tbpo_ray.evaluation.report import compare_runs
+
+    print(compare_runs(config))
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(work, description=__doc__))

@@ -1,0 +1,16 @@
+"""Sample policies with vLLM, judge and measure the answers: `evaluation.policies` or `runs=[...]`."""
+
+import sys
+
+from tbpo_ray.cli import run_job
+from tbpo_ray.config import Config
+
+
+def work(config: Config) -> None:
+    from tbpo_ray.evaluation.job import evaluate
+
+    print(evaluate(config).table())
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(work, description=__doc__))

@@ -1,0 +1,26 @@
+"""The whole way: supervised fine-tuning, preference training, samples before and after, the verdict."""
+
+import sys
+
+from tbpo_ray.cli import run_job
+from tbpo_ray.config import Config
+
+
+def work(config: Config) -> None:
+    from tbpo_ray.pipeline import run_pipeline
+
+    run_pipeline(config)
+
+
+def plan(config: Config) -> str:
+    from tbpo_ray.configuration import stage_config
+    from tbpo_ray.training.estimate import plan_text
+
+    text = ""
+    if config.sft:
+        text = "\n# stage 1: sft" + plan_text(stage_config(config, config.sft, objective__name="sft"))
+    return text + f"\n# stage 2: {config.objective.name}" + plan_text(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(work, description=__doc__, plan=plan))
