@@ -1,267 +1,138 @@
-"""Evaluate policies: sample, judge, measure, write the verdict, log it."""
+"""The verdict: what the numbers say about several policies, as JSON and as a table."""
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
-from tbpo_ray.evaluation.judges import Judge, ScoringJudge, make_judge, prefer
-from tbpo_ray.evaluation.measures import (
-    Estimate,
-    Groups,
-    compare,
-    describe,
-    mean_estimate,
-    paired,
-    per_prompt,
-    restrict,
-    share_estimate,
-    slices,
+from tbpo_ray.evaluation.measures import Estimate
+
+VERDICT = "verdict.json"
+
+COLUMNS = (
+    ("exact_match", "exact match", 100),
+    ("score", "score", 1),
+    ("win_rate", "win rate", 100),
+    ("lc_win_rate", "win rate, length-controlled", 100),
+    ("distinct_1", "distinct-1", 1),
+    ("kl_k1", "KL from reference", 1),
 )
-from tbpo_ray.evaluation.metrics import bradley_terry
-from tbpo_ray.evaluation.prompts import Policy, PromptSet, read_prompts, resolve_policy, tokenize_prompts
-from tbpo_ray.evaluation.reference import kl_k1, reference_logprobs
-from tbpo_ray.evaluation.results import PolicyVerdict, Verdict
-from tbpo_ray.generation.pool import generate, sampling_fingerprint
-from tbpo_ray.generation.samples import Sample, Samples
-from tbpo_ray.tracking import Tracker
-
-log = logging.getLogger(__name__)
+"""Metric, heading and factor of the table's columns; columns that no policy has are left out."""
 
 
-def evaluate_policies(
-    config: Config,
-    policies: Mapping[str, str],
-    *,
-    output: str | Path,
-    baseline: str | None = None,
-    reference: str | None = None,
-    tracker: Tracker | None = None,
-) -> Verdict:
-    """Sample every policy on the held-out prompts, judge the answers, and say who is better.
+@dataclass(frozen=True)
+class PolicyVerdict:
+    """One policy's numbers."""
 
-    Ray must be running. `output` gets `samples/` (Parquet, one folder per policy), `verdict.json` and
-    `verdict.txt`; samples that are there already are used again.
-
-    Args:
-        policies: name to model folder, adapter folder or run name.
-        baseline: the policy that win rates are against; default `evaluation.baseline`, else the first one.
-        reference: model folder for the KL; default `model.reference`, else the baseline.
-        tracker: gets every number as `<policy>/<metric>`, the prompts as a dataset, samples and verdict.
-
-    Raises:
-        InputError: a policy, prompt file or judge that cannot be used; raised before anything is sampled.
-        RunFailed: the engines or the judge gave nothing.
-    """
-    folder = Path(output)
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    found = [resolve_policy(name, where, config) for name, where in policies.items()]
-    if not found:
-        raise InputError("evaluation.policies: no policy to evaluate; give name: folder")
-    baseline = baseline or config.evaluation.baseline or found[0].name
-    if baseline not in policies:
-        raise InputError(f"evaluation.baseline={baseline}: is not among the policies {', '.join(policies)}")
-    base = next(policy for policy in found if policy.name == baseline)
-    reference = reference or config.model.reference
-    anchor = resolve_policy("reference", reference, config).model if reference else base.model
-    prompts = read_prompts(config)
-    judge = make_judge(config, source=prompts.source, output=folder)
-    log.info("evaluating %d policies on %d prompts of %s", len(found), len(prompts.prompts), prompts.source)
-
-    samples = {policy.name: _sample(policy, prompts, config, folder) for policy in found}
-    groups: dict[str, Groups] = {name: answers.by_prompt() for name, answers in samples.items()}
-    verdict = _judge_all(found, groups, samples, base.name, anchor, judge, prompts, config, tracker)
-    verdict.save(folder)
-    (folder / "verdict.txt").write_text(verdict.table() + "\n", encoding="utf-8")
-    if tracker is not None:
-        _track(tracker, verdict, prompts, folder)
-    return verdict
+    name: str
+    model: str
+    prompts: int
+    """Prompts with at least one answer."""
+    failed: int
+    """Samples the engine refused."""
+    metrics: dict[str, Estimate]
+    slices: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
+    """Column -> value -> metric; `prompts` among the metrics counts the slice."""
+    samples: str = ""
+    """Folder of the samples, relative to the verdict."""
 
 
-def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) -> Samples:
-    tokens = tokenize_prompts(prompts, policy.model, config)
-    seed, adapter = config.run.seed, policy.adapter
-    mark = sampling_fingerprint(policy.model, tokens, config.generation, seed=seed, adapter=adapter)
-    name = f"{re.sub(r'[^A-Za-z0-9._-]', '_', policy.name)}-{mark[:8]}"
-    return generate(
-        policy.model,
-        tokens,
-        config.generation,
-        output=folder / "samples" / name,
-        use_gpu=config.cluster.use_gpu,
-        seed=seed,
-        adapter=adapter,
-    )
+@dataclass(frozen=True)
+class Verdict:
+    """All policies, what they were compared on and how."""
 
+    policies: list[PolicyVerdict]
+    baseline: str
+    reference: str
+    judge: dict[str, Any]
+    prompts: dict[str, Any]
+    """`source digest rows left_out`."""
+    ranking: list[dict[str, Any]] = field(default_factory=list)
+    """Bradley-Terry strengths, strongest first, where more than two policies were compared."""
+    run_id: str | None = None
+    """MLflow run."""
 
-def _judge_all(
-    found: Sequence[Policy],
-    groups: Mapping[str, Groups],
-    samples: Mapping[str, Samples],
-    baseline: str,
-    anchor: str,
-    judge: Judge,
-    prompts: PromptSet,
-    config: Config,
-    tracker: Tracker | None,
-) -> Verdict:
-    scored: dict[str, dict[str, list[float]]] = {}
-    if isinstance(judge, ScoringJudge):
-        log.info("judging by %s", judge.kind)
-        for name, group in groups.items():
-            flat = _flat(group)
-            scored[name] = per_prompt(flat, judge.scores(flat))
-    results = []
-    for policy in found:
-        group = groups[policy.name]
-        metrics = _score_metrics(judge, scored.get(policy.name))
-        by_slice = {}
-        if policy.name != baseline:
-            pairs = paired(group, groups[baseline])
-            preferences = _preferences(judge, pairs, scored, policy.name, baseline)
-            metrics |= compare(pairs, preferences)
-        else:
-            pairs, preferences = [], []
-        metrics |= describe(group)
-        log.info("%s: KL from the reference", policy.name)
-        flat = _flat(group)
-        values = kl_k1(flat, reference_logprobs(flat, anchor, use_gpu=config.cluster.use_gpu))
-        metrics["kl_k1"] = mean_estimate([float(np.mean(v)) for v in per_prompt(flat, values).values()])
-        by_slice = _sliced(
-            group, config.evaluation.slice_by, judge, scored.get(policy.name), pairs, preferences
-        )
-        results.append(
-            PolicyVerdict(
-                name=policy.name,
-                model=policy.folder,
-                prompts=len(group),
-                failed=samples[policy.name].manifest["failed"],
-                metrics=metrics,
-                slices=by_slice,
-                samples=f"samples/{samples[policy.name].folder.name}",
-            )
-        )
-    return Verdict(
-        policies=results,
-        baseline=baseline,
-        reference=anchor,
-        judge=judge.report(),
-        prompts={
-            "source": prompts.source,
-            "digest": prompts.digest,
-            "rows": len(prompts.prompts),
-            "left_out": len(prompts.left_out),
-        },
-        ranking=_ranking(groups, scored),
-        run_id=tracker.run_id if tracker else None,
-    )
+    def __getitem__(self, name: str) -> PolicyVerdict:
+        return next(policy for policy in self.policies if policy.name == name)
 
-
-def _flat(group: Groups) -> list[Sample]:
-    return [sample for samples in group.values() for sample in samples]
-
-
-def _score_metrics(judge: Judge, scores: Mapping[str, Sequence[float]] | None) -> dict[str, Estimate]:
-    if not isinstance(judge, ScoringJudge) or not scores:
-        return {}
-    if judge.bounded:
-        return {judge.score_name: share_estimate(scores)}
-    return {judge.score_name: mean_estimate([float(np.mean(values)) for values in scores.values()])}
-
-
-def _preferences(
-    judge: Judge,
-    pairs: Sequence[tuple[Sample, Sample]],
-    scored: Mapping[str, Mapping[str, Sequence[float]]],
-    candidate: str,
-    baseline: str,
-) -> list[float | None]:
-    """Preferences of pairs; scores that are known already are compared instead of asked for again."""
-    if not isinstance(judge, ScoringJudge):
-        log.info("judging %d pairs of %s and %s by %s", len(pairs), candidate, baseline, judge.kind)
-        return judge.preferences([a for a, _ in pairs], [b for _, b in pairs])
-    return [
-        prefer(x, y)
-        for key in scored[candidate]
-        if key in scored[baseline]
-        for x, y in zip(scored[candidate][key], scored[baseline][key], strict=False)
-    ]
-
-
-def _sliced(
-    group: Groups,
-    columns: Sequence[str],
-    judge: Judge,
-    scores: Mapping[str, Sequence[float]] | None,
-    pairs: Sequence[tuple[Sample, Sample]],
-    preferences: Sequence[float | None],
-) -> dict[str, dict[str, dict[str, Estimate]]]:
-    out: dict[str, dict[str, dict[str, Estimate]]] = {}
-    for column, values in slices(group, columns).items():
-        out[column] = {}
-        for value, keys in values.items():
-            inside = set(keys)
-            metrics = {"prompts": Estimate(len(keys))}
-            metrics |= _score_metrics(judge, restrict(scores, keys) if scores else None)
-            part = [
-                (p, x)
-                for p, x in zip(pairs, preferences, strict=True)
-                if p[0].prompt_id in inside and x is not None
+    def save(self, folder: Path) -> Path:
+        tree = self.__dict__ | {
+            "policies": [
+                policy.__dict__ | {"metrics": _plain(policy.metrics), "slices": _plain(policy.slices)}
+                for policy in self.policies
             ]
-            if part:
-                metrics |= compare([p for p, _ in part], [x for _, x in part])
-            out[column][value] = metrics
-    return out
+        }
+        file = folder / VERDICT
+        file.write_text(json.dumps(tree, indent=2, ensure_ascii=False), encoding="utf-8")
+        return file
 
-
-def _ranking(
-    groups: Mapping[str, Groups], scored: Mapping[str, Mapping[str, Sequence[float]]]
-) -> list[dict[str, Any]]:
-    """Bradley-Terry over all pairs of policies, where there are more than two and a judge that scores."""
-    names = list(groups)
-    if len(names) < 3 or not scored:
-        return []
-    games = [
-        (
-            i,
-            j,
-            float(
-                np.mean(
-                    [prefer(x, y) for x, y in zip(scored[names[i]][key], scored[names[j]][key], strict=False)]
+    @classmethod
+    def load(cls, file: str | Path) -> Verdict:
+        """Raises InputError where the file is missing or no verdict."""
+        path = Path(file)
+        if not path.is_file():
+            raise InputError(f"{path}: no verdict there; evaluate the run first")
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            policies = [
+                PolicyVerdict(
+                    **(item | {"metrics": _estimates(item["metrics"]), "slices": _slices(item["slices"])})
                 )
-            ),
+                for item in tree["policies"]
+            ]
+            return cls(**(tree | {"policies": policies}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a verdict ({type(error).__name__}: {error})") from error
+
+    def table(self) -> str:
+        """A text table: one line per policy, intervals in brackets."""
+        columns = [c for c in COLUMNS if any(c[0] in policy.metrics for policy in self.policies)]
+        rows = [["policy", *(heading for _, heading, _ in columns)]]
+        for policy in self.policies:
+            rows.append([policy.name, *(self._cell(policy, key, factor) for key, _, factor in columns)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        rule = "-" * max(len(line) for line in lines)
+        note = (
+            f"{self.prompts['rows']} prompts of {self.prompts['source']}, judged by {self.judge['kind']}; "
+            f"win rate against {self.baseline}; 95 % intervals; KL: k1 estimate in nats per answer"
         )
-        for i, j in combinations(range(len(names)), 2)
-        for key in scored[names[i]]
-        if key in scored[names[j]]
-    ]
-    return [strength.__dict__ for strength in bradley_terry(names, games)]
+        return "\n".join([lines[0], rule, *lines[1:], rule, note])
+
+    def _cell(self, policy: PolicyVerdict, key: str, factor: int) -> str:
+        estimate = policy.metrics.get(key)
+        if estimate is None:
+            return "baseline" if policy.name == self.baseline and "win_rate" in key else "-"
+        return show(estimate, factor)
 
 
-def _track(tracker: Tracker, verdict: Verdict, prompts: PromptSet, folder: Path) -> None:
-    tracker.log_dataset(
-        "held-out prompts",
-        digest=prompts.digest,
-        source=prompts.source,
-        rows=len(prompts.prompts),
-        context="evaluation",
-    )
-    for policy in verdict.policies:
-        numbers: dict[str, float | None] = {}
-        for name, estimate in policy.metrics.items():
-            numbers[f"{policy.name}/{name}"] = estimate.value
-            numbers[f"{policy.name}/{name}_low"] = estimate.low
-            numbers[f"{policy.name}/{name}_high"] = estimate.high
-        tracker.log_metrics(numbers)
-    tracker.flush()
-    tracker.log_artifact(folder / "verdict.json")
-    tracker.log_artifact(folder / "verdict.txt")
-    tracker.log_artifact(folder / "samples", "samples")
+def show(estimate: Estimate, factor: int = 1) -> str:
+    """`78.5 % [74.2, 82.2]` for shares, `0.412 [0.40, 0.43]` otherwise."""
+    digits, unit = (1, " %") if factor == 100 else (3, "")
+    text = f"{estimate.value * factor:.{digits}f}{unit}"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} [{estimate.low * factor:.{digits}f}, {estimate.high * factor:.{digits}f}]"
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, Estimate):
+        return tree.to_json()
+    return {key: _plain(value) for key, value in tree.items()}
+
+
+def _estimates(tree: Mapping[str, Any]) -> dict[str, Estimate]:
+    return {name: Estimate(**values) for name, values in tree.items()}
+
+
+def _slices(tree: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Estimate]]]:
+    return {
+        c: {value: _estimates(metrics) for value, metrics in values.items()} for c, values in tree.items()
+    }

@@ -34,12 +34,11 @@ from tbpo_ray.generation.samples import (
     write_manifest,
     write_part,
 )
+from tbpo_ray.progress import say
 
 if TYPE_CHECKING:
     import pandas as pd
     from ray.data import Dataset
-
-log = logging.getLogger(__name__)
 
 
 def generate(
@@ -82,7 +81,7 @@ def generate(
         folder, sampling_fingerprint(model, prompts, generation, seed=seed, adapter=adapter)
     )
     if manifest["complete"]:
-        log.info("samples of %s are there already: %s", Path(model).name, folder)
+        say(f"samples of {_short(model)} are there already: {folder}")
         return Samples(folder)
     manifest |= {"model": model, "adapter": adapter, "seed": seed, "generation": to_tree(generation)}
     write_manifest(folder, manifest)
@@ -173,13 +172,7 @@ def _run(
     smallest, largest = pool_size(generation)
     free = ray.available_resources().get("CPU", 0.0)
     resources = engine_resources(generation, use_gpu=use_gpu, free_cpus=free, engines=smallest)
-    log.info(
-        "sampling %d answers from %s with %s on %s",
-        len(rows),
-        Path(model).name,
-        _engines(smallest, largest),
-        resources,
-    )
+    say(f"sampling {len(rows)} answers from {_short(model)} with {_engines(smallest, largest)}")
     with _quiet_ray_data(), _telemetry_actor_removed():
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -203,7 +196,7 @@ def _run(
             preprocess_map_kwargs={"num_cpus": TASK_CPUS},
             postprocess_map_kwargs={"num_cpus": TASK_CPUS},
         )
-        written = processor(ray.data.from_arrow(blocks)).map_batches(
+        written = processor(ray.data.from_blocks(blocks)).map_batches(
             partial(_write_block, folder=folder), batch_size=None, batch_format="pandas", num_cpus=TASK_CPUS
         )
         try:
@@ -224,7 +217,8 @@ def _follow(written: Dataset, done: int, total: int) -> None:
     for batch in written.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         done += int(batch["rows"].sum())
         tokens += int(batch["tokens"].sum())
-        log.info("sampled %d of %d answers, %.0f s", done, total, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        say(f"sampled {done} of {total} answers, {tokens} tokens, {seconds:.0f} s")
 
 
 def _request(row: dict[str, Any]) -> dict[str, Any]:
@@ -289,9 +283,7 @@ def _finish(folder: Path, manifest: dict[str, Any], expected: int, seconds: floa
     if len(errors) == expected:
         raise RunFailed(f"none of {expected} prompts could be answered; the first: {errors[0]}")
     if errors:
-        log.warning(
-            "%d of %d prompts failed and are recorded; the first: %s", len(errors), expected, errors[0]
-        )
+        say(f"{len(errors)} of {expected} answers failed and are recorded; the first: {errors[0]}")
     write_manifest(
         folder,
         manifest
@@ -350,6 +342,11 @@ def _telemetry_actor_removed() -> Iterator[None]:
         after = find()
         if before is None and after is not None:
             ray.kill(after)
+
+
+def _short(model: str) -> str:
+    """The last two parts of a model folder: an export is named after its run."""
+    return "/".join(Path(model).parts[-2:])
 
 
 def _engines(smallest: int, largest: int) -> str:

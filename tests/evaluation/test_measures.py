@@ -20,7 +20,7 @@ from tbpo_ray.evaluation.measures import (
 )
 from tbpo_ray.evaluation.prompts import read_prompts, resolve_policy, tokenize_prompts
 from tbpo_ray.evaluation.reference import _batches, kl_k1, score_tokens
-from tbpo_ray.evaluation.results import PolicyVerdict, Verdict
+from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
 
 
 def test_a_checker_scores_and_prefers(make_sample):

@@ -1,0 +1,64 @@
+"""`jobs/evaluate.py`: the policies of a configuration, evaluated as one MLflow run that can be continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tbpo_ray.cluster import start_ray
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import to_yaml
+from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.evaluate import check_evaluation, evaluate_policies
+from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.progress import say
+from tbpo_ray.storage import file_lock, write_atomic
+from tbpo_ray.tracking import Tracker
+
+
+def policies_of(config: Config) -> dict[str, str]:
+    """Name to folder or run: `evaluation.policies`, else `runs`, else the run's own export.
+
+    Raises:
+        InputError: two runs with the same name, or nothing to evaluate.
+    """
+    if config.evaluation.policies:
+        return dict(config.evaluation.policies)
+    names = [Path(run).name for run in config.runs]
+    if len(set(names)) != len(names):
+        raise InputError(f"runs={config.runs}: two have the same name; name them in evaluation.policies")
+    if config.runs:
+        return dict(zip(names, config.runs, strict=True))
+    if (Path(config.run.output_dir) / config.run.name / "export").is_dir():
+        return {config.run.name: config.run.name}
+    raise InputError("evaluation.policies: no policy to evaluate; give evaluation.policies or runs=[...]")
+
+
+def evaluate(config: Config) -> Verdict:
+    """Evaluate into `<run.output_dir>/<run.name>/evaluation/`; samples that are there are used again.
+
+    Raises:
+        InputError: bad configuration or input, before any engine starts.
+        RunFailed: the engines or the judge gave nothing.
+    """
+    policies = policies_of(config)
+    check_evaluation(config, policies)
+    folder = Path(config.run.output_dir) / config.run.name / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "run.json"
+    with file_lock(folder / ".lock"):
+        known = json.loads(note.read_text(encoding="utf-8"))["mlflow_run_id"] if note.is_file() else None
+        write_atomic(folder / "config.yaml", to_yaml(config))
+        with Tracker.start(
+            config.tracking,
+            config.run.output_dir,
+            name=f"{config.run.name}-evaluate",
+            kind="evaluate",
+            config=config,
+            run_id=known,
+        ) as tracker:
+            write_atomic(note, json.dumps({"mlflow_run_id": tracker.run_id}))
+            start_ray()
+            verdict = evaluate_policies(config, policies, output=folder, tracker=tracker)
+        say(f"MLflow: {tracker.url_hint()}")
+    return verdict
