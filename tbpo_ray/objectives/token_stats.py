@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tbpo_ray.errors import InputError
-from tbpo_ray.objectives.blockwise import Plan, TokenStatistics
+from tbpo_ray.objectives.blockwise import TokenStatistics
 from tbpo_ray.objectives.generators import is_finite_number
+from tbpo_ray.objectives.vocab_scan import Plan
 
 WANTS = ("logp", "entropy", "kl", "k3", "ref_logp")
 NEED_REFERENCE = ("kl", "k3", "ref_logp")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, random_scores, rows
+from objective_cases import CONFIGS, random_scores, rows
 
 from tbpo_ray.objectives import GENERATORS, OBJECTIVES, TokenScores, build_objective
 

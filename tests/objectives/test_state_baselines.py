@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_scores
+from objective_cases import random_scores
 from torch import nn
 
 from tbpo_ray.errors import InputError
