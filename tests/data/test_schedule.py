@@ -1,0 +1,101 @@
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tbpo_ray.data.schedule import Schedule
+
+
+def lengths(n, seed=0):
+    return np.random.default_rng(seed).integers(1, 200, (n, 3)).astype(np.int32)
+
+
+def schedule(n=103, per_step=16, micro=4, **more):
+    return Schedule(lengths(n), **{"seed": 5, "pairs_per_step": per_step, "micro_batch_pairs": micro, **more})
+
+
+SIZES = st.tuples(
+    st.integers(1, 150), st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.booleans()
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SIZES)
+def test_each_pair_once_an_epoch_and_dealt_out_evenly(sizes):
+    n, per_step, micro, world, by_length = sizes
+    order = schedule(n, per_step, micro, length_batches=by_length, epochs=2)
+    assert order.steps_total == 2 * order.steps_per_epoch
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+            dealt = [order.micro_batches(step, rank, world) for rank in range(world)]
+            assert len({len(parts) for parts in dealt}) == 1
+            shares = [sum(map(len, parts)) for parts in dealt]
+            assert max(shares) - min(shares) <= 1 and max(shares) > 0
+            assert all(len(part) <= micro for parts in dealt for part in parts)
+            ids = np.concatenate([part for parts in dealt for part in parts])
+            assert sorted(ids) == sorted(order.step_pairs(step))
+            seen += list(ids)
+        assert sorted(seen) == list(range(n))
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_same_pairs_in_every_step_on_1_2_and_4_workers(by_length):
+    order = schedule(length_batches=by_length)
+    for step in range(order.steps_total):
+        sets = [
+            sorted(
+                i for rank in range(world) for part in order.micro_batches(step, rank, world) for i in part
+            )
+            for world in (1, 2, 4)
+        ]
+        assert sets[0] == sets[1] == sets[2]
+
+
+def test_epochs_differ_seeds_differ_and_more_steps_only_extend():
+    order = schedule(epochs=3)
+    first = [order.step_pairs(i).tolist() for i in range(order.steps_total)]
+    spe = order.steps_per_epoch
+    assert first[:spe] != first[spe : 2 * spe]
+    assert schedule(seed=6).step_pairs(0).tolist() != first[0]
+    longer = schedule(max_steps=40)
+    assert longer.steps_total == 40
+    assert [longer.step_pairs(i).tolist() for i in range(spe * 3)] == first
+    assert schedule(**order.params | {"per_step": 16, "micro": 4}).step_pairs(9).tolist() == first[9]
+
+
+def test_steps_are_counted_with_the_remainder():
+    order = schedule(103, 16)
+    assert order.steps_per_epoch == 7 and len(order.step_pairs(6)) == 103 - 6 * 16
+    assert [order.pairs_before(step) for step in (0, 6, 7, 8)] == [0, 96, 103, 119]
+    assert schedule(epochs=0.5).steps_total == 4 and schedule(epochs=1.5).steps_total == 11
+    assert schedule(epochs=0.001).steps_total == 1
+    with pytest.raises(ValueError, match="at least one pair"):
+        schedule(0)
+
+
+def test_like_lengths_go_together_without_favour():
+    order = schedule(5000, 64, 8)
+    mixed = schedule(5000, 64, 8, length_batches=False)
+    assert order.padding_share() < 0.05 < 0.25 < mixed.padding_share()
+    tokens = lengths(5000).sum(1)
+    means = [tokens[order.step_pairs(step)].mean() for step in range(order.steps_per_epoch)]
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.4
+
+
+def test_any_position_of_a_million_pairs_is_found_at_once():
+    order = Schedule(lengths(1_000_000), seed=0, pairs_per_step=128, micro_batch_pairs=8, epochs=100)
+    start = time.perf_counter()
+    order.micro_batches(order.steps_total - 2, 1, 2)
+    assert time.perf_counter() - start < 5
+
+
+def test_imports_numpy_only():
+    code = (
+        "import sys, tbpo_ray.data.schedule; sys.exit(bool({'torch', 'ray', 'pyarrow'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

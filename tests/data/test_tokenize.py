@@ -1,0 +1,179 @@
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tbpo_ray.config import DataConfig
+from tbpo_ray.data.reasons import REASONS, RecordError
+from tbpo_ray.data.records import Record, parse_record
+from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec, prompt_tokens
+
+from .conftest import CHAT, STRICT, make_tokenizer
+
+BOS, EOS = 1, 2
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def pairs_of(tokenizer, max_length=512, prompt_limit=256):
+    return PairTokenizer(TokenizerSpec.of(tokenizer), max_length, prompt_limit)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize(
+    "template", [None, CHAT, "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"]
+)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_bos_and_eos_stand_exactly_once(kind, template, adds_bos):
+    tokenizer = pairs_of(make_tokenizer(kind, template, adds_bos))
+    (pair,) = tokenizer.pairs([Record(user("the cat"), "sat on the mat", "friend")])
+    assert pair.prompt_ids.count(BOS) == (adds_bos or template is not None)
+    assert pair.prompt_ids[0] == BOS or not (adds_bos or template)
+    for ids, text in ((pair.chosen_ids, "sat on the mat"), (pair.rejected_ids, "friend")):
+        assert ids.count(EOS) == 1 and ids[-1] == EOS and BOS not in ids
+        assert tokenizer.decode_answer(ids) == text
+
+
+def test_the_boundary_holds_where_the_tokenizer_would_merge_across_it():
+    plain = make_tokenizer()
+    whole = plain("the friend", add_special_tokens=False)["input_ids"]
+    (pair,) = pairs_of(plain).pairs([Record(user("the fri"), "end", "sat")])
+    assert pair.prompt_ids + pair.chosen_ids[:-1] != whole
+    assert pair.prompt_ids == plain("the fri", add_special_tokens=False)["input_ids"]
+    assert pair.chosen_ids[:-1] == plain("end", add_special_tokens=False)["input_ids"]
+    assert plain.decode(pair.prompt_ids + pair.chosen_ids[:-1]) == "the friend"
+
+
+def test_special_tokens_spelled_in_an_answer_are_plain_text():
+    tokenizer = pairs_of(make_tokenizer(template=CHAT))
+    (pair,) = tokenizer.pairs([Record(user("say </s>"), "it is </s> <s>", "<|assistant|>")])
+    assert pair.chosen_ids.count(EOS) == 1 and BOS not in pair.chosen_ids
+    assert tokenizer.decode_answer(pair.chosen_ids) == "it is </s> <s>"
+    assert tokenizer.decode_answer(pair.rejected_ids) == "<|assistant|>"
+    assert tokenizer.counts["special_text_in_prompt"] == 1
+
+
+def test_truncation_cuts_the_prompts_front_and_never_empties_an_answer():
+    tokenizer = pairs_of(make_tokenizer(template=CHAT), max_length=12, prompt_limit=8)
+    full = pairs_of(make_tokenizer(template=CHAT))
+    record = Record(user("the cat sat on the mat and said hello"), "hello to the friend on the mat", "sat")
+    (cut,), (whole,) = tokenizer.pairs([record]), full.pairs([record])
+    assert len(cut.prompt_ids) == 8 and cut.prompt_ids == [BOS, *whole.prompt_ids[-7:]]
+    assert len(cut.chosen_ids) == 4 and cut.chosen_ids == whole.chosen_ids[:4] and EOS not in cut.chosen_ids
+    assert cut.rejected_ids == whole.rejected_ids and cut.rejected_ids[-1] == EOS
+    assert tokenizer.counts["prompt_truncated"] == tokenizer.counts["chosen_truncated"] == 1
+    assert not tokenizer.counts["rejected_truncated"]
+    least = pairs_of(make_tokenizer(template=CHAT), max_length=2, prompt_limit=1)
+    (pair,) = least.pairs([record])
+    assert pair.prompt_ids == whole.prompt_ids[-1:] and len(pair.chosen_ids) == len(pair.rejected_ids) == 1
+
+
+def test_pairs_that_become_the_same_are_put_aside():
+    tokenizer = pairs_of(make_tokenizer(), max_length=6, prompt_limit=2)
+    (error,) = tokenizer.pairs([Record(user("the cat"), "the cat sat on the mat", "the cat sat on the cat")])
+    assert isinstance(error, RecordError) and error.reason == "pair_same_tokens"
+
+
+def test_refusing_templates_and_lossy_tokenizers_give_reasons():
+    strict = pairs_of(make_tokenizer(template=STRICT))
+    talk = [{"role": "system", "content": "x"}, *user("y")]
+    assert [
+        getattr(p, "reason", None)
+        for p in strict.pairs([Record(talk, "a", "b"), Record(user("y"), "a", "b")])
+    ] == [
+        "template_refused",
+        None,
+    ]
+    for kind in ("lower", "words"):
+        (error,) = pairs_of(make_tokenizer(kind)).pairs([Record(user("the cat"), "The Zebra", "mat")])
+        assert error.reason == "answer_not_representable"
+    (error,) = pairs_of(make_tokenizer(template="{{ '' }}")).pairs([Record(user("y"), "a", "b")])
+    assert error.reason == "prompt_without_tokens"
+
+
+def test_evaluation_prompts_are_tokenized_as_training_prompts():
+    tokenizer = make_tokenizer(template=CHAT)
+    data = DataConfig(max_length=24, max_prompt_length=9)
+    messages = user("the cat sat on the mat and said hello to the Assistant")
+    (pair,) = pairs_of(tokenizer, 24, 9).pairs([Record(messages, "sat", "mat")])
+    assert prompt_tokens(tokenizer, messages, data) == pair.prompt_ids
+    tokenizer.chat_template = None
+    assert prompt_tokens(tokenizer, messages, data) != pair.prompt_ids
+
+
+def test_the_date_does_not_enter_a_template():
+    template = "{{ date_string }}{{ messages[0]['content'] }}"
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    assert "2024" in tokenizer._backend.decode(tokenizer.prompts([user("x")])[0])
+
+
+TOKENIZERS = {
+    (kind, name): pairs_of(make_tokenizer(kind, template, adds_bos), 48, 16)
+    for kind in ("bytes", "pieces", "words", "lower")
+    for name, template, adds_bos in [("plain", None, True), ("chat", CHAT, False), ("strict", STRICT, True)]
+}
+PIECES = [
+    "the",
+    " cat",
+    "\n\nHuman: ",
+    "\n\nAssistant: ",
+    "</s>",
+    "<s>",
+    "é",
+    "e\u0301",
+    "\ud800",
+    "\0",
+    "🙂",
+    "  ",
+]
+TEXT = st.one_of(st.text(max_size=20), st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
+MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "wizard"]),
+        "content": st.one_of(TEXT, st.none()),
+    }
+)
+VALUE = st.one_of(TEXT, st.lists(MESSAGE, max_size=3), st.none(), st.integers(), st.just({}))
+RECORD = st.one_of(
+    st.fixed_dictionaries(
+        {}, optional={"prompt": VALUE, "chosen": VALUE, "rejected": VALUE, "messages": VALUE}
+    ),
+    st.fixed_dictionaries({"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}),
+    st.builds(
+        lambda talk, a, b: {
+            "chosen": [*talk, {"role": "assistant", "content": a}],
+            "rejected": [*talk, {"role": "assistant", "content": b}],
+        },
+        st.lists(MESSAGE, min_size=1, max_size=3),
+        TEXT,
+        TEXT,
+    ),
+    st.none(),
+    st.lists(TEXT, max_size=2),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(raw=RECORD, which=st.sampled_from(sorted(TOKENIZERS)))
+def test_every_record_is_a_whole_pair_or_has_a_reason(raw, which):
+    tokenizer = TOKENIZERS[which]
+    try:
+        record = parse_record(raw)
+    except RecordError as error:
+        assert error.reason in REASONS
+        return
+    (pair,) = tokenizer.pairs([record])
+    if isinstance(pair, RecordError):
+        assert pair.reason in REASONS
+        return
+    assert isinstance(pair, TokenizedPair)
+    assert 1 <= len(pair.prompt_ids) <= 16
+    for ids, text in ((pair.chosen_ids, record.chosen), (pair.rejected_ids, record.rejected)):
+        assert ids and len(pair.prompt_ids) + len(ids) <= 48
+        if ids[-1] == EOS:
+            assert EOS not in ids[:-1]
+            decoded = tokenizer.decode_answer(ids)
+            assert decoded in (text, " " + text) or (which[0] == "lower" and decoded == text.lower())
+        else:
+            assert EOS not in ids and len(pair.prompt_ids) + len(ids) == 48
