@@ -9,6 +9,10 @@ import shutil
 import tempfile
 from typing import Any
 
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import stage_config
+from tbpo_ray.errors import InputError
+
 QUIET = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve", "ray._private")
 
 
@@ -47,3 +51,48 @@ def start_ray(**options: Any) -> None:
     context.enable_progress_bars = False
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+SPARE_CPUS = 1.0
+"""Kept for reading data and for engines beside the training workers."""
+
+
+def fit_to_cluster(config: Config) -> Config:
+    """Settle what the configuration leaves to the cluster: GPUs or not, and how many workers at most.
+
+    Raises:
+        InputError: for a plan that the cluster can never satisfy, with the arithmetic.
+    """
+    most = most_resources()
+    use_gpu = config.cluster.use_gpu if config.cluster.use_gpu != "auto" else most.get("GPU", 0) > 0
+    config = stage_config(config, {}, cluster__use_gpu=use_gpu)
+    asked = config.cluster.num_workers
+    least, largest = asked if isinstance(asked, list) else (asked, asked)
+    fits = min(
+        (int(max(0.0, most.get(name, 0.0) - (SPARE_CPUS if name == "CPU" else 0.0)) / each)
+         for name, each in config.cluster.worker_resources.items() if each > 0),
+        default=largest,
+    )  # fmt: skip
+    if fits < least:
+        each = ", ".join(f"{value:g} {name}" for name, value in config.cluster.worker_resources.items())
+        have = ", ".join(f"{most.get(name, 0.0):g} {name}" for name in config.cluster.worker_resources)
+        raise InputError(
+            f"cluster.num_workers={asked}: {least} x ({each}) and {SPARE_CPUS:g} CPU for data never fit into the "
+            f"cluster's {have}; at most {fits} worker(s) do. Lower cluster.num_workers or "
+            "cluster.resources_per_worker, or add nodes"
+        )
+    if isinstance(asked, list) and fits < largest:
+        return stage_config(config, {}, cluster__num_workers=[least, fits])
+    return config
+
+
+def most_resources() -> dict[str, float]:
+    """The cluster's resources with every node type of its autoscaler at its maximum."""
+    import ray
+    from ray._private.state import state
+
+    now = dict(ray.cluster_resources())
+    possible = state.get_max_resources_from_cluster_config() or {}
+    return {
+        name: max(float(now.get(name, 0)), float(possible.get(name, 0))) for name in now.keys() | possible
+    }

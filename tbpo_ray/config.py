@@ -250,8 +250,8 @@ class TrainingConfig(Section):
 class ClusterConfig(Section):
     num_workers: Annotated[int, Field(ge=1)] | Annotated[list[Count], Field(min_length=2, max_length=2)] = 1
     """Training workers: a number, or `[min, max]` to grow and shrink with the cluster."""
-    use_gpu: bool = False
-    """One GPU for each worker and vLLM engine."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """One GPU for each worker and vLLM engine; `auto`: where the cluster has or can start any."""
     resources_per_worker: dict[str, NonNegative] = Field(default_factory=dict)
     """Ray resources of a training worker; default `{CPU: 0.5}`, and `{CPU: 4, GPU: 1}` with use_gpu."""
     threads_per_worker: Count | None = None
@@ -276,7 +276,7 @@ class ClusterConfig(Section):
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        default = {"CPU": 4.0, "GPU": 1.0} if self.use_gpu else {"CPU": 0.5}
+        default = {"CPU": 4.0, "GPU": 1.0} if self.use_gpu is True else {"CPU": 0.5}
         return dict(self.resources_per_worker) or default
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tbpo_ray.cluster import fit_to_cluster, start_ray
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 from tbpo_ray.evaluation.evaluate import evaluate_policies
@@ -62,6 +63,8 @@ def run_pipeline(config: Config) -> Verdict:
             policies["base"] = preference.model.name_or_path
         policies[preference.objective.name] = str(result.export)
         say("stage 3 of 3: evaluation")
+        start_ray()
+        preference = fit_to_cluster(preference)
         with Tracker.start(
             config.tracking, config.run.output_dir, name=f"{config.run.name}-evaluate", kind="evaluate",
             config=preference, parent_run_id=tracker.run_id,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.cluster import start_ray
+from tbpo_ray.cluster import fit_to_cluster, start_ray
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import to_tree, to_yaml
 from tbpo_ray.data.prepare import prepare
@@ -65,6 +65,7 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
         if config.model.reference is not None:
             reference = resolve_model(config.model.reference, cache, key="model.reference")
         start_ray()
+        config = fit_to_cluster(config)
         tokenizer = {"chat_template": config.model.chat_template}
         data = prepare(config.data.train, config.data, model, role="train", cache_dir=cache, **tokenizer)
         held_out = None

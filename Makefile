@@ -1,0 +1,48 @@
+# Every target sets up the virtual environment first, if it is not there.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Extra arguments for pip, for machines that need another index for the CPU build of PyTorch.
+PIP_FLAGS ?=
+EXTRAS ?= cpu,dev
+STAMP  := $(VENV)/.installed-$(EXTRAS)
+
+.PHONY: install quickstart test test-fast check format lint types bench clean
+
+install: $(STAMP)
+
+# torchvision, torchaudio and torchcodec come along with vLLM; their packaged builds are for CUDA and break
+# `import transformers` beside a CPU build of PyTorch. Text models need none of them.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[$(EXTRAS)]"
+	if $(BIN)/python -c "import torch, sys; sys.exit(torch.version.cuda is not None)"; then \
+	  $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python jobs/pipeline.py --config jobs/configs/tiny.yaml run.name=quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not e2e"
+
+format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: format lint types test
+
+bench: $(STAMP)
+	$(BIN)/python jobs/benchmark.py --config jobs/configs/tiny.yaml
+
+clean:
+	rm -rf runs .mypy_cache .ruff_cache .hypothesis build *.egg-info
