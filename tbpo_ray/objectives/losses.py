@@ -101,7 +101,8 @@ def sepo(chosen: Side, rejected: Side, p: Params) -> Tensor:
     alone: length-normalised, without a reference.
 
     Source: SePO, arXiv 2408.13518. The oracle is a small DPO-trained model, its scores
-    `token_weights.oracle_scores`.
+    `token_weights.oracle_scores`. The paper's normaliser is |y| * select_ratio where ours is the number of
+    tokens selected, which differs by rounding.
     """
     assert chosen.weights is not None and rejected.weights is not None
     high = top_tokens(chosen.weights, chosen.mask, p.select_ratio)
@@ -126,7 +127,9 @@ def t_reg_penalty(chosen: Side, rejected: Side, p: Params) -> Tensor:
     The given token rewards (`*_weights`) are those the model gives itself by contrastive prompts
     (`token_weights.self_rewards`). Both answers count, each by the mean over its tokens.
 
-    Source: T-REG, arXiv 2412.02685. Added to the DPO loss of the pair.
+    Source: T-REG, arXiv 2412.02685: DPO plus a regulariser that draws the implicit token rewards towards
+    self-given ones. That the distance is squared and that both answers weigh the same, whatever their
+    length and margin, is our reading of it. Added to the DPO loss of the pair.
     """
     return p.alpha * (reward_distance(chosen, p.beta) + reward_distance(rejected, p.beta))
 

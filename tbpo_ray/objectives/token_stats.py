@@ -95,6 +95,7 @@ def token_log_probs(
     """
     if want is None:
         want = ("logp", "entropy") if ref_hidden is None else ("logp", "entropy", "kl")
+    want = want if isinstance(want, str) else tuple(want)
     check(hidden, weight, labels, mask, ref_hidden, ref_weight, want, no_grad, samples, softcap, logit_scale)
     mask = mask.to(torch.bool)
     selected = mask.reshape(-1).nonzero().squeeze(1)
