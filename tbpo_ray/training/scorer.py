@@ -56,7 +56,7 @@ class PairScorer(nn.Module):
     def hidden(self, batch: PairBatch) -> Tensor:
         """[S * B, T, H] last hidden states of the positions that predict answer tokens."""
         if batch.shared:
-            masks: Any = {kind: batch.attention_mask(window) for kind, window in self.windows.items()}
+            masks: Any = {kind: self._mask(batch, window) for kind, window in self.windows.items()}
             mask = masks["full_attention"] if set(masks) == {"full_attention"} else masks
         else:
             mask = (batch.segment >= 0).long()
@@ -67,6 +67,16 @@ class PairScorer(nn.Module):
         sides, pairs, tokens = batch.predict.shape
         flat = states.reshape(-1, states.shape[-1]).index_select(0, batch.predict.reshape(-1))
         return flat.view(sides * pairs, tokens, -1)
+
+    def _mask(self, batch: PairBatch, window: int | None) -> Tensor:
+        """[R, 1, L, L]: bool for SDPA; eager attention adds its mask to the scores."""
+        allowed = batch.attention_mask(window)
+        if _causal(self.model).config._attn_implementation != "eager":
+            return allowed
+        dtype = next(self.model.parameters()).dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
 
     def forward(
         self,

@@ -1,0 +1,142 @@
+"""Layouts and scores: shared prompt equals separate rows, and both equal the plain formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from tbpo_ray.objectives import build_objective
+from tbpo_ray.training.batch import collate
+from tbpo_ray.training.scorer import PairScorer, to_scores
+from tbpo_ray.training.step import PreferenceStep
+
+VOCAB = 61
+
+
+def llama(attention: str = "sdpa") -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+        attn_implementation=attention,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def gemma() -> Gemma3ForCausalLM:
+    """Sliding-window layers, a window shorter than the rows, and soft-capped logits."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=5.0,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config)
+
+
+def pairs(count: int = 5, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, VOCAB, rng.integers(1, 12)) for _ in range(count)]
+    answers = [[rng.integers(3, VOCAB, rng.integers(1, 10)) for _ in range(count)] for _ in range(2)]
+    return prompts, answers
+
+
+def plain_logps(model, prompt, answer) -> torch.Tensor:
+    ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
+    logits = model(input_ids=ids).logits[0].log_softmax(-1)
+    return torch.stack([logits[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
+
+
+@pytest.mark.parametrize("make", [llama, lambda: llama("eager"), gemma], ids=["llama", "eager", "gemma3"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_scores_equal_the_plain_formula(make, shared):
+    model = make().eval()
+    prompts, answers = pairs()
+    batch = collate(prompts, answers, pad_id=0, shared=shared, cut=False)
+    logp = PairScorer(model)(batch)[0]
+    for side in range(2):
+        for b, prompt in enumerate(prompts):
+            expected = plain_logps(model, prompt, answers[side][b])
+            torch.testing.assert_close(logp[side, b, : len(expected)], expected, atol=2e-5, rtol=1e-5)
+            assert not logp[side, b, len(expected) :].any()
+
+
+def test_gradients_agree_between_layouts():
+    prompts, answers = pairs()
+    grads = []
+    for shared in (True, False):
+        model = llama()
+        scorer = PairScorer(model)
+        batch = collate(prompts, answers, pad_id=0, shared=shared, cut=False)
+        logp = scorer(batch)[0]
+        (logp[0].sum() - 2 * logp[1].sum()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tbpo_q", "tbpo_a"])
+def test_the_tail_is_dead(name):
+    """Cutting at the shorter answer changes neither loss nor gradient of a TBPO objective."""
+    objective = build_objective({"name": name, "state_baseline": {"kind": "k3"}})
+    prompts, answers = pairs(6, seed=3)
+    losses, grads = [], []
+    for cut in (True, False):
+        model = llama()
+        reference = PairScorer(gemma_free_copy()).eval()
+        step = PreferenceStep(objective, None, reference)
+        batch = collate(prompts, answers, pad_id=0, shared=True, cut=cut)
+        loss, _ = step(PairScorer(model), batch)
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert int(collate(prompts, answers, pad_id=0, shared=True, cut=True).mask.sum()) < sum(
+        len(a) for side in answers for a in side
+    )
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-4)
+
+
+def gemma_free_copy() -> LlamaForCausalLM:
+    """A reference unlike the policy, so that log-ratios are not zero."""
+    model = llama()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def test_a_batch_without_pairs_gives_a_zero_with_a_gradient():
+    """An idle rank runs one fully masked pair."""
+    model = llama()
+    batch = collate([np.zeros(1, dtype=np.int64)], [[np.zeros(0, dtype=np.int64)]] * 2, pad_id=0, shared=True, cut=True)
+    objective = build_objective({"name": "tbpo_a", "state_baseline": {"kind": "k3"}})
+    loss, _ = PreferenceStep(objective, None, PairScorer(llama()).eval())(PairScorer(model), batch)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["dpo", "tbpo_q", "tbpo_a"])
+def test_first_loss_is_ln2_where_policy_is_reference(name):
+    objective = build_objective(
+        {"name": name, "bregman": {"generator": "logistic"}, "state_baseline": {"kind": "k3"}}
+    )
+    prompts, answers = pairs()
+    batch = collate(prompts, answers, pad_id=0, shared=True, cut=objective.compares_to_shorter)
+    scorer, reference = PairScorer(llama()), PairScorer(llama())
+    loss, _ = PreferenceStep(objective, None, reference)(scorer, batch)
+    assert loss.item() / batch.pairs == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_side_scores_reach_the_objective_in_the_right_place():
+    prompts, answers = pairs(2)
+    batch = collate(
+        prompts, answers, pad_id=0, shared=True, cut=False,
+        ref_logps=[[np.full(len(a), -1.0) for a in answers[0]], [np.full(len(a), -2.0) for a in answers[1]]],
+    )  # fmt: skip
+    scores = to_scores(PairScorer(llama())(batch), batch)
+    assert scores.chosen_ref_logps[scores.chosen_mask].eq(-1).all()
+    assert scores.rejected_ref_logps[scores.rejected_mask].eq(-2).all()
+    assert scores.chosen_mask.sum(-1).tolist() == [len(a) for a in answers[0]]
