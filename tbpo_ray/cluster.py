@@ -77,8 +77,8 @@ def fit_to_cluster(config: Config) -> Config:
         each = ", ".join(f"{value:g} {name}" for name, value in config.cluster.worker_resources.items())
         have = ", ".join(f"{most.get(name, 0.0):g} {name}" for name in config.cluster.worker_resources)
         raise InputError(
-            f"cluster.num_workers={asked}: {least} x ({each}) and {SPARE_CPUS:g} CPU for data never fit into the "
-            f"cluster's {have}; at most {fits} worker(s) do. Lower cluster.num_workers or "
+            f"cluster.num_workers={asked}: {least} x ({each}) and {SPARE_CPUS:g} CPU for data never fit into "
+            f"the cluster's {have}; at most {fits} worker(s) do. Lower cluster.num_workers or "
             "cluster.resources_per_worker, or add nodes"
         )
     if isinstance(asked, list) and fits < largest:

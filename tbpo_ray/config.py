@@ -271,12 +271,17 @@ class ClusterConfig(Section):
         return value
 
     @property
+    def gpus(self) -> bool:
+        """Whether workers get GPUs; `auto` counts as no until it is settled on a cluster."""
+        return self.use_gpu is True
+
+    @property
     def max_workers(self) -> int:
         return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        default = {"CPU": 4.0, "GPU": 1.0} if self.use_gpu is True else {"CPU": 0.5}
+        default = {"CPU": 4.0, "GPU": 1.0} if self.gpus else {"CPU": 0.5}
         return dict(self.resources_per_worker) or default
 
 

@@ -125,7 +125,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         )
     peft = PeftConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",  # type: ignore[arg-type]

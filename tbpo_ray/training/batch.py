@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,11 @@ class PairBatch:
         return self.labels.shape[1]
 
     def to(self, device: torch.device | str) -> PairBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairBatch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        )
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return PairBatch(**moved)
 
     def attention_mask(self, window: int | None = None) -> Tensor:
         """[R, 1, L, L] bool, True where the query (third axis) may see the key (fourth axis).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,20 +63,20 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
     """Load models and build the step. The same seed gives the same head on every rank."""
     objective = objective_of(config)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    model_options = {
+    model_options: dict[str, Any] = {
         "dtype": dtype,
         "attention": config.model.attention,
         "revision": config.model.revision,
         "gguf_file": config.model.gguf_file,
     }
-    policy: nn.Module = load_model(places.model, **model_options)  # type: ignore[arg-type]
+    policy: Any = load_model(places.model, **model_options)
     tokenizer = load_tokenizer(places.model, revision=config.model.revision, gguf_file=config.model.gguf_file)
     if config.training.activation_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.lora is not None:
-            policy.enable_input_require_grads()  # type: ignore[operator]
+            policy.enable_input_require_grads()
     if config.model.lora is not None:
-        policy = add_lora(policy, config.model.lora)  # type: ignore[arg-type]
+        policy = add_lora(policy, config.model.lora)
     scorer = PairScorer(policy.to(device))
     scorer.train()
 
@@ -86,23 +87,15 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
             reference, adapter_off = scorer, True
         else:
             options = model_options if config.model.reference is None else model_options | {"gguf_file": None}
-            frozen = load_model(places.reference or places.model, **options)  # type: ignore[arg-type]
+            frozen: Any = load_model(places.reference or places.model, **options)
             reference = PairScorer(frozen.requires_grad_(False).to(device)).eval()
 
     head = None
     if objective.learned_baseline:
-        width = (
-            scorer.output_layer.weight.shape[-1]
-            if not hasattr(scorer.output_layer, "base_layer")
-            else (
-                scorer.output_layer.base_layer.weight.shape[-1]  # type: ignore[union-attr]
-            )
-        )
-        head = build_state_baseline(
-            config.objective.state_baseline.model_dump(exclude_none=True)
-            | {"kind": config.objective.baseline_kind},
-            int(width),
-        )
+        layer: Any = scorer.output_layer
+        section = config.objective.state_baseline.model_dump(exclude_none=True)
+        width = int(getattr(layer, "base_layer", layer).weight.shape[-1])
+        head = build_state_baseline(section | {"kind": config.objective.baseline_kind}, width)
         assert head is not None
         head.to(device)
     step = PreferenceStep(objective, head, reference, adapter_off=adapter_off, seed=config.run.seed)

@@ -66,13 +66,11 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
             reference = resolve_model(config.model.reference, cache, key="model.reference")
         start_ray()
         config = fit_to_cluster(config)
-        tokenizer = {"chat_template": config.model.chat_template}
-        data = prepare(config.data.train, config.data, model, role="train", cache_dir=cache, **tokenizer)
+        options: dict[str, Any] = {"cache_dir": cache, "chat_template": config.model.chat_template}
+        data = prepare(config.data.train, config.data, model, role="train", **options)
         held_out = None
         if config.data.eval is not None:
-            held_out = prepare(
-                config.data.eval, config.data, model, role="eval", cache_dir=cache, **tokenizer
-            )
+            held_out = prepare(config.data.eval, config.data, model, role="eval", **options)
         if data.quarantine_file is not None:
             shutil.copyfile(data.quarantine_file, folder / "quarantine.jsonl")
         write_atomic(folder / "config.yaml", to_yaml(config))
@@ -145,23 +143,23 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
         extra_dirs=places.extra,
     )
     trainer = TorchTrainer(
-        train_loop,
+        train_loop,  # type: ignore[arg-type]
         train_loop_config={"config": to_tree(config), "places": asdict(places)},
         scaling_config=ScalingConfig(
             num_workers=tuple(workers) if isinstance(workers, list) else workers,  # type: ignore[arg-type]
-            use_gpu=config.cluster.use_gpu,
+            use_gpu=config.cluster.gpus,
             resources_per_worker=config.cluster.worker_resources,
         ),
         run_config=RunConfig(
             name=checkpoints.name,
             storage_path=str(checkpoints.parent),
-            callbacks=[FailureLog(places.run_dir)],
-            failure_config=FailureConfig(
+            callbacks=[FailureLog(places.run_dir)],  # type: ignore[list-item]
+            failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=config.cluster.max_failures,
                 max_preemption_failures=config.cluster.max_preemption_failures,
             ),
         ),
-        torch_config=TorchConfig(backend="nccl" if config.cluster.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if config.cluster.gpus else "gloo"),
         **stream_datasets(stream),
     )
     with Follower(Path(places.run_dir), tracker, label=config.run.name):
@@ -171,7 +169,7 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
             log = Path(places.run_dir) / "failure.log"
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             raise RunFailed(f"run {config.run.name}: {root_cause(error)}; all of it is in {log}") from error
-    value: dict[str, Any] = outcome.return_value or {}
+    value: dict[str, Any] = outcome.return_value or {}  # type: ignore[attr-defined]
     if "failed" in value:
         raise RunFailed(f"run {config.run.name}: {value['failed']}")
     if value.get("step") != total:

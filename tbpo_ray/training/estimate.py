@@ -59,7 +59,7 @@ def plan_text(config: Config) -> str:
         f"(mean of {len(data.lengths)}); through the model {prompts + answers:.0f}",
         f"# steps            {schedule.steps_total} of {config.training.pairs_per_step} pairs",
         f"# tokens in all    {tokens}",
-        f"# objective        {objective.name}, reference scores: {mode}, prompt shared: {shared}, tail cut: {cut}",
+        f"# objective        {objective.name}; reference: {mode}; shared prompt: {shared}; tail cut: {cut}",
         f"# workers          {config.cluster.num_workers}, each {config.cluster.worker_resources}",
         "# memory per worker (estimate)",
         *(f"#   {part:<22} {int(size):>16} bytes ({size / gib:.2f} GiB)" for part, size in memory.items()),

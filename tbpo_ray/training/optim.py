@@ -65,7 +65,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], training: TrainingConfig
 
 
 def learning_rate(step: int, total: int, training: TrainingConfig) -> float:
-    """The rate of optimizer step `step` (0-based) of `total`: linear warm-up, then the scheduler's decay to 0."""
+    """The rate of step `step` (0-based) of `total`: linear warm-up, then the scheduler's decay to 0."""
     warmup = math.ceil(training.warmup_ratio * total)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup

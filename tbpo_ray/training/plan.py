@@ -15,7 +15,8 @@ from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.errors import InputError
 
 NO_EFFECT = (
-    "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft", "runs",
+    "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft",
+    "runs",
     "data.cache_dir", "data.quarantine_limit", "data.card_column", "data.eval", "data.max_eval_pairs",
     "training.log_every", "training.checkpoint_every", "training.keep_checkpoints", "training.eval_every",
     "training.on_nonfinite",

@@ -96,7 +96,7 @@ def _compute(
 ) -> None:
     import ray
 
-    jobs = []
+    jobs: list[dict[str, Any]] = []
     for file, pairs in prepared.shards:
         for start in range(0, pairs, PART_PAIRS):
             name = _part(file, start)
@@ -114,7 +114,7 @@ def _compute(
     actors = max(1, min(len(jobs), config.cluster.max_workers))
     resources: dict[str, Any] = (
         {"num_gpus": 1}
-        if config.cluster.use_gpu
+        if config.cluster.gpus
         else {"num_cpus": config.cluster.worker_resources.get("CPU", 0.5)}
     )
     rows = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
@@ -145,7 +145,7 @@ class ReferenceScorer:
         quiet_transformers()
         config = Config.model_validate(tree)
         self.config, self.cut = config, cut
-        self.device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+        self.device = torch.device("cuda" if config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         gguf = _gguf(config)

@@ -160,16 +160,16 @@ class PairScorer(nn.Module):
         return self.score_hidden(self.as_reference(batch, adapter_off=adapter_off), batch)
 
 
-def output_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def output_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
     """The output layer's effective weight [V, H] and bias [V]; a LoRA adapter on it is added in
     (its input dropout is not applied there)."""
     base = getattr(layer, "base_layer", layer)
     weight: Tensor = base.weight
-    if hasattr(layer, "lora_A") and not layer.disable_adapters:  # type: ignore[attr-defined]
-        for name in layer.active_adapters:  # type: ignore[attr-defined]
-            if name in layer.lora_A:  # type: ignore[attr-defined]
-                delta = layer.lora_B[name].weight @ layer.lora_A[name].weight  # type: ignore[attr-defined]
-                weight = weight + layer.scaling[name] * delta  # type: ignore[attr-defined]
+    if hasattr(layer, "lora_A") and not layer.disable_adapters:
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                delta = layer.lora_B[name].weight @ layer.lora_A[name].weight
+                weight = weight + layer.scaling[name] * delta
     return weight, getattr(base, "bias", None)
 
 

@@ -40,7 +40,7 @@ class PreferenceStep:
         self.head = head
         self.reference = reference
         self.adapter_off = adapter_off
-        self.want = ("logp",)
+        self.want: tuple[str, ...] = ("logp",)
         if objective.needs_kl:
             self.want = ("logp", "entropy", "kl")
         elif objective.needs_samples:

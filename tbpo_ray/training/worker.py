@@ -278,22 +278,23 @@ class Worker:
             self.metrics.say(f"continuing from {folder.name} ({state['world']} -> {self.world} workers)")
 
     def _nonfinite(self) -> str:
+        rate = self.config.training.learning_rate
         return (
-            f"training.on_nonfinite=stop: the loss or a gradient of step {self.step + 1} is NaN or infinite, on all "
-            f"workers nothing moved; lower training.learning_rate={self.config.training.learning_rate}, or skip such steps"
+            f"training.on_nonfinite=stop: the loss or a gradient of step {self.step + 1} is NaN or infinite; "
+            f"on all workers nothing moved; lower training.learning_rate={rate}, or skip such steps"
         )
 
     def _out_of_memory(self, error: Exception) -> str:
-        c = self.config
+        pairs, length = self.config.training.micro_batch_pairs, self.config.data.max_length
         return (
-            f"out of memory in step {self.step + 1} with training.micro_batch_pairs={c.training.micro_batch_pairs} and "
-            f"data.max_length={c.data.max_length}: lower either, or set training.activation_checkpointing=true "
+            f"out of memory in step {self.step + 1} with training.micro_batch_pairs={pairs} and "
+            f"data.max_length={length}: lower either, or set training.activation_checkpointing=true "
             f"({str(error).splitlines()[0]})"
         )
 
 
 def _device(config: Config) -> torch.device:
-    if not config.cluster.use_gpu:
+    if not config.cluster.gpus:
         return torch.device("cpu")
     from ray.train.torch import get_device
 

@@ -110,7 +110,9 @@ def gemma_free_copy() -> LlamaForCausalLM:
 def test_a_batch_without_pairs_gives_a_zero_with_a_gradient():
     """An idle rank runs one fully masked pair."""
     model = llama()
-    batch = collate([np.zeros(1, dtype=np.int64)], [[np.zeros(0, dtype=np.int64)]] * 2, pad_id=0, shared=True, cut=True)
+    batch = collate(
+        [np.zeros(1, dtype=np.int64)], [[np.zeros(0, dtype=np.int64)]] * 2, pad_id=0, shared=True, cut=True
+    )
     objective = build_objective({"name": "tbpo_a", "state_baseline": {"kind": "k3"}})
     loss, _ = PreferenceStep(objective, None, PairScorer(llama()).eval())(PairScorer(model), batch)
     loss.backward()

@@ -55,7 +55,16 @@ def point_outside(folder):
     (folder / ckpt.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
-DAMAGES = [truncate, flip, delete, empty_manifest, listless_manifest, no_manifest, change_state, point_outside]
+DAMAGES = [
+    truncate,
+    flip,
+    delete,
+    empty_manifest,
+    listless_manifest,
+    no_manifest,
+    change_state,
+    point_outside,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)

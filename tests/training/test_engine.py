@@ -42,12 +42,19 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     )  # fmt: skip
     policy, reference = LlamaForCausalLM(shape), LlamaForCausalLM(shape)
     reference.load_state_dict(policy.state_dict())
-    config = load_config(None, [f"training.deepspeed={{stage: {stage}}}", f"training.optimizer={optimizer}",
-                                f"training.precision={precision}"])
+    config = load_config(
+        None,
+        [
+            f"training.deepspeed={{stage: {stage}}}",
+            f"training.optimizer={optimizer}",
+            f"training.precision={precision}",
+        ],
+    )
     scorer = PairScorer(policy).train()
     engine = Engine(scorer, config, torch.device("cpu"))
     step = PreferenceStep(
-        build_objective({"name": "tbpo_a", "state_baseline": {"kind": "k3"}}), None,
+        build_objective({"name": "tbpo_a", "state_baseline": {"kind": "k3"}}),
+        None,
         PairScorer(reference).eval().requires_grad_(False),
     )
     if load:
@@ -121,6 +128,10 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path):
     assert whole[0] == pytest.approx(0.25, abs=1e-2)
     from safetensors.torch import load_file
 
-    master = [v for k, v in load_file(tmp_path / "b" / "optimizer-0000.safetensors").items() if k.endswith("@master")]
+    master = [
+        v
+        for k, v in load_file(tmp_path / "b" / "optimizer-0000.safetensors").items()
+        if k.endswith("@master")
+    ]
     assert {str(v.dtype) for v in master} == {"torch.float32"}
     assert any((v.bfloat16().float() != v).any() for v in master)
