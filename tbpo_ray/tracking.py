@@ -295,6 +295,12 @@ class Tracker:
         """The run's path in MLflow's page, below the server's address."""
         return f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
+    def run_link(self, run_id: str) -> str:
+        """Address of another run of this experiment on an MLflow server; empty without a server."""
+        if urlsplit(self.uri).scheme not in ("http", "https"):
+            return ""
+        return f"{without_user(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
     def url_hint(self) -> str:
         """One line: how to look at this run."""
         if urlsplit(self.uri).scheme in ("http", "https"):

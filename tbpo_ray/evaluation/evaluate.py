@@ -114,7 +114,7 @@ def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) ->
         tokens,
         config.generation,
         output=folder / "samples" / name,
-        use_gpu=config.cluster.use_gpu,
+        use_gpu=config.cluster.gpus,
         seed=seed,
         adapter=adapter,
     )
@@ -151,7 +151,7 @@ def _judge_all(
         metrics |= describe(group)
         say(f"{policy.name}: KL from the reference on its own samples")
         flat = _flat(group)
-        values = kl_k1(flat, reference_logprobs(flat, anchor, use_gpu=config.cluster.use_gpu))
+        values = kl_k1(flat, reference_logprobs(flat, anchor, use_gpu=config.cluster.gpus))
         metrics["kl_k1"] = mean_estimate([float(np.mean(v)) for v in per_prompt(flat, values).values()])
         by_slice = _sliced(
             group, config.evaluation.slice_by, judge, scored.get(policy.name), pairs, preferences

@@ -103,7 +103,7 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
     if kind == "reward_model":
         from tbpo_ray.evaluation.reward_model import RewardModelJudge
 
-        return RewardModelJudge.from_settings(settings, use_gpu=config.cluster.use_gpu)
+        return RewardModelJudge.from_settings(settings, use_gpu=config.cluster.gpus)
     if kind == "llm":
         from tbpo_ray.evaluation.llm_judge import LlmJudge
 

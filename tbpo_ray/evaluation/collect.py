@@ -1,0 +1,112 @@
+"""What a comparison is made of: verdicts of runs, with their training curves and configurations."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import flatten, read_yaml
+from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.verdict import VERDICT, PolicyVerdict, Verdict
+from tbpo_ray.redaction import redact_tree
+
+IGNORED = ("run.name", "evaluation.", "compare.", "runs", "tune.", "tracking.", "sft.", "run.output_dir")
+"""Keys in which runs may differ without differing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One policy of the comparison."""
+
+    label: str
+    policy: PolicyVerdict
+    verdict: Verdict
+    samples: Path
+    run_id: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Flattened configuration of the training run, secrets redacted; empty for a policy without one."""
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `metrics.jsonl`."""
+
+
+def collect(config: Config) -> list[Entry]:
+    """Every policy of the verdicts of `runs`, or of the run's own verdict when `runs` is empty.
+
+    A policy that several verdicts share (the same folder on the same prompts: a common baseline) counts once.
+
+    Raises:
+        InputError: a run without a verdict.
+    """
+    output = Path(config.run.output_dir)
+    folders = [_run_folder(run, output) for run in (config.runs or [config.run.name])]
+    found: list[tuple[str, PolicyVerdict, Verdict, Path]] = []
+    seen: set[tuple[str, str]] = set()
+    for folder in folders:
+        file = _verdict_file(folder)
+        verdict = Verdict.load(file)
+        for policy in verdict.policies:
+            key = (policy.model, verdict.prompts["digest"])
+            if key not in seen:
+                seen.add(key)
+                found.append((folder.name, policy, verdict, file.parent / policy.samples))
+    names = [policy.name for _, policy, _, _ in found]
+    return [
+        _entry(
+            policy.name if names.count(policy.name) == 1 else f"{run}/{policy.name}", policy, verdict, samples
+        )
+        for run, policy, verdict, samples in found
+    ]
+
+
+def differences(entries: list[Entry]) -> list[tuple[str, list[str]]]:
+    """Configuration keys in which trained entries differ, with each one's value."""
+    trained = [entry for entry in entries if entry.settings]
+    keys = dict.fromkeys(key for entry in trained for key in entry.settings)
+    rows = []
+    for key in keys:
+        values = [json.dumps(entry.settings.get(key), ensure_ascii=False, default=str) for entry in trained]
+        if len(set(values)) > 1 and not key.startswith(IGNORED):
+            rows.append((key, [value.strip('"') for value in values]))
+    return rows
+
+
+def _run_folder(run: str, output: Path) -> Path:
+    for folder in (output / run, Path(run)):
+        if folder.is_dir():
+            return folder.absolute()
+    raise InputError(f"runs: no run {run!r} in {output}; give names of runs or their folders")
+
+
+def _verdict_file(folder: Path) -> Path:
+    for file in (folder / "evaluation" / VERDICT, folder / VERDICT):
+        if file.is_file():
+            return file
+    raise InputError(
+        f"runs: {folder.name} has no verdict yet; evaluate it: python jobs/evaluate.py --config ... "
+        f"run.name={folder.name}"
+    )
+
+
+def _entry(label: str, policy: PolicyVerdict, verdict: Verdict, samples: Path) -> Entry:
+    run = Path(policy.model).parent
+    settings: dict[str, Any] = {}
+    curve: list[dict[str, Any]] = []
+    run_id = verdict.run_id
+    if (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file():
+        settings = flatten(redact_tree(read_yaml(run / "config.yaml")))
+        curve = _rows(run / "metrics.jsonl")
+        note = run / "run.json"
+        if note.is_file():
+            run_id = json.loads(note.read_text(encoding="utf-8")).get("mlflow_run_id") or run_id
+    return Entry(label, policy, verdict, samples, run_id, settings, curve)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; the last line of a run that is being written may be cut off."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines[:-1] if line]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
