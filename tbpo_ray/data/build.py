@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -61,7 +61,9 @@ class ChunkResult:
     column: dict[str, int]
     lengths: bytes = b""
     hashes: bytes = b""
-    peak_bytes: int = 0
+    memory_bytes: int = 0
+    """Private memory of the worker, when the chunk was done and still held."""
+    cpu_seconds: float = 0.0
     process: int = 0
 
 
@@ -102,6 +104,7 @@ def load_tokenizer(folder: str) -> PairTokenizer:
 def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
     """Prepare one chunk: writes `part-*.parquet` and `bad-*.jsonl` into `folder`, as far as there are any."""
     job, tokenizer = load_job(folder), load_tokenizer(folder)
+    began = time.process_time()
     counts: Counter[str] = Counter()
     tokenizer.counts = counts
     records, bad = _parse(chunk, counts)
@@ -133,7 +136,8 @@ def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
         column=dict(column),
         lengths=_lengths(columns).tobytes(),
         hashes=np.array(seen, dtype=np.uint64).tobytes(),
-        peak_bytes=_peak_bytes(),
+        memory_bytes=private_bytes(),
+        cpu_seconds=time.process_time() - began,
         process=os.getpid(),
     )
 
@@ -187,10 +191,9 @@ def _write_bad(folder: str, file: int, chunk: Chunk, bad: list[BadRecord]) -> st
     return path.name
 
 
-def _peak_bytes() -> int:
-    """The most memory this process has held (0 where the system does not say)."""
-    if sys.platform == "win32":
-        return 0
-    import resource
+def private_bytes() -> int:
+    """Memory of this process alone; what it maps of the object store is not its own."""
+    import psutil
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    info = psutil.Process().memory_info()
+    return info.rss - getattr(info, "shared", 0)

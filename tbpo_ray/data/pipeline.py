@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from tbpo_ray.data.build import BuildJob, ChunkResult, load_job, process_chunk
+from tbpo_ray.data.build import BuildJob, ChunkResult, load_job, private_bytes, process_chunk
 from tbpo_ray.data.sources import Chunk, SourceFile, iter_chunks
 from tbpo_ray.errors import InputError
 
@@ -76,11 +76,11 @@ def _read(batch: pa.Table, folder: str) -> Iterator[pa.Table]:
         try:
             for chunk in iter_chunks(file, job.chunk_rows, left):
                 left = None if left is None else left - chunk.rows
-                row = {"file": index, "fault": "", **asdict(chunk)}
+                row = {"file": index, "fault": "", "reader_bytes": private_bytes(), **asdict(chunk)}
                 yield pa.table({name: [value] for name, value in row.items()})
         except InputError as error:
             empty = asdict(Chunk(file.address, 0, 0, "generated"))
-            row = {"file": index, "fault": str(error), **empty}
+            row = {"file": index, "fault": str(error), "reader_bytes": 0, **empty}
             yield pa.table({name: [value] for name, value in row.items()})
             return
         if left == 0:
@@ -89,11 +89,12 @@ def _read(batch: pa.Table, folder: str) -> Iterator[pa.Table]:
 
 def _prepare(batch: pa.Table, folder: str) -> pa.Table:
     row = batch.to_pylist()[0]
-    file, fault = row.pop("file"), row.pop("fault")
+    file, fault, reader_bytes = (row.pop(name) for name in ("file", "fault", "reader_bytes"))
     if fault:
         return pa.table({"fault": [fault], "result": [""], "lengths": [b""], "hashes": [b""]})
 
     values = asdict(process_chunk(folder, file, Chunk(**row)))
+    values["memory_bytes"] = max(values["memory_bytes"], reader_bytes)
     lengths, hashes = values.pop("lengths"), values.pop("hashes")
     return pa.table({"fault": [""], "result": [json.dumps(values)], "lengths": [lengths], "hashes": [hashes]})
 

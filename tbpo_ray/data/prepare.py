@@ -266,7 +266,8 @@ def _write_manifest(
         "column": dict(column.most_common()),
         "inputs": inputs,
         "build": {
-            "peak_worker_bytes": max(result.peak_bytes for result in results),
+            "peak_worker_bytes": max(result.memory_bytes for result in results),
+            "cpu_seconds": sum(result.cpu_seconds for result in results),
             "workers": len({result.process for result in results}),
         },
     }

@@ -41,6 +41,9 @@ class Prepared:
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the fingerprint covers: sources with digests, tokenizer, template, lengths, code version."""
 
+    column: dict[str, int] = field(default_factory=dict)
+    """Pairs by value of `data.card_column`, the most frequent first."""
+
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> Prepared:
         """Read a prepared folder; `verify` also reads every shard and compares its digest.
@@ -68,6 +71,7 @@ class Prepared:
             records=manifest["records"],
             counts=manifest["counts"],
             inputs=manifest["inputs"],
+            column=manifest["column"],
         )
 
     @property

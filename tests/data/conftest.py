@@ -1,23 +1,6 @@
 import json
-from pathlib import Path
 
 import pytest
-
-HH_FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_rlhf_harmless_test.jsonl.gz"
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leave out what reads the real preference data where that is not there."""
-    if HH_FILE.is_file():
-        return
-    absent = [item for item in items if item.get_closest_marker("shared") and "tests/data" in str(item.path)]
-    items[:] = [item for item in items if item not in absent]
-    config.hook.pytest_deselected(items=absent)
-
-
-@pytest.fixture
-def hh_file():
-    return str(HH_FILE)
 
 
 def make_tokenizer(kind="bytes", template=None, adds_bos=False, size=400):
@@ -104,15 +87,3 @@ def write_rows(tmp_path):
 
 def pair(i=0, **more):
     return {"prompt": f"question {i}", "chosen": f"good answer {i}", "rejected": f"bad {i}", **more}
-
-
-@pytest.fixture(scope="session")
-def data_ray(tmp_path_factory):
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
-    yield ray
-    if started:
-        ray.shutdown()

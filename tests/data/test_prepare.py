@@ -204,7 +204,7 @@ def test_concurrent_builders_do_not_clash(run, write_rows):
 
 
 @pytest.mark.e2e
-def test_ray_data_gives_the_very_same_shards(run, write_rows, data_ray, tmp_path):
+def test_ray_data_gives_the_very_same_shards(run, write_rows, ray_session, tmp_path):
     a = write_rows([pair(i) if i % 50 else {"prompt": "x"} for i in range(2500)], "a.jsonl")
     mix = [SourceConfig(source=a, weight=1.5), SourceConfig(source="builtin:copyedit?pairs=1500")]
     here = run(mix)
@@ -222,8 +222,8 @@ def test_ray_data_gives_the_very_same_shards(run, write_rows, data_ray, tmp_path
 
 
 @pytest.mark.shared
-def test_real_pairs(run, hh_file):
-    prepared = run(hh_file)
+def test_real_pairs(run, real_data):
+    prepared = run(str(real_data))
     assert (prepared.records, prepared.pairs, prepared.quarantined) == (2312, 2303, 9)
     lengths = prepared.lengths()
     assert prepared.counts["dead_tail_tokens"] == np.abs(lengths[:, 1] - lengths[:, 2]).sum()

@@ -114,12 +114,12 @@ def test_prompts_come_alone_or_from_pairs(write_rows):
 
 
 @pytest.mark.shared
-def test_real_transcripts(hh_file):
+def test_real_transcripts(real_data):
     bad = []
-    records = list(iter_records(hh_file, on_bad=bad.append))
+    records = list(iter_records(str(real_data), on_bad=bad.append))
     assert len(records) == 2303
     assert sorted(b.reason for b in bad) == ["chosen_empty"] * 4 + ["prompts_differ"] * 5
-    with gzip.open(hh_file) as file:
+    with gzip.open(real_data) as file:
         lines = [json.loads(line) for line in file]
     for record in records[:200]:
         again = "".join(

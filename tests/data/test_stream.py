@@ -103,7 +103,7 @@ def test_windows_survive_encoding_with_empty_micro_batches(prepared, scores):
 
 
 @pytest.mark.e2e
-def test_the_stream_through_ray_equals_the_local_one_at_any_start_and_size(prepared, scores, data_ray):
+def test_the_stream_through_ray_equals_the_local_one_at_any_start_and_size(prepared, scores, ray_session):
     schedule = make_schedule(prepared)
 
     def consume(iterator):
@@ -118,11 +118,13 @@ def test_the_stream_through_ray_equals_the_local_one_at_any_start_and_size(prepa
         lists = (m.prompt_ids, m.chosen_ids, m.rejected_ids, *m.extras.values())
         return [[array.tolist() for array in values] for values in lists]
 
-    task = data_ray.remote(num_cpus=0.5)(consume)
+    import ray
+
+    task = ray.remote(num_cpus=0.5)(consume)
     for world, start in ((1, 0), (2, 31), (2, schedule.steps_total)):
         config = StreamConfig(prepared, schedule, lambda start=start: start, [scores])
         shards = config.configure({"train": None}, world, None, None)
-        got = data_ray.get([task.remote(shard["train"]) for shard in shards], timeout=120)
+        got = ray.get([task.remote(shard["train"]) for shard in shards], timeout=120)
         for rank in range(world):
             local = local_micro_batches(prepared, schedule, rank, world, start, [scores])
             assert got[rank] == [plain(m) for m in local]

@@ -1,0 +1,156 @@
+"""The data card: what a prepared source is made of, as numbers (JSON) and as a picture (PNG)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tbpo_ray.config import TrainingConfig
+from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.shards import Prepared
+
+CARD, PICTURE = "data_card.json", "data_card.png"
+_SIDES = ("prompt", "chosen", "rejected")
+_BINS = 40
+
+
+def data_card(prepared: Prepared, training: TrainingConfig | None = None) -> dict[str, Any]:
+    """What is in the pairs; lengths in tokens, shares from 0 to 1.
+
+    Args:
+        prepared: the pairs.
+        training: also tell how much padding its micro-batches have, in random order and by length.
+    """
+    lengths, counts = np.asarray(prepared.lengths()), prepared.counts
+    chosen, rejected = lengths[:, 1].astype(np.int64), lengths[:, 2].astype(np.int64)
+    edges = np.unique(np.linspace(0, lengths.max() + 1, _BINS + 1).astype(int))
+    reasons = {k.split("/", 1)[1]: int(n) for k, n in counts.items() if k.startswith("quarantined/")}
+    card: dict[str, Any] = {
+        "fingerprint": prepared.fingerprint,
+        "records": prepared.records,
+        "pairs": prepared.pairs,
+        "quarantined": {"total": prepared.quarantined, **dict(sorted(reasons.items(), key=lambda i: -i[1]))},
+        "identical_answers": reasons.get("answers_identical", 0) + reasons.get("pair_same_tokens", 0),
+        "duplicate_pairs": int(counts["duplicate_pairs"]),
+        "tokens": {side: int(counts[f"{side}_tokens"]) for side in _SIDES},
+        "lengths": {side: _summary(lengths[:, index]) for index, side in enumerate(_SIDES)},
+        "histogram": {
+            "edges": edges.tolist(),
+            **{side: np.histogram(lengths[:, i], edges)[0].tolist() for i, side in enumerate(_SIDES)},
+        },
+        "length_bias": {
+            "chosen_longer": float((chosen > rejected).mean()),
+            "same_length": float((chosen == rejected).mean()),
+            "mean_difference": float((chosen - rejected).mean()),
+        },
+        "truncated": {
+            side: int(counts.get(f"{side}_truncated", 0)) / max(1, prepared.records) for side in _SIDES
+        },
+        "dead_tail_share": float(np.abs(chosen - rejected).sum() / (chosen + rejected).sum()),
+        "sources": _by_source(prepared),
+        "column": prepared.column,
+    }
+    if training is not None:
+        card["padding_share"] = {
+            name: _padding(lengths, training, name == "by_length") for name in ("random", "by_length")
+        }
+    return card
+
+
+def card_metrics(card: dict[str, Any]) -> dict[str, float]:
+    """The card's single numbers, by name, for a tracker."""
+    out = {
+        "duplicate_pairs": float(card["duplicate_pairs"]),
+        "identical_answers": float(card["identical_answers"]),
+        "dead_tail_share": card["dead_tail_share"],
+        "chosen_longer_share": card["length_bias"]["chosen_longer"],
+    }
+    out |= {f"{side}_truncated_share": share for side, share in card["truncated"].items()}
+    return out | {f"padding_share/{name}": share for name, share in card.get("padding_share", {}).items()}
+
+
+def write_card(
+    prepared: Prepared, folder: str | Path | None = None, training: TrainingConfig | None = None
+) -> tuple[dict[str, Any], Path, Path]:
+    """Write `data_card.json` and `data_card.png` into `folder` (default: beside the shards).
+
+    Returns:
+        The card and the two files.
+    """
+    target = Path(folder or prepared.path)
+    target.mkdir(parents=True, exist_ok=True)
+    card = data_card(prepared, training)
+    partial = target / f".{CARD}.{os.getpid()}"
+    partial.write_text(json.dumps(card, indent=1), encoding="utf-8")
+    os.replace(partial, target / CARD)
+    partial = target / f".{os.getpid()}.{PICTURE}"
+    _draw(card, prepared, partial)
+    os.replace(partial, target / PICTURE)
+    return card, target / CARD, target / PICTURE
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    p50, p90, p99 = (float(p) for p in np.percentile(values, [50, 90, 99]))
+    return {"mean": float(values.mean()), "p50": p50, "p90": p90, "p99": p99, "max": int(values.max())}
+
+
+def _by_source(prepared: Prepared) -> dict[str, int]:
+    """Pairs by address; a shard's name begins with the number of its file."""
+    out = {item["address"]: 0 for item in prepared.inputs["sources"]}
+    addresses = [item["address"] for item in prepared.inputs["sources"]]
+    for name, pairs in prepared.shards:
+        out[addresses[int(name.split("-")[1])]] += pairs
+    return out
+
+
+def _padding(lengths: np.ndarray, training: TrainingConfig, by_length: bool) -> float:
+    schedule = Schedule(
+        lengths,
+        seed=0,
+        pairs_per_step=training.pairs_per_step,
+        micro_batch_pairs=training.micro_batch_pairs,
+        length_batches=by_length,
+    )
+    return schedule.padding_share()
+
+
+def _draw(card: dict[str, Any], prepared: Prepared, file: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 2)
+    edges = card["histogram"]["edges"]
+    for side, colour in zip(_SIDES, ("tab:gray", "tab:green", "tab:red"), strict=True):
+        above[0].stairs(card["histogram"][side], edges, label=side, color=colour)
+    above[0].set(xlabel="tokens", ylabel="pairs", title="lengths")
+    above[0].legend()
+    lengths = np.asarray(prepared.lengths())
+    above[1].hist(lengths[:, 1].astype(int) - lengths[:, 2], bins=_BINS, color="tab:blue")
+    longer = card["length_bias"]["chosen_longer"]
+    above[1].set(xlabel="chosen - rejected, tokens", title=f"length bias: chosen is longer in {longer:.0%}")
+    shares = {f"{side} truncated": share for side, share in card["truncated"].items()}
+    shares["dead tail"] = card["dead_tail_share"]
+    shares |= {f"padding, {name}": share for name, share in card.get("padding_share", {}).items()}
+    _bars(below[0], shares, "shares")
+    reasons = {name: n for name, n in card["quarantined"].items() if name != "total"}
+    parts = card["column"] or reasons or card["sources"]
+    title = "pairs by value" if card["column"] else "quarantined records" if reasons else "pairs by source"
+    _bars(below[1], dict(list(parts.items())[:12]), title)
+    figure.suptitle(
+        f"{card['pairs']:,} pairs of {card['records']:,} records, {card['quarantined']['total']:,} put aside"
+    )
+    figure.savefig(file, dpi=110, format="png")
+
+
+def _bars(axes: Any, values: dict[str, float], title: str) -> None:
+    names = [name if len(name) < 40 else "..." + name[-36:] for name in values]
+    axes.barh(range(len(names)), list(values.values()), color="tab:blue")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_title(title)

@@ -1,0 +1,91 @@
+"""Preparing alone: what `jobs/prepare.py` does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tbpo_ray.config import Config, Sources
+from tbpo_ray.data.card import card_metrics, write_card
+from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.shards import Prepared
+from tbpo_ray.progress import say
+
+
+def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
+    """Prepare `data.train` and `data.eval` as training would, with a data card each, and log them to MLflow.
+
+    The cards and the quarantine lie in the run's folder: `data_card_train.json`, `data_card_train.png`,
+    `quarantine.jsonl`.
+
+    Returns:
+        For each role its folder, fingerprint, pairs, records and number of quarantined records.
+
+    Raises:
+        InputError: bad input, before any worker starts.
+    """
+    from tbpo_ray.cluster import start_ray
+    from tbpo_ray.models.load import resolve_model
+    from tbpo_ray.tracking import Tracker
+
+    folder = Path(config.run.output_dir).expanduser().absolute() / config.run.name
+    given = config.data.cache_dir
+    cache = Path(given).expanduser().absolute() if given else folder.parent / ".prepared"
+    tokenizer = resolve_model(config.model.name_or_path, cache, seed=0)
+    start_ray()
+    roles: dict[str, Sources] = {"train": config.data.train}
+    if config.data.eval is not None:
+        roles["eval"] = config.data.eval
+    done = {
+        role: prepare(
+            source,
+            config.data,
+            tokenizer,
+            role=role,
+            cache_dir=cache,
+            chat_template=config.model.chat_template,
+        )
+        for role, source in roles.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    out = {}
+    with Tracker.start(
+        config.tracking, config.run.output_dir, name=config.run.name, kind="prepare", config=config
+    ) as tracker:
+        for role, prepared in done.items():
+            log_prepared(tracker, role, roles[role], prepared, config, folder)
+            out[role] = {
+                "path": prepared.path,
+                "fingerprint": prepared.fingerprint,
+                "pairs": prepared.pairs,
+                "records": prepared.records,
+                "quarantined": prepared.quarantined,
+            }
+            say(
+                f"data.{role}: {prepared.records:,} records, {prepared.pairs:,} pairs, "
+                f"{prepared.quarantined:,} in quarantine: {prepared.path}"
+            )
+    return out
+
+
+def log_prepared(
+    tracker: Any, role: str, source: Sources, prepared: Prepared, config: Config, folder: Path
+) -> dict[str, Any]:
+    """Log prepared data to a tracker: dataset input, counts, card, quarantine; the files also into `folder`.
+
+    Returns:
+        The data card.
+    """
+    name = source if isinstance(source, str) else ", ".join(item.source for item in source)
+    tracker.log_dataset(role, digest=prepared.fingerprint, source=name, rows=prepared.pairs, context=role)
+    card, numbers, picture = write_card(prepared, training=config.training)
+    tracker.log_metrics({f"data/{role}/{k}": v for k, v in {**prepared.counts, **card_metrics(card)}.items()})
+    for file in (numbers, picture):
+        shutil.copyfile(file, folder / f"{file.stem}_{role}{file.suffix}")
+        tracker.log_artifact(file, f"data/{role}")
+    if prepared.quarantine_file is not None:
+        name = "quarantine.jsonl" if role == "train" else f"quarantine_{role}.jsonl"
+        shutil.copyfile(prepared.quarantine_file, folder / name)
+        tracker.log_artifact(prepared.quarantine_file, f"data/{role}")
+    return card

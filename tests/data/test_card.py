@@ -1,0 +1,67 @@
+import json
+
+import numpy as np
+import pytest
+
+from tbpo_ray.config import Config, DataConfig
+from tbpo_ray.data.card import card_metrics, data_card, write_card
+from tbpo_ray.data.job import prepare_all
+from tbpo_ray.data.prepare import prepare
+
+from .conftest import pair
+
+
+@pytest.fixture
+def prepared(write_rows, tokenizer_folder, tmp_path):
+    rows = [pair(i, language="de" if i % 4 else "fr") for i in range(40)]
+    rows += [pair(3, language="de"), pair(0, chosen="same", rejected="same"), {"prompt": "x"}]
+    data = DataConfig(quarantine_limit=1, max_length=24, max_prompt_length=10, card_column="language")
+    file = write_rows(rows)
+    return prepare(file, data, tokenizer_folder, cache_dir=tmp_path, progress=False, distributed=False)
+
+
+def test_the_card_counts_what_is_there(prepared):
+    card = data_card(prepared, Config().training)
+    lengths = prepared.lengths().astype(int)
+    assert (card["records"], card["pairs"], card["duplicate_pairs"], card["identical_answers"]) == (
+        43,
+        41,
+        1,
+        1,
+    )
+    assert card["quarantined"] == {"total": 2, "answers_identical": 1, "chosen_missing": 1}
+    assert card["column"] == {"de": 31, "fr": 10} and sum(card["sources"].values()) == 41
+    assert (
+        card["tokens"]["chosen"] == lengths[:, 1].sum()
+        and card["lengths"]["chosen"]["max"] == lengths[:, 1].max()
+    )
+    assert all(sum(card["histogram"][side]) == 41 for side in ("prompt", "chosen", "rejected"))
+    dead = np.abs(lengths[:, 1] - lengths[:, 2]).sum() / lengths[:, 1:].sum()
+    assert card["dead_tail_share"] == pytest.approx(dead) and card["length_bias"]["chosen_longer"] == 1
+    assert 0 <= card["padding_share"]["by_length"] <= card["padding_share"]["random"]
+    assert all(isinstance(value, float) for value in card_metrics(card).values())
+
+
+def test_the_card_is_json_and_a_picture(prepared, tmp_path):
+    card, numbers, picture = write_card(prepared, tmp_path / "card")
+    assert json.loads(numbers.read_text()) == card
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "card").iterdir())) == 2
+
+
+@pytest.mark.e2e
+def test_the_prepare_job_leaves_cards_quarantine_and_an_mlflow_run(write_rows, tmp_path, ray_session):
+    file = write_rows([*(pair(i) for i in range(30)), {"prompt": "x"}])
+    config = Config.model_validate(
+        {
+            "run": {"name": "p", "output_dir": str(tmp_path)},
+            "data": {"train": file, "eval": "builtin:copyedit?pairs=9"},
+        }
+    )
+    done = prepare_all(config)
+    assert done["train"]["pairs"] == 30 and done["train"]["quarantined"] == 1 and done["eval"]["pairs"] == 9
+    names = {path.name for path in (tmp_path / "p").iterdir()}
+    assert names == {
+        *(f"data_card_{role}.{kind}" for role in ("train", "eval") for kind in ("json", "png")),
+        "quarantine.jsonl",
+    }
+    assert (tmp_path / "mlflow.db").is_file()
