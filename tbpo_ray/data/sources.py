@@ -12,14 +12,10 @@ import hashlib
 import io
 import itertools
 import json
-import lzma
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
-
-import zstandard
 
 from tbpo_ray.data import copyedit
 from tbpo_ray.data.reasons import RecordError
@@ -38,8 +34,6 @@ _FORMATS = {
     ".feather": "arrow",
 }
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-"""What the readers raise for damaged files; pyarrow's ArrowInvalid is a ValueError."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +129,8 @@ def resolve(source: str) -> list[SourceFile]:
             found = _folder(fs, path)
         else:
             found = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] * fs.exists(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{source}: cannot be reached: {error}") from error
+    except Exception as error:  # every store's client has exceptions of its own
+        raise InputError(f"{source}: cannot be reached: {_line(error)}") from error
     if not found:
         raise InputError(f"{source}: no such file; give a path, glob, fsspec address, builtin:... or hf:NAME")
     local = "file" in fs.protocol
@@ -158,10 +152,10 @@ def iter_chunks(file: SourceFile, rows: int = ROWS_PER_CHUNK, limit: int | None 
                 return
             yield chunk
             left = left if left is None else left - chunk.rows
-    except _UNREADABLE as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file.address}: cannot be read as {file.format}: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # every reader and every store's client has exceptions of its own
+        raise InputError(f"{file.address}: cannot be read as {file.format}: {_line(error)}") from error
 
 
 def iter_raw(source: str, limit: int | None = None) -> Iterator[RawRow]:
@@ -319,6 +313,10 @@ def _resolve_hub(source: str) -> list[SourceFile]:
             raise InputError(f"{source}: the folder has no split {split!r}")
         return [_file(f) for f in found]
     return resolve(f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/default/{split or 'train'}/*.parquet")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @lru_cache(maxsize=256)
