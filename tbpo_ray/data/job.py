@@ -8,8 +8,9 @@ from typing import Any
 
 from tbpo_ray.config import Config, Sources
 from tbpo_ray.data.card import card_metrics, write_card
-from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.prepare import find_sources, prepare
 from tbpo_ray.data.shards import Prepared
+from tbpo_ray.errors import InputError
 from tbpo_ray.progress import say
 
 
@@ -32,11 +33,19 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
     folder = Path(config.run.output_dir).expanduser().absolute() / config.run.name
     given = config.data.cache_dir
     cache = Path(given).expanduser().absolute() if given else folder.parent / ".prepared"
-    tokenizer = resolve_model(config.model.name_or_path, cache, seed=0)
-    start_ray()
     roles: dict[str, Sources] = {"train": config.data.train}
     if config.data.eval is not None:
         roles["eval"] = config.data.eval
+    faults: list[str] = []
+    for role, source in roles.items():
+        try:
+            find_sources(source, f"data.{role}")
+        except InputError as error:
+            faults += error.faults
+    if faults:
+        raise InputError(*faults)
+    tokenizer = resolve_model(config.model.name_or_path, cache, seed=0)
+    start_ray()
     done = {
         role: prepare(
             source,

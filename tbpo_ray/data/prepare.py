@@ -67,7 +67,7 @@ def prepare(
     """
     key = f"data.{role}" if role in ("train", "eval") else f"data.train ({role})"
     limit = max_pairs or (data.max_eval_pairs if role == "eval" else data.max_pairs)
-    files, weights = _resolve(source, key)
+    files, weights = find_sources(source, key)
     spec = TokenizerSpec.load(tokenizer_path, chat_template)
     inputs = {
         "code_version": CODE_VERSION,
@@ -103,7 +103,12 @@ def prepare(
     return prepared
 
 
-def _resolve(source: Sources, key: str) -> tuple[list[SourceFile], list[float]]:
+def find_sources(source: Sources, key: str = "data.train") -> tuple[list[SourceFile], list[float]]:
+    """The files behind a configuration's sources, and each file's weight; cheap, and needs no Ray.
+
+    Raises:
+        InputError: one sentence for each source that is not there, or of no known format.
+    """
     mix = [(source, 1.0)] if isinstance(source, str) else [(item.source, item.weight) for item in source]
     if not mix:
         raise InputError(f"{key}: the list of sources is empty")

@@ -7,6 +7,7 @@ from tbpo_ray.config import Config, DataConfig
 from tbpo_ray.data.card import card_metrics, data_card, write_card
 from tbpo_ray.data.job import prepare_all
 from tbpo_ray.data.prepare import prepare
+from tbpo_ray.errors import InputError
 
 from .conftest import pair
 
@@ -46,6 +47,15 @@ def test_the_card_is_json_and_a_picture(prepared, tmp_path):
     card, numbers, picture = write_card(prepared, tmp_path / "card")
     assert json.loads(numbers.read_text()) == card
     assert picture.read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "card").iterdir())) == 2
+
+
+def test_every_missing_source_is_told_before_anything_starts(tmp_path):
+    data = {"train": "/nowhere/a.jsonl", "eval": [{"source": "/nowhere/b.jsonl"}, {"source": "builtin:x"}]}
+    config = Config.model_validate({"run": {"output_dir": str(tmp_path)}, "data": data})
+    with pytest.raises(InputError) as caught:
+        prepare_all(config)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["data.train", "data.eval", "data.eval"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.e2e
