@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_ray.cluster import most_resources
 from tbpo_ray.config import Config
+from tbpo_ray.configuration import stage_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.judges import Judge, ScoringJudge, make_judge, prefer
 from tbpo_ray.evaluation.measures import (
@@ -60,6 +62,7 @@ def evaluate_policies(
         InputError: a policy, prompt file or judge that cannot be used; raised before anything is sampled.
         RunFailed: the engines or the judge gave nothing.
     """
+    config = _settle_gpus(config)
     folder = Path(output)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     found, base, anchor, prompts = check_evaluation(config, policies, baseline=baseline, reference=reference)
@@ -102,6 +105,13 @@ def check_evaluation(
     prompts = read_prompts(config)
     make_judge(config, source=prompts.source, output=Path(config.run.output_dir))
     return found, base, anchor, prompts
+
+
+def _settle_gpus(config: Config) -> Config:
+    """`cluster.use_gpu: auto` becomes what the running cluster has, or can grow to."""
+    if config.cluster.use_gpu != "auto":
+        return config
+    return stage_config(config, {}, cluster__use_gpu=most_resources().get("GPU", 0) > 0)
 
 
 def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) -> Samples:

@@ -36,7 +36,9 @@ def score_tokens(model: str, pairs: Sequence[tuple[list[int], list[int]]], devic
     """log-probabilities of answers after prompts under a causal model (see :func:`reference_logprobs`)."""
     import torch
 
-    from tbpo_ray.models.load import load_model
+    from tbpo_ray.models.load import load_model, quiet_transformers
+
+    quiet_transformers()
 
     policy = load_model(model, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     policy.to(torch.device(device))  # type: ignore[arg-type]

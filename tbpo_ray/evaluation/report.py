@@ -103,9 +103,9 @@ def report(entries: Sequence[Entry], config: Config, gate: Gate | None, tracker:
             for i, entry in enumerate(entries)
         ],
         "notes": (
-            "Bold: the best of a column, by its point estimate. KL: k1 estimate of KL(policy, reference) in nats "
-            "per answer, on the policy's own samples. Entropy: nats per answer. Distinct-n depends on how many "
-            "answers there are: compare it within one table only."
+            "Bold: the best of a column, by its point estimate. KL: k1 estimate of KL(policy, reference) "
+            "in nats per answer, on the policy's own samples. Entropy: nats per answer. Distinct-n depends "
+            "on how many answers there are: compare it within one table only."
         ),
         "ranking": first.ranking,
         "scatters": _scatters(entries),

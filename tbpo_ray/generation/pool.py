@@ -299,12 +299,19 @@ def _finish(folder: Path, manifest: dict[str, Any], expected: int, seconds: floa
     return Samples(folder)
 
 
-_NOISY = ("ray.data", "ray.llm", "ray._private.worker", "vllm")
+_NOISY = (
+    "ray.data",
+    "ray.llm",
+    "ray.llm.ray.llm._internal.common.utils.download_utils",
+    "ray._private.worker",
+    "vllm",
+)
 
 
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
     """Ray Data without bars and plans, for this call only."""
+    import ray.data.llm  # noqa: F401  (before the levels are set: it sets its own on import)
     from ray.data import DataContext
 
     context = DataContext.get_current()

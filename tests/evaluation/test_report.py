@@ -1,0 +1,169 @@
+"""The comparison, on runs written here, and read back by a real HTML parser."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from tbpo_ray.configuration import load_config, to_yaml
+from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.charts import Line, Point, lines, scatter
+from tbpo_ray.evaluation.measures import Estimate, share_estimate
+from tbpo_ray.evaluation.report import compare_runs
+from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
+from tbpo_ray.generation.samples import write_manifest, write_part
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two trained runs and a verdict over both, in `<tmp>/runs/both/evaluation`."""
+    root = tmp_path / "runs"
+    home = root / "both" / "evaluation"
+    home.mkdir(parents=True)
+    policies = []
+    for name, wins, rate in (("sft", 60, 1e-6), ("tbpo", 80, 2e-5)):
+        run = root / name
+        (run / "export").mkdir(parents=True)
+        (run / "export" / "config.json").write_text("{}")
+        config = load_config(
+            None, [f"run.name={name}", f"training.learning_rate={rate}", "model.name_or_path=m"]
+        )
+        (run / "config.yaml").write_text(to_yaml(config))
+        rows = [{"step": s, "loss": 1 / s, "rewards/margin": None if s == 2 else s} for s in range(1, 5)]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 5, "lo')
+        (run / "run.json").write_text(json.dumps({"mlflow_run_id": f"id-of-{name}"}))
+        folder = home / "samples" / name
+        folder.mkdir(parents=True)
+        row = {
+            "index": 0,
+            "prompt_id": "000000",
+            "sample": 0,
+            "prompt_text": "copy: <b>a</b>",
+            "prompt_token_ids": [1],
+            "answer": "<script>a</script>" if name == "sft" else "a",
+            "token_ids": [1],
+            "logprobs": [-1.0],
+            "finish_reason": "stop",
+            "metadata": json.dumps({"answer": "a"}),
+            "error": "",
+        }
+        write_part(folder, [row])
+        write_manifest(folder, {"fingerprint": "x", "complete": True})
+        score = share_estimate({str(i): [float(i < wins)] for i in range(100)})
+        metrics = {
+            "exact_match": score,
+            "length_tokens": Estimate(5.0, 4.0, 6.0),
+            "distinct_1": Estimate(0.1),
+        }
+        metrics |= {"predictive_entropy": Estimate(3.0), "kl_k1": Estimate(0.5, 0.4, 0.6)}
+        if name == "tbpo":
+            metrics["win_rate"] = Estimate(0.6, 0.55, 0.65)
+        slices = {"task": {"copy": {"exact_match": score}}}
+        policies.append(PolicyVerdict(name, str(run / "export"), 100, 0, metrics, slices, f"samples/{name}"))
+    judge = {"kind": "checker", "function": "tbpo_ray.data.copyedit:check"}
+    prompts = {"source": "p.jsonl", "digest": "d", "rows": 100, "left_out": 0}
+    Verdict(policies, "sft", "sft", judge, prompts).save(home)
+    return root
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.bold = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        self.text += data
+        self.bold += data if self.open[-1:] == ["b"] else ""
+
+
+def config_for(root, *words):
+    return load_config(None, [f"run.output_dir={root}", "run.name=report", "runs=[both]", *words])
+
+
+def test_the_page_is_whole_self_contained_and_escaped(runs):
+    path = compare_runs(config_for(runs))
+    assert path == runs / "report" / "report" / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert not [t for t, a in page.tags if t in ("script", "link", "img", "iframe") or a.get("src")]
+    assert not re.search(r"url\(|@import", text)
+    assert "prefers-color-scheme: dark" in text
+    assert len([t for t, _ in page.tags if t == "svg"]) == 5  # three scatters, loss and margin
+    assert "80.0 %" in page.bold and "60.0 %" not in page.bold
+    assert "<script>a</script>" in page.text and "copy: <b>a</b>" in page.text
+    for piece in ("training.learning_rate", "id-of-tbpo", "win rates against sft", "mlflow ui", "copy"):
+        assert piece in page.text
+
+
+def test_markdown_has_the_same_table(runs):
+    text = compare_runs(config_for(runs)).with_name("report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| tbpo |"))
+    assert "**80.0 % [71.1, 86.7]**" in row and "60.0 % [55.0, 65.0]" in row
+    assert "| training.learning_rate | 1e-06 | 2e-05 |" in text
+
+
+def test_the_gate_promotes_only_when_it_holds(runs):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    closed = config_for(runs, "compare.promote.model_name=best", "compare.promote.at_least=0.56")
+    assert "Nobody is promoted" in compare_runs(closed).read_text()
+    with pytest.raises(MlflowException):
+        client.get_model_version_by_alias("best", "champion")
+    opened = config_for(runs, "compare.promote.model_name=best", "compare.promote.at_least=0.55")
+    assert "registered as best version 1" in compare_runs(opened).read_text()
+    version = client.get_model_version_by_alias("best", "champion")
+    assert version.source.endswith("/tbpo/export")
+    tags = client.get_run(version.run_id).data.tags
+    assert tags["compared.tbpo"] == "id-of-tbpo" and tags["promoted"] == "best version 1"
+
+
+def test_a_missing_run_and_a_run_without_a_verdict_are_clear(runs):
+    with pytest.raises(InputError, match="no run 'gone'"):
+        compare_runs(config_for(runs, "runs=[gone]"))
+    with pytest.raises(InputError, match="sft has no verdict yet"):
+        compare_runs(config_for(runs, "runs=[sft]"))
+
+
+def test_other_prompts_are_warned_about(runs):
+    again = runs / "other" / "evaluation"
+    again.mkdir(parents=True)
+    tree = json.loads((runs / "both" / "evaluation" / "verdict.json").read_text())
+    tree["prompts"]["digest"] = "e"
+    (again / "verdict.json").write_text(json.dumps(tree))
+    text = compare_runs(config_for(runs, "runs=[both, other]")).read_text()
+    assert "answered different prompts" in text and "other/tbpo" in text
+
+
+def test_charts_stay_inside_their_frame():
+    points = [Point(f"p{i}", 10.0**i, -(10.0**i), i, (0, 10.0**i), None, 0.5) for i in range(4)]
+    same = [Point("a", 1.0, 1.0, 0), Point("b", 1.0, 1.0, 1)]
+    curve = [Line("c", [1, 2, 3], [0.0, float("nan"), 2.0], 0)]
+    for svg in (scatter(points, "x", "y"), scatter(same, "x", "y"), lines(curve, "step", "y")):
+        for x in map(float, re.findall(r'(?:cx|x1|x2|x)="([-\d.]+)"', svg)):
+            assert 0 <= x <= 360
+        for y in map(float, re.findall(r'(?:cy|y1|y2|y)="([-\d.]+)"', svg)):
+            assert 0 <= y <= 250
+    assert "nan" not in lines(curve, "step", "y")

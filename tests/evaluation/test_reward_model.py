@@ -1,0 +1,71 @@
+"""The reward model as judge, with a small classifier made here."""
+
+from __future__ import annotations
+
+import pytest
+
+from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.reward_model import RewardModelJudge, classify
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> str:
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from tbpo_ray.models.tiny import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = 64
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=64,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_scores_do_not_depend_on_the_batch_and_decide_preferences(classifier, make_sample):
+    samples = [make_sample(i, "tree " * (i + 1)) for i in range(6)]
+    judge = RewardModelJudge.from_settings({"model": classifier, "batch_size": 4}, use_gpu=False)
+    scores = judge.scores(samples)
+    alone, _ = classify(classifier, [(samples[3].prompt_text, samples[3].answer)], 1, "cpu")
+    assert scores[3] == pytest.approx(alone[0], abs=1e-5)
+    want = [0.5 if a == b else float(a > b) for a, b in zip(scores[:3], scores[3:], strict=True)]
+    assert judge.preferences(samples[:3], samples[3:]) == want
+
+
+def test_texts_that_are_too_long_are_counted(classifier, make_sample):
+    judge = RewardModelJudge.from_settings({"model": classifier}, use_gpu=False)
+    judge.scores([make_sample(0, "tree " * 200), make_sample(1, "tree")])
+    assert judge.report()["shortened"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"judge\.model"),
+        ({"model": "/none/here/x"}, "/none/here/x"),
+        ({"model": "x", "depth": 1}, "depth: unknown key"),
+        ({"model": "x", "batch_size": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings_are_clear(settings, message):
+    with pytest.raises(InputError, match=message):
+        RewardModelJudge.from_settings(settings, use_gpu=False)
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    from tbpo_ray.models.tiny import build_tiny
+
+    with pytest.raises(InputError, match="one output is wanted"):
+        RewardModelJudge.from_settings({"model": str(build_tiny(tmp_path / "tiny"))}, use_gpu=False)
