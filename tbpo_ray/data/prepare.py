@@ -31,6 +31,8 @@ from tbpo_ray.errors import InputError
 
 CODE_VERSION = 1
 """Raise it when the same input would give other pairs, so that old shards are built again."""
+_STALE_SECONDS = 24 * 3600
+"""After so long without a new shard a build folder is left over from a killed process."""
 
 
 def prepare(
@@ -151,6 +153,9 @@ def _build(
     distributed: bool | None,
 ) -> Prepared:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(f".{folder.name}-*"):
+        if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(stale, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         partial.chmod(0o755)

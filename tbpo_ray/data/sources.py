@@ -21,7 +21,8 @@ from tbpo_ray.data import copyedit
 from tbpo_ray.data.reasons import RecordError
 from tbpo_ray.errors import InputError
 
-ROWS_PER_CHUNK = 1024
+ROWS_PER_CHUNK, BYTES_PER_CHUNK = 1024, 16 * 2**20
+"""Most rows of a chunk, and about the most bytes where rows are lines."""
 
 _FORMATS = {
     ".jsonl": "lines",
@@ -195,14 +196,15 @@ def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
             stream = io.BufferedReader(stream)  # its reader knows no lines
         lines = {"json": _json_lines, "csv": _csv_lines}.get(file.format, iter)(stream)
         held: list[bytes] = []
-        first = 0
+        first = size = 0
         for line in lines:
             line = line.rstrip(b"\r\n")
             held.append(line.removeprefix(b"\xef\xbb\xbf") if not first and not held else line)
-            if len(held) == rows:
-                yield Chunk(file.address, first, rows, "lines", b"\n".join(held))
-                first += rows
-                held = []
+            size += len(line)
+            if len(held) == rows or size > BYTES_PER_CHUNK:
+                yield Chunk(file.address, first, len(held), "lines", b"\n".join(held))
+                first += len(held)
+                held, size = [], 0
         if held:
             yield Chunk(file.address, first, len(held), "lines", b"\n".join(held))
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -171,7 +172,12 @@ def test_a_crash_leaves_nothing_that_looks_whole(run, write_rows, monkeypatch, t
         run(file)
     assert list((tmp_path / "cache").iterdir()) == []
     monkeypatch.undo()
-    assert run(file).pairs == 20
+    left = [tmp_path / "cache" / f".pairs-{run(file).fingerprint}-{name}" for name in ("old", "new")]
+    for folder in left:
+        folder.mkdir()
+    os.utime(left[0], (0, 0))
+    shutil.rmtree(run(file).path)
+    assert run(file).pairs == 20 and [folder.exists() for folder in left] == [False, True]
 
 
 def test_a_damaged_folder_is_built_again(run, write_rows):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from tbpo_ray.data import sources
 from tbpo_ray.data.records import iter_records
 from tbpo_ray.data.sources import iter_chunks, iter_raw, resolve
 from tbpo_ray.errors import InputError
@@ -59,6 +60,13 @@ def test_every_format_gives_the_same_rows_in_order(tmp_path, kind):
     assert len(list(iter_raw(source, 9))) == 9
     sizes = [chunk.rows for chunk in iter_chunks(resolve(source)[0], rows=4, limit=10)]
     assert sum(sizes) == 10 and max(sizes) <= 4
+
+
+def test_long_lines_make_small_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BYTES_PER_CHUNK", 200)
+    chunks = list(iter_chunks(resolve(write(tmp_path, "jsonl"))[0]))
+    assert [chunk.first_row for chunk in chunks] == [3 * i for i in range(9)]
+    assert [raw.row for chunk in chunks for raw in chunk] == list(range(25))
 
 
 def test_folders_globs_and_remote_addresses(tmp_path):
