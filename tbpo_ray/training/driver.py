@@ -60,7 +60,7 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
         if finished is not None:
             say(f"run {config.run.name} is finished: {folder}")
             return finished
-        model = resolve_model(config.model.name_or_path, cache, seed=0)
+        model = resolve_model(config.model.name_or_path, cache, seed=config.run.seed)
         reference = model
         if config.model.reference is not None:
             reference = resolve_model(config.model.reference, cache, key="model.reference")

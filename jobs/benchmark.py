@@ -1,0 +1,47 @@
+"""Measure the platform against its alternatives, in turns, as ratios: `--only objectives|data|methods`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tbpo_ray.cli import run_job
+from tbpo_ray.config import Config
+from tbpo_ray.errors import InputError
+
+PARTS = ("objectives", "data", "methods")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default="objectives,data", help=f"parts, with commas: {' '.join(PARTS)}")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, to see that it runs")
+
+
+def work(config: Config, arguments: argparse.Namespace) -> None:
+    parts = arguments.only.split(",")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise InputError(f"--only {arguments.only}: {unknown[0]} is no part; use {' '.join(PARTS)}")
+    results = {}
+    for part in parts:
+        if part == "objectives":
+            from tbpo_ray.benchmarks import objectives as module
+
+            result = module.run(quick=arguments.quick)
+        elif part == "data":
+            from tbpo_ray.benchmarks import data as module
+
+            result = module.run(quick=arguments.quick)
+        else:
+            from tbpo_ray.benchmarks import methods as module
+
+            result = module.run(config, seeds=(0,) if arguments.quick else (0, 1, 2))
+        results[part] = result
+        print(module.markdown(result), flush=True)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(work, description=__doc__, options=options))

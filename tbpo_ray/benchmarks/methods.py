@@ -1,0 +1,91 @@
+"""The method itself, measured: every objective from the same SFT policy, several seeds, sampled answers.
+
+Run by `jobs/benchmark.py --only methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import stage_config
+
+METHODS: dict[str, dict[str, Any]] = {
+    "tbpo_q": {"objective.name": "tbpo_q"},
+    "tbpo_a exact": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "exact_kl"},
+    "tbpo_a k3": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "k3"},
+    "no baseline": {"objective.name": "tbpo_q", "objective.state_baseline.kind": "none"},
+    "dpo": {"objective.name": "dpo"},
+}
+LEARNING_RATES = {"tbpo_q": 8e-6, "tbpo_a exact": 2e-5, "tbpo_a k3": 2e-5, "no baseline": 1e-6, "dpo": 3e-6}
+"""Each method's own best of 1e-6, 3e-6, 8e-6, 2e-5 and 5e-5 on seed 0."""
+
+
+def run(
+    config: Config,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    methods: Mapping[str, Mapping[str, Any]] | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate; finished runs are used again.
+
+    Returns:
+        `{"rows": [{"seed", "method", "learning_rate", "metrics": {name: {value, low, high}}}]}`.
+    """
+    from tbpo_ray.cluster import fit_to_cluster, start_ray
+    from tbpo_ray.evaluation.evaluate import evaluate_policies
+    from tbpo_ray.training.driver import train
+    from tbpo_ray.training.plan import run_dir
+
+    rows = []
+    name = config.run.name
+    for seed in seeds:
+        sft = stage_config(
+            config, config.sft, objective__name="sft", run__name=f"{name}-sft-{seed}", run__seed=seed
+        )
+        start = str(train(sft, kind="sft").export)
+        policies, used = {"sft": start}, {"sft": sft.training.learning_rate}
+        for method, overrides in (methods or METHODS).items():
+            rate = (rates or LEARNING_RATES)[method]
+            label = f"{method.replace(' ', '-')}-{rate:g}"
+            changes = {
+                **overrides,
+                "training.learning_rate": rate,
+                "model.name_or_path": start,
+                "run.name": f"{name}-{label}-{seed}",
+                "run.seed": seed,
+            }
+            policies[label] = str(train(stage_config(config, changes)).export)
+            used[label] = rate
+        start_ray()
+        settled = fit_to_cluster(stage_config(config, {"run.seed": seed, "run.name": f"{name}-{seed}"}))
+        verdict = evaluate_policies(settled, policies, output=run_dir(settled) / "evaluation")
+        for label, rate in used.items():
+            metrics = {key: estimate.to_json() for key, estimate in verdict[label].metrics.items()}
+            rows.append({"seed": seed, "method": label, "learning_rate": rate, "metrics": metrics})
+    return {"rows": rows}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A table: exact match of sampled answers per seed with its 95 % interval, and more as means."""
+    rows = result["rows"]
+    seeds = sorted({row["seed"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    head = ["policy", *(f"exact match, seed {seed}" for seed in seeds), "distinct-1", "KL from SFT"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for method in methods:
+        mine = {row["seed"]: row["metrics"] for row in rows if row["method"] == method}
+        cells = [_share(mine[seed].get("exact_match")) if seed in mine else "" for seed in seeds]
+        for key in ("distinct_1", "kl"):
+            values = [m[key]["value"] for m in mine.values() if key in m]
+            cells.append(f"{sum(values) / len(values):.3f}" if values else "-")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _share(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{100 * estimate['value']:.1f} % [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
