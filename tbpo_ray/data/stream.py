@@ -28,7 +28,8 @@ from tbpo_ray.data.window import read_window, windows_of
 
 __all__ = ["MicroBatch", "StreamConfig", "iter_micro_batches", "local_micro_batches", "stream_datasets"]
 
-READ_CPUS = 0.1
+READ_CPUS = 0
+"""Reading claims no core: the training workers may have reserved them all, and would wait for ever."""
 WINDOW_BYTES, WINDOW_STEPS = 4 * 2**20, 256
 """A read covers consecutive steps of at most about so many bytes of tokens on a rank, and so many steps."""
 
