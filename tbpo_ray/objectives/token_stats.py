@@ -17,9 +17,11 @@ from tbpo_ray.objectives.vocab_scan import Plan
 
 WANTS = ("logp", "entropy", "kl", "k3", "ref_logp")
 NEED_REFERENCE = ("kl", "k3", "ref_logp")
-BLOCK_BYTES = 32 << 20  # of float32 logits in a block on the CPU, where caches are near
-DEVICE_BLOCK_BYTES = 128 << 20  # on an accelerator, where a block has to fill the device
-MAX_BLOCK_TOKENS = 2048
+# Bytes of float32 logits in a block, and the most tokens in one. On the CPU a block stays in cache and
+# below the size at which the allocator would map (and fault in) fresh pages for it every time; on an
+# accelerator it has to be large enough to fill the device.
+CPU_BLOCK = (4 << 20, 1024)
+DEVICE_BLOCK = (128 << 20, 4096)
 
 
 @dataclass
@@ -78,7 +80,7 @@ def token_log_probs(
         ref_hidden, ref_weight: the reference's; ref_weight None means the same layer. [..., T, H'], [V, H']
         want: outputs, any of logp, entropy, kl, k3, ref_logp; the last three need the reference. By
             default logp and entropy, and kl where there is a reference.
-        block_tokens: tokens in a block; by default 2,048.
+        block_tokens: tokens in a block; by default 1,024 on the CPU, 4,096 on an accelerator.
         bias, ref_bias: [V], where the output layers have one.
         softcap: cap of the logits (Gemma's `final_logit_softcapping`), for both models.
         logit_scale: factor on the logits, for both models (Granite: 1 / `logits_scaling`).
@@ -86,7 +88,7 @@ def token_log_probs(
         generator: source of their randomness.
         no_grad: wanted outputs that need no gradient, say an entropy that is only reported: a frozen
             layer then saves one product with the weight.
-        block_vocab: vocabulary entries in a block; by default what makes its float32 logits 32 MiB on the
+        block_vocab: vocabulary entries in a block; by default what makes its float32 logits 4 MiB on the
             CPU, 128 MiB on an accelerator.
 
     Raises:
@@ -117,8 +119,8 @@ def token_log_probs(
     layer_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     learns = torch.is_grad_enabled() and (layer_learns or hidden.requires_grad)
     differentiable = tuple(n for n in want if learns and n != "ref_logp" and n not in no_grad)
-    rows = min(block_tokens or MAX_BLOCK_TOKENS, max(1, len(ids)))
-    block_bytes = BLOCK_BYTES if hidden.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    block_bytes, most_rows = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
+    rows = min(block_tokens or most_rows, max(1, len(ids)))
     plan = Plan(
         want=want,
         differentiable=differentiable,
