@@ -1,9 +1,10 @@
 """What the data path costs: preparing a generated UltraFeedback-like file, and streaming it to workers.
 
-Per core, preparing cannot be many times faster than one process that calls a fast tokenizer record by record:
-two thirds of the CPU time of either is the byte-pair encoding itself, in the same compiled code. Batching saves
-the wrapper around it, and preparing spends that on what the loop leaves out: validating, decoding every answer
-again to see that it comes back, hashing, Parquet. What it gains is cores and a flat memory.
+Per core, preparing cannot be many times faster than one process that calls a fast tokenizer record by
+record: two thirds of the CPU time of either is the byte-pair encoding itself, in the same compiled code.
+Batching saves the wrapper around it, and preparing spends that on what the loop leaves out: validating,
+decoding every answer again to see that it comes back, hashing, Parquet. What it gains is cores and a
+flat memory.
 """
 
 from __future__ import annotations
