@@ -14,6 +14,7 @@ from tbpo_ray.cluster import most_resources
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.credit import write_credit_map
 from tbpo_ray.evaluation.judges import Judge, ScoringJudge, make_judge, prefer
 from tbpo_ray.evaluation.measures import (
     Estimate,
@@ -28,6 +29,7 @@ from tbpo_ray.evaluation.measures import (
     slices,
 )
 from tbpo_ray.evaluation.metrics import bradley_terry
+from tbpo_ray.evaluation.pairs import credit_auc, implicit_rewards, read_pairs, score_pairs
 from tbpo_ray.evaluation.prompts import Policy, PromptSet, read_prompts, resolve_policy, tokenize_prompts
 from tbpo_ray.evaluation.reference import kl_k1, reference_logprobs
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
@@ -36,6 +38,9 @@ from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import Sample, Samples
 from tbpo_ray.progress import say
 from tbpo_ray.tracking import Tracker
+
+BETA = 0.1
+"""Scale of the implicit reward where `objective.beta` leaves it to the objective."""
 
 
 def evaluate_policies(
@@ -71,7 +76,8 @@ def evaluate_policies(
 
     samples = {policy.name: _sample(policy, prompts, config, folder) for policy in found}
     groups: dict[str, Groups] = {name: answers.by_prompt() for name, answers in samples.items()}
-    verdict = _judge_all(found, groups, samples, base.name, anchor, judge, prompts, config, tracker)
+    own = _pair_metrics(found, base, anchor, judge, config, folder)
+    verdict = _judge_all(found, groups, samples, base.name, anchor, judge, prompts, config, own, tracker)
     verdict.save(folder)
     (folder / "verdict.txt").write_text(verdict.table() + "\n", encoding="utf-8")
     if tracker is not None:
@@ -98,8 +104,13 @@ def check_evaluation(
     if baseline not in policies:
         raise InputError(f"evaluation.baseline={baseline}: is not among the policies {', '.join(policies)}")
     base = next(policy for policy in found if policy.name == baseline)
+    on_pairs = config.evaluation.credit_pairs > 0 or config.evaluation.judge.get("kind") == "implicit"
     for policy in found:
         check_model(policy.model, policy.adapter)
+        if policy.adapter and on_pairs:
+            raise InputError(
+                f"evaluation.policies.{policy.name}: is an adapter; rewards on pairs need a merged model"
+            )
     reference = reference or config.model.reference
     anchor = resolve_policy("reference", reference, config).model if reference else base.model
     prompts = read_prompts(config)
@@ -139,6 +150,7 @@ def _judge_all(
     judge: Judge,
     prompts: PromptSet,
     config: Config,
+    own: Mapping[str, Mapping[str, Estimate]],
     tracker: Tracker | None,
 ) -> Verdict:
     scored: dict[str, dict[str, list[float]]] = {}
@@ -152,13 +164,13 @@ def _judge_all(
         group = groups[policy.name]
         metrics = _score_metrics(judge, scored.get(policy.name))
         by_slice = {}
-        if policy.name != baseline:
+        if policy.name != baseline and judge.compares_samples:
             pairs = paired(group, groups[baseline])
             preferences = _preferences(judge, pairs, scored, policy.name, baseline)
             metrics |= compare(pairs, preferences)
         else:
             pairs, preferences = [], []
-        metrics |= describe(group)
+        metrics |= describe(group) | dict(own.get(policy.name, {}))
         say(f"{policy.name}: KL from the reference on its own samples")
         flat = _flat(group)
         values = kl_k1(flat, reference_logprobs(flat, anchor, use_gpu=config.cluster.gpus))
@@ -191,6 +203,31 @@ def _judge_all(
         ranking=_ranking(groups, scored),
         run_id=tracker.run_id if tracker else None,
     )
+
+
+def _pair_metrics(
+    found: Sequence[Policy], base: Policy, anchor: str, judge: Judge, config: Config, folder: Path
+) -> dict[str, dict[str, Estimate]]:
+    """The policies' own rewards on held-out pairs and the token credit map, where they are asked for."""
+    shown = config.evaluation.credit_pairs
+    if judge.kind != "implicit" and not shown:
+        return {}
+    say("scoring held-out preference pairs under every policy")
+    pairs = read_pairs(config, base.model)
+    scored = {p.name: score_pairs(pairs, p.model, anchor, use_gpu=config.cluster.gpus) for p in found}
+    compared_only = config.objective.name.startswith("tbpo")
+    metrics = {
+        name: implicit_rewards(group, beta=config.objective.beta or BETA, compared_only=compared_only)
+        for name, group in scored.items()
+    }
+    aucs = {}
+    if all("damage" in record.metadata for record in pairs.records):
+        aucs = {name: credit_auc(group, pairs.spec) for name, group in scored.items()}
+        for name, auc in aucs.items():
+            metrics[name]["credit_auc"] = auc
+    if shown:
+        write_credit_map(folder / "credit.html", scored, pairs.spec, aucs, shown)
+    return metrics
 
 
 def _flat(group: Groups) -> list[Sample]:
@@ -292,4 +329,6 @@ def _track(tracker: Tracker, verdict: Verdict, prompts: PromptSet, folder: Path)
     tracker.flush()
     tracker.log_artifact(folder / "verdict.json")
     tracker.log_artifact(folder / "verdict.txt")
+    if (folder / "credit.html").is_file():
+        tracker.log_artifact(folder / "credit.html")
     tracker.log_artifact(folder / "samples", "samples")

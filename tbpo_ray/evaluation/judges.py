@@ -24,6 +24,8 @@ class Judge(ABC):
     """Compares answers."""
 
     kind: str
+    compares_samples = True
+    """Whether sampled answers are compared; `implicit` looks at preference pairs instead."""
 
     @abstractmethod
     def preferences(self, candidate: Sequence[Sample], baseline: Sequence[Sample]) -> list[float | None]:
@@ -81,6 +83,16 @@ class Checker(ScoringJudge):
         return {"kind": self.kind, "function": self.name}
 
 
+class Implicit(Judge):
+    """The policy's own reward on held-out preference pairs; sampled answers are not compared."""
+
+    kind = "implicit"
+    compares_samples = False
+
+    def preferences(self, candidate: Sequence[Sample], baseline: Sequence[Sample]) -> list[float | None]:
+        return [None] * len(candidate)
+
+
 def prefer(candidate: float, baseline: float) -> float:
     """1, 0.5 or 0: whether the first score is higher, equal or lower."""
     return 0.5 if candidate == baseline else float(candidate > baseline)
@@ -108,10 +120,10 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
         from tbpo_ray.evaluation.llm_judge import LlmJudge
 
         return LlmJudge.from_settings(settings, cache=output / "judge_cache.jsonl")
-    raise InputError(
-        f"evaluation.judge.kind={kind!r}: use one of {', '.join(KINDS)}"
-        + (" (implicit judges preference pairs, not sampled answers)" if kind == "implicit" else "")
-    )
+    if kind == "implicit":
+        refuse_unknown(settings, ("kind",))
+        return Implicit()
+    raise InputError(f"evaluation.judge.kind={kind!r}: use one of {', '.join(KINDS)}")
 
 
 def _checker(settings: dict[str, Any], source: str) -> Checker:

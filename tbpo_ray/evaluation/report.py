@@ -22,6 +22,8 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("score", "score", 1, 1),
     ("win_rate", "win rate", 100, 1),
     ("lc_win_rate", "win rate, length-controlled", 100, 1),
+    ("implicit_accuracy", "own reward accuracy", 100, 1),
+    ("credit_auc", "credit AUC", 1, 1),
     ("distinct_1", "distinct-1", 1, 1),
     ("distinct_2", "distinct-2", 1, 1),
     ("self_bleu", "self-BLEU", 1, -1),
@@ -210,7 +212,10 @@ def _cell(
 
 
 def _quality(entries: Sequence[Entry]) -> str:
-    return next((k for k in ("exact_match", "score") if k in entries[0].policy.metrics), "win_rate")
+    return next(
+        (k for k in ("exact_match", "score", "implicit_accuracy") if k in entries[0].policy.metrics),
+        "win_rate",
+    )
 
 
 def _scatters(entries: Sequence[Entry]) -> list[dict[str, str]]:

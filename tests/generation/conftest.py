@@ -1,4 +1,4 @@
-"""A tiny model, prompts for it, and what tells whether engines are left behind."""
+"""Prompts for the tiny model, and what tells whether engines are left behind."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ import time
 import pytest
 
 from tbpo_ray.generation.samples import PromptTokens
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> str:
-    from tbpo_ray.models.tiny import build_tiny
-
-    return str(build_tiny(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture
@@ -54,12 +47,3 @@ def _engines_left(seconds: float = 20) -> list[str]:
         if not left or time.monotonic() > end:
             return left
         time.sleep(0.5)
-
-
-@pytest.fixture(scope="session")
-def ray_session():
-    import ray
-
-    ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()

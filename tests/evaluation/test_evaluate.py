@@ -1,0 +1,86 @@
+"""From policies to verdict, end to end: real engines, a real MLflow store."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tbpo_ray.configuration import load_config
+from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.evaluate import check_evaluation, evaluate_policies
+from tbpo_ray.evaluation.job import policies_of
+from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.models.tiny import build_tiny
+from tbpo_ray.tracking import Tracker
+
+
+def config_for(tmp_path, *words):
+    return load_config(
+        None,
+        [
+            f"run.output_dir={tmp_path}",
+            "evaluation.prompts=builtin:copyedit?split=test",
+            "evaluation.max_prompts=20",
+            "evaluation.slice_by=[task]",
+            "generation.max_tokens=8",
+            "generation.samples=2",
+            "cluster.use_gpu=false",
+            *words,
+        ],
+    )
+
+
+def test_policies_come_from_the_configuration_or_the_runs(tmp_path):
+    assert policies_of(config_for(tmp_path, "evaluation.policies={a: x}", "runs=[b]")) == {"a": "x"}
+    assert policies_of(config_for(tmp_path, "runs=[one, deep/two]")) == {"one": "one", "two": "deep/two"}
+    with pytest.raises(InputError, match="same name"):
+        policies_of(config_for(tmp_path, "runs=[one, deep/one]"))
+    with pytest.raises(InputError, match="no policy to evaluate"):
+        policies_of(config_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("policies", "words", "message"),
+    [
+        ({}, [], "no policy"),
+        ({"a": "/none"}, [], r"evaluation\.policies\.a"),
+        ({"a": "TINY"}, ["evaluation.baseline=b"], "not among the policies a"),
+        ({"a": "TINY"}, ["model.reference=/none"], "reference"),
+        ({"a": "TINY"}, ["evaluation.prompts=/none.jsonl"], "none.jsonl"),
+        ({"a": "TINY"}, ["evaluation.judge={kind: oracle}"], "oracle"),
+    ],
+)
+def test_faults_are_found_before_an_engine_starts(tmp_path, policies, words, message):
+    folder = str(build_tiny(tmp_path / "tiny"))
+    named = {name: folder if where == "TINY" else where for name, where in policies.items()}
+    with pytest.raises(InputError, match=message):
+        check_evaluation(config_for(tmp_path, *words), named)
+
+
+@pytest.mark.e2e
+def test_two_policies_get_a_verdict_that_is_tracked(ray_session, tmp_path):
+    policies = {f"seed{seed}": str(build_tiny(tmp_path / f"tiny{seed}", seed)) for seed in (0, 1)}
+    config = config_for(tmp_path, "evaluation.credit_pairs=2")
+    with Tracker.start(config.tracking, tmp_path, name="evaluate", kind="evaluate", config=config) as tracker:
+        verdict = evaluate_policies(config, policies, output=tmp_path / "out", tracker=tracker)
+    base, other = verdict["seed0"].metrics, verdict["seed1"].metrics
+    assert base["exact_match"].value == 0.0 and other["win_rate"].value == 0.5
+    assert abs(base["kl_k1"].value) < 1e-3 < other["kl_k1"].low
+    assert 0 <= base["self_bleu"].value < 1 and base["length_tokens"].value <= 8
+    assert sum(value["prompts"].value for value in verdict["seed1"].slices["task"].values()) == 20
+    assert base["implicit_accuracy"].value == 0.5 and base["credit_auc"].value == 0.5
+    assert "seed1, rejected" in (tmp_path / "out" / "credit.html").read_text()
+    assert Verdict.load(tmp_path / "out" / "verdict.json") == verdict
+    assert "seed1" in (tmp_path / "out" / "verdict.txt").read_text()
+    run = tracker._client.get_run(tracker.run_id)
+    assert run.data.metrics["seed1/kl_k1"] == pytest.approx(other["kl_k1"].value)
+    assert run.inputs.dataset_inputs[0].dataset.name == "held-out prompts"
+    names = {item.path for item in tracker._client.list_artifacts(tracker.run_id)}
+    assert {"verdict.json", "verdict.txt", "credit.html", "samples", "config.yaml"} <= names
+
+    # Again: the samples are there, so this takes seconds and says the same.
+    again = evaluate_policies(config, policies, output=tmp_path / "out")
+    assert json.dumps([p.metrics["kl_k1"].value for p in again.policies]) == json.dumps(
+        [p.metrics["kl_k1"].value for p in verdict.policies]
+    )
