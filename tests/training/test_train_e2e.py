@@ -1,0 +1,210 @@
+"""The training job on the real parts: Ray Data, Ray Train, DeepSpeed, MLflow."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tbpo_ray.configuration import load_config
+from tbpo_ray.errors import InputError
+from tbpo_ray.training.driver import train
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEPS = 20
+
+
+def overrides(out: Path, model: str, name: str, **more: object) -> list[str]:
+    settings = {
+        "run.name": name, "run.output_dir": out, "model.name_or_path": model,
+        "data.train": "builtin:copyedit?split=train&pairs=200", "data.eval": "null", "data.max_length": 64,
+        "objective.name": "tbpo_q", "objective.bregman.generator": "logistic", "training.max_steps": STEPS,
+        "training.pairs_per_step": 10, "training.micro_batch_pairs": 4, "training.learning_rate": 1e-4,
+        "training.precision": "fp32", "training.checkpoint_every": 5, "cluster.use_gpu": "false",
+        "cluster.threads_per_worker": 1,
+    } | {key.replace("__", "."): value for key, value in more.items()}  # fmt: skip
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def run(out: Path, model: str, name: str, **more: object) -> Path:
+    return train(load_config(None, overrides(out, model, name, **more))).run_dir
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+def final_state(folder: Path) -> dict[str, bytes]:
+    """Weights, optimizer state and head of the last checkpoint, byte for byte."""
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    assert last.name == f"step-{STEPS:08d}"
+    return {
+        f.name: f.read_bytes() for f in sorted(last.glob("*.safetensors")) if not f.name.startswith("rng")
+    }
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, ray_session) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(out, small_model) -> Path:
+    """An uninterrupted run of two workers."""
+    return run(out, small_model, "whole", cluster__num_workers=2)
+
+
+def test_one_worker_and_two_give_the_same_curve(out, small_model, whole):
+    one = run(out, small_model, "one", cluster__num_workers=1)
+    assert len(losses(one)) == STEPS
+    assert losses(one) == pytest.approx(losses(whole), abs=1e-4)
+    assert losses(one)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(whole)[0] == pytest.approx(math.log(2), abs=1e-5)
+    # Every pair once: 200 pairs are one epoch of 20 steps of 10.
+    assert rows(whole)[-1]["pairs_seen"] == 200
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_dpo_starts_at_ln2(out, small_model, workers):
+    folder = run(out, small_model, f"dpo-{workers}", cluster__num_workers=workers, objective__name="dpo",
+                 training__max_steps=2)  # fmt: skip
+    assert losses(folder)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_killed_worker_changes_nothing(out, small_model, whole):
+    """Kill -9 a worker after the second checkpoint: same weights, optimizer, head and metrics, bit for bit."""
+    folder = out / "killed"
+    killed = []
+
+    def assassin() -> None:
+        while not (folder / "checkpoints" / "step-00000010" / "manifest.json").exists():
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+    hunter = threading.Thread(target=assassin, daemon=True)
+    hunter.start()
+    run(out, small_model, "killed", cluster__num_workers=2)
+    assert killed
+    assert "failed" in (folder / "events.log").read_text()
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert final_state(folder) == final_state(whole)
+
+
+def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
+    """Kill -9 the job, run it again: bit for bit the same, in the same MLflow run; a third time does nothing."""
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "train.py"),
+        "--config",
+        str(ROOT / "jobs/configs/tiny.yaml"),
+    ]
+    command += overrides(out, small_model, "driver", cluster__num_workers=2)
+    command += ["training.eval_every=null", "objective.bregman.lam=0", "training.length_batches=true"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    first = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    folder = out / "driver"
+    deadline = time.monotonic() + 240
+    while not (folder / "checkpoints" / "step-00000010" / "manifest.json").exists():
+        assert first.poll() is None, first.stderr.read() if first.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    for process in psutil.process_iter(["cmdline"]):
+        if str(folder) in " ".join(process.info["cmdline"] or []):
+            process.kill()
+    known = json.loads((folder / "run.json").read_text())
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    assert "continuing from step-" in second.stderr
+    assert json.loads((folder / "run.json").read_text()) == known
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert final_state(folder) == final_state(whole)
+    third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (third.returncode, "is finished" in third.stderr) == (0, True)
+
+
+def test_a_finished_run_can_only_be_extended(out, small_model, whole):
+    with pytest.raises(InputError, match=r"objective\.beta=0\.5: run whole was started with None"):
+        run(out, small_model, "whole", cluster__num_workers=2, objective__beta=0.5)
+    with pytest.raises(InputError, match=r"training\.max_steps=10.*started with 20"):
+        run(out, small_model, "whole", cluster__num_workers=2, training__max_steps=10)
+
+
+def test_the_export_loads_in_transformers(whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "export")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "export")
+    assert tokenizer.chat_template
+    assert model.get_output_embeddings().weight.shape[0] >= len(tokenizer)
+    assert (whole / "DONE").is_file()
+
+
+def test_mlflow_holds_the_run(out, whole):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{out}/mlflow.db")
+    run_id = json.loads((whole / "run.json").read_text())["mlflow_run_id"]
+    logged = client.get_run(run_id)
+    history = client.get_metric_history(run_id, "loss")
+    assert [point.step for point in sorted(history, key=lambda p: p.step)] == list(range(1, STEPS + 1))
+    assert logged.data.params["objective.name"] == "tbpo_q"
+    assert logged.inputs.dataset_inputs
+    assert logged.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("data.train", "missing.jsonl", "missing.jsonl"),
+        ("data.train", "EMPTY", "empty"),
+        ("data.train", "NO_CHOSEN", "none of its 2 records"),
+        ("model.name_or_path", "./nowhere", "no such model folder"),
+        ("model.name_or_path", "NOT_A_MODEL", "not a model folder"),
+        ("data.max_length", "3", "data.max_length=3"),
+        ("objective.nmae", "dpo", "objective.name"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(tmp_path, small_model, setting, value, words):
+    (tmp_path / "EMPTY").with_suffix(".jsonl").write_text("")
+    (tmp_path / "NO_CHOSEN").with_suffix(".jsonl").write_text('{"prompt": "a", "rejected": "b"}\n' * 2)
+    (tmp_path / "NOT_A_MODEL").mkdir()
+    if value in ("EMPTY", "NO_CHOSEN"):
+        value = str((tmp_path / value).with_suffix(".jsonl"))
+    elif value == "NOT_A_MODEL":
+        value = str(tmp_path / value)
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "train.py"),
+        "--config",
+        str(ROOT / "jobs/configs/tiny.yaml"),
+    ]
+    command += [*overrides(tmp_path / "runs", small_model, "bad"), f"{setting}={value}", "--dry-run"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in done.stderr
