@@ -15,7 +15,8 @@ def prepare(config: Config, arguments: object) -> Config:
 
 
 def work(config: Config) -> None:
-    from tbpo_ray.training.driver import say, train
+    from tbpo_ray.progress import say
+    from tbpo_ray.training.driver import train
 
     result = train(config, kind="sft")
     say(f"policy: {result.export}")

@@ -7,7 +7,8 @@ from tbpo_ray.config import Config
 
 
 def work(config: Config) -> None:
-    from tbpo_ray.training.driver import say, train
+    from tbpo_ray.progress import say
+    from tbpo_ray.training.driver import train
 
     result = train(config)
     say(f"policy: {result.export}")

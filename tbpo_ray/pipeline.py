@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from tbpo_ray.cluster import fit_to_cluster, start_ray
 from tbpo_ray.config import Config
-from tbpo_ray.configuration import stage_config
-from tbpo_ray.evaluation.evaluate import evaluate_policies
+from tbpo_ray.configuration import expand_dotted, stage_config
+from tbpo_ray.evaluation.job import evaluate
+from tbpo_ray.evaluation.report import compare_runs
 from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.progress import say
 from tbpo_ray.storage import write_atomic
 from tbpo_ray.tracking import Tracker
-from tbpo_ray.training.driver import say, train
+from tbpo_ray.training.driver import train
 from tbpo_ray.training.plan import run_dir
 
 RUN_FILE = "pipeline.json"
@@ -21,16 +21,23 @@ RUN_FILE = "pipeline.json"
 def stages(config: Config) -> tuple[Config | None, Config]:
     """The configurations of SFT (None without an `sft` section) and of preference training.
 
-    SFT owns the folder `<run.name>-sft`; preference training owns `<run.name>` and starts from its export.
+    SFT owns the folder `<run.name>-sft` (or the one that `sft.run.name` names); preference training owns
+    `<run.name>` and starts from its export.
 
     Raises:
         InputError: for faults in the `sft` section.
     """
     if not config.sft:
         return None, config
-    sft = stage_config(config, config.sft, objective__name="sft", run__name=f"{config.run.name}-sft")
+    sft = stage_config(config, config.sft, objective__name="sft", run__name=_sft_name(config))
     start = str(run_dir(sft) / "export")
     return sft, stage_config(config, {}, model__name_or_path=start, model__gguf_file=None)
+
+
+def _sft_name(config: Config) -> str:
+    """`<run.name>-sft`, unless the `sft` section names a run: then several pipelines can share it."""
+    given = expand_dotted(config.sft).get("run", {}).get("name")
+    return str(given or f"{config.run.name}-sft")
 
 
 def run_pipeline(config: Config) -> Verdict:
@@ -57,22 +64,19 @@ def run_pipeline(config: Config) -> Verdict:
         if sft is not None:
             say("stage 1 of 3: supervised fine-tuning")
             policies["sft"] = str(train(sft, kind="sft", parent_run_id=tracker.run_id).export)
+        else:
+            policies["base"] = preference.model.name_or_path
         say("stage 2 of 3: preference training")
         result = train(preference, kind="train", parent_run_id=tracker.run_id)
-        if sft is None:
-            policies["base"] = preference.model.name_or_path
         policies[preference.objective.name] = str(result.export)
         say("stage 3 of 3: evaluation")
-        start_ray()
-        preference = fit_to_cluster(preference)
-        with Tracker.start(
-            config.tracking, config.run.output_dir, name=f"{config.run.name}-evaluate", kind="evaluate",
-            config=preference, parent_run_id=tracker.run_id,
-        ) as child:  # fmt: skip
-            verdict = evaluate_policies(preference, policies, output=folder / "evaluation", tracker=child)
+        settled = stage_config(preference, {"evaluation": {"policies": policies}})
+        verdict = evaluate(settled, parent_run_id=tracker.run_id)
+        report = compare_runs(settled, parent_run_id=tracker.run_id)
         after = verdict[preference.objective.name].metrics
         tracker.log_metrics({name: estimate.value for name, estimate in after.items()})
-        tracker.log_artifact(Path(folder / "evaluation" / "verdict.txt"))
+        tracker.log_artifact(folder / "evaluation" / "verdict.txt")
+        tracker.log_artifact(report)
     print(verdict.table())
-    print(f"\nMLflow: {tracker.url_hint()}")
+    print(f"\nreport: {report}\nMLflow: {tracker.url_hint()}")
     return verdict

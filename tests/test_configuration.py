@@ -44,7 +44,9 @@ def test_a_fault_names_key_and_value(override, words):
     assert all(word in caught.value.faults[0] for word in words), caught.value.faults
 
 
-@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a#b", "%2e%2e", "a\0b", "..", ".hidden", "", "x" * 129])
+@pytest.mark.parametrize(
+    "name", ["../x", "/abs", "a/b", "a#b", "%2e%2e", "a\0b", "..", ".hidden", "", "x" * 129]
+)
 def test_names_that_would_leave_the_folder_are_refused(name):
     with pytest.raises(InputError):
         validate({"run": {"name": name}})
@@ -77,7 +79,9 @@ def test_a_file_that_is_no_configuration(tmp_path, text):
 
 
 def test_round_trip():
-    config = load_config(None, ["model.lora={r: 8}", "cluster.num_workers=[1, 4]", "sft={training.max_steps: 3}"])
+    config = load_config(
+        None, ["model.lora={r: 8}", "cluster.num_workers=[1, 4]", "sft={training.max_steps: 3}"]
+    )
     assert validate(yaml.safe_load(to_yaml(config))) == config
     assert stage_config(config, config.sft).training.max_steps == 3
 

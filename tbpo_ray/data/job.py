@@ -44,19 +44,9 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
             faults += error.faults
     if faults:
         raise InputError(*faults)
-    tokenizer = resolve_model(config.model.name_or_path, cache, seed=0)
+    tokenizer = resolve_model(config.model.name_or_path, cache, seed=config.run.seed)
     start_ray()
-    done = {
-        role: prepare(
-            source,
-            config.data,
-            tokenizer,
-            role=role,
-            cache_dir=cache,
-            chat_template=config.model.chat_template,
-        )
-        for role, source in roles.items()
-    }
+    done = {role: prepare_role(config, role, tokenizer, cache) for role in roles}
     folder.mkdir(parents=True, exist_ok=True)
     out = {}
     with Tracker.start(
@@ -76,6 +66,21 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
                 f"{prepared.quarantined:,} in quarantine: {prepared.path}"
             )
     return out
+
+
+def prepare_role(config: Config, role: str, tokenizer: str, cache: Path) -> Prepared:
+    """Prepared pairs of `data.train` or `data.eval`, the same for every job with this configuration."""
+    source = config.data.train if role == "train" else config.data.eval
+    assert source is not None
+    return prepare(
+        source,
+        config.data,
+        tokenizer,
+        role=role,
+        cache_dir=cache,
+        chat_template=config.model.chat_template,
+        seed=config.run.seed,
+    )
 
 
 def log_prepared(

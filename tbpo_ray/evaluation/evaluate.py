@@ -14,6 +14,7 @@ from tbpo_ray.cluster import most_resources
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.benchmarks import benchmark_settings, run_benchmarks
 from tbpo_ray.evaluation.credit import write_credit_map
 from tbpo_ray.evaluation.judges import Judge, ScoringJudge, make_judge, prefer
 from tbpo_ray.evaluation.measures import (
@@ -77,6 +78,10 @@ def evaluate_policies(
     samples = {policy.name: _sample(policy, prompts, config, folder) for policy in found}
     groups: dict[str, Groups] = {name: answers.by_prompt() for name, answers in samples.items()}
     own = _pair_metrics(found, base, anchor, judge, config, folder)
+    benchmarks = benchmark_settings(config)
+    if benchmarks is not None:
+        for policy in found:
+            own.setdefault(policy.name, {}).update(run_benchmarks(benchmarks, policy.model, config))
     verdict = _judge_all(found, groups, samples, base.name, anchor, judge, prompts, config, own, tracker)
     verdict.save(folder)
     (folder / "verdict.txt").write_text(verdict.table() + "\n", encoding="utf-8")
@@ -107,14 +112,15 @@ def check_evaluation(
     on_pairs = config.evaluation.credit_pairs > 0 or config.evaluation.judge.get("kind") == "implicit"
     for policy in found:
         check_model(policy.model, policy.adapter)
-        if policy.adapter and on_pairs:
+        if policy.adapter and (on_pairs or config.evaluation.benchmarks):
             raise InputError(
-                f"evaluation.policies.{policy.name}: is an adapter; rewards on pairs need a merged model"
+                f"evaluation.policies.{policy.name}: is an adapter; rewards on pairs and benchmarks need a merged model"
             )
     reference = reference or config.model.reference
     anchor = resolve_policy("reference", reference, config).model if reference else base.model
     prompts = read_prompts(config)
     make_judge(config, source=prompts.source, output=Path(config.run.output_dir))
+    benchmark_settings(config)
     return found, base, anchor, prompts
 
 

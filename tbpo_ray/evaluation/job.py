@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tbpo_ray.cluster import start_ray
+from tbpo_ray.cluster import fit_to_cluster, start_ray
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import to_yaml
 from tbpo_ray.errors import InputError
@@ -34,7 +34,7 @@ def policies_of(config: Config) -> dict[str, str]:
     raise InputError("evaluation.policies: no policy to evaluate; give evaluation.policies or runs=[...]")
 
 
-def evaluate(config: Config) -> Verdict:
+def evaluate(config: Config, *, parent_run_id: str | None = None) -> Verdict:
     """Evaluate into `<run.output_dir>/<run.name>/evaluation/`; samples that are there are used again.
 
     Raises:
@@ -55,10 +55,11 @@ def evaluate(config: Config) -> Verdict:
             name=f"{config.run.name}-evaluate",
             kind="evaluate",
             config=config,
+            parent_run_id=parent_run_id,
             run_id=known,
         ) as tracker:
             write_atomic(note, json.dumps({"mlflow_run_id": tracker.run_id}))
             start_ray()
-            verdict = evaluate_policies(config, policies, output=folder, tracker=tracker)
+            verdict = evaluate_policies(fit_to_cluster(config), policies, output=folder, tracker=tracker)
         say(f"MLflow: {tracker.url_hint()}")
     return verdict

@@ -54,7 +54,7 @@ CURVES = (
 _SAMPLES, _POINTS = 8, 400
 
 
-def compare_runs(config: Config) -> Path:
+def compare_runs(config: Config, *, parent_run_id: str | None = None) -> Path:
     """Write `report.html` and `report.md` for `runs`; log them to MLflow; promote where the gate holds.
 
     Returns:
@@ -73,6 +73,7 @@ def compare_runs(config: Config) -> Path:
         name=f"{config.run.name}-compare",
         kind="compare",
         config=config,
+        parent_run_id=parent_run_id,
     ) as tracker:
         gate = check_gate(config.compare.promote, entries, tracker)
         page = report(entries, config, gate, tracker)

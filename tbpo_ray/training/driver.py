@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -15,10 +12,12 @@ from typing import Any
 from tbpo_ray.cluster import fit_to_cluster, start_ray
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import to_tree, to_yaml
-from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.job import log_prepared, prepare_role
+from tbpo_ray.data.prepare import find_sources
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError, RunFailed
 from tbpo_ray.models.load import resolve_model
+from tbpo_ray.progress import say
 from tbpo_ray.storage import file_lock, write_atomic
 from tbpo_ray.tracking import Tracker
 from tbpo_ray.training import checkpoint as ckpt
@@ -60,25 +59,28 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
         if finished is not None:
             say(f"run {config.run.name} is finished: {folder}")
             return finished
+        find_sources(config.data.train, "data.train")
+        if config.data.eval is not None:
+            find_sources(config.data.eval, "data.eval")
         model = resolve_model(config.model.name_or_path, cache, seed=config.run.seed)
         reference = model
         if config.model.reference is not None:
             reference = resolve_model(config.model.reference, cache, key="model.reference")
         start_ray()
         config = fit_to_cluster(config)
-        options: dict[str, Any] = {"cache_dir": cache, "chat_template": config.model.chat_template}
-        data = prepare(config.data.train, config.data, model, role="train", **options)
-        held_out = None
-        if config.data.eval is not None:
-            held_out = prepare(config.data.eval, config.data, model, role="eval", **options)
-        if data.quarantine_file is not None:
-            shutil.copyfile(data.quarantine_file, folder / "quarantine.jsonl")
+        data = prepare_role(config, "train", model, cache)
+        held_out = prepare_role(config, "eval", model, cache) if config.data.eval is not None else None
         write_atomic(folder / "config.yaml", to_yaml(config))
 
         with _tracker(config, folder, kind, parent_run_id) as tracker:
-            _log_data(tracker, "train", config.data.train, data)
-            if held_out is not None:
-                _log_data(tracker, "eval", config.data.eval, held_out)
+            for role, source, prepared in (
+                ("train", config.data.train, data),
+                ("eval", config.data.eval, held_out),
+            ):
+                if prepared is not None and source is not None:
+                    log_prepared(tracker, role, source, prepared, config, folder)
+                    bad = f", {prepared.quarantined} in quarantine" if prepared.quarantined else ""
+                    say(f"data.{role}: {prepared.records} records, {prepared.pairs} pairs{bad}")
             cut = objective.compares_to_shorter and config.training.cut_dead_tail
             extra: list[str] = []
             extra_eval: list[str] = []
@@ -247,21 +249,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _log_data(tracker: Tracker, role: str, source: Any, prepared: Prepared) -> None:
-    name = source if isinstance(source, str) else ", ".join(s.source for s in source)
-    tracker.log_dataset(
-        f"{role}", digest=prepared.fingerprint, source=name, rows=prepared.pairs, context=role
-    )
-    tracker.log_metrics({f"data/{role}/{k}": v for k, v in prepared.counts.items()})
-    quarantined = prepared.quarantined
-    say(
-        f"data.{role}: {prepared.records} records, {prepared.pairs} pairs"
-        + (f", {quarantined} in quarantine" if quarantined else "")
-    )
-    if prepared.quarantine_file is not None:
-        tracker.log_artifact(prepared.quarantine_file, f"data/{role}")
-
-
 def _total(config: Config, data: Prepared) -> int:
     return make_schedule(config, data.lengths()).steps_total
 
@@ -272,9 +259,3 @@ def _writable(folder: Path) -> None:
         (folder / ".lock").touch()
     except OSError as error:
         raise InputError(f"run.output_dir={folder.parent}: cannot write there ({error.strerror})") from error
-
-
-def say(text: str) -> None:
-    """A line for the person who follows."""
-    with contextlib.suppress(BrokenPipeError):
-        print(text, file=sys.stderr, flush=True)

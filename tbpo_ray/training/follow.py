@@ -62,11 +62,10 @@ class Follower:
     def _poll(self, *, final: bool = False) -> None:
         for line in self.events.lines():
             self._say(line)
-        for line in self.timings.lines():
-            row = json.loads(line)
+        for row in self.timings.rows():
             self.timing_rows[int(row["step"])] = row
-        for line in self.metrics.lines():
-            self._row(json.loads(line))
+        for row in self.metrics.rows():
+            self._row(row)
         if self.last_row and (final or time.monotonic() - self.last_print > self.every_seconds):
             self._progress(final)
 
@@ -132,7 +131,15 @@ class _Tail:
             data = handle.read()
         end = data.rfind(b"\n") + 1
         self.at += end
-        return [line for line in data[:end].decode("utf-8").split("\n") if line]
+        return [line for line in data[:end].decode("utf-8", errors="replace").split("\n") if line]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The new lines as JSON. A file that shrank and grew again between two looks is read anew."""
+        try:
+            return [json.loads(line) for line in self.lines()]
+        except ValueError:
+            self.at = 0
+            return []
 
 
 def _duration(seconds: float) -> str:

@@ -72,9 +72,12 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
         cuts = [mine[:1], mine[1:]]
         for k, rows in enumerate(cuts):
             batch = collate(
-                [prompts[i] for i in rows], [[side[i] for i in rows] for side in answers], pad_id=0, shared=True,
+                [prompts[i] for i in rows],
+                [[side[i] for i in rows] for side in answers],
+                pad_id=0,
+                shared=True,
                 cut=True,
-            )  # fmt: skip
+            )
             loss, _ = step(engine, batch)
             engine.backward(loss * world / PAIRS, last=k == len(cuts) - 1)
             total += loss.detach().float()

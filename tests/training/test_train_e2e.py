@@ -86,7 +86,7 @@ def test_dpo_starts_at_ln2(out, small_model, workers):
 
 
 def test_a_killed_worker_changes_nothing(out, small_model, whole):
-    """Kill -9 a worker after the second checkpoint: same weights, optimizer, head and metrics, bit for bit."""
+    """Kill -9 a worker in the middle: same weights, optimizer, head and metrics, bit for bit."""
     folder = out / "killed"
     killed = []
 
@@ -109,7 +109,7 @@ def test_a_killed_worker_changes_nothing(out, small_model, whole):
 
 
 def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
-    """Kill -9 the job, run it again: bit for bit the same, in the same MLflow run; a third time does nothing."""
+    """Kill -9 the job, run it again: bit for bit the same; a third time does nothing."""
     command = [
         sys.executable,
         str(ROOT / "jobs" / "train.py"),
