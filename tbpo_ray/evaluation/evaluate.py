@@ -114,7 +114,7 @@ def check_evaluation(
         check_model(policy.model, policy.adapter)
         if policy.adapter and (on_pairs or config.evaluation.benchmarks):
             raise InputError(
-                f"evaluation.policies.{policy.name}: is an adapter; rewards on pairs and benchmarks need a merged model"
+                f"evaluation.policies.{policy.name}: is an adapter; pairs and benchmarks need a merged model"
             )
     reference = reference or config.model.reference
     anchor = resolve_policy("reference", reference, config).model if reference else base.model
