@@ -60,14 +60,17 @@ def build_tiny(folder: str | Path, seed: int = 0) -> Path:
 
 def build_tokenizer():
     """Byte-level BPE over generated instructions: the words of the built-in task are one token each."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from tbpo_ray.data.copyedit import corpus
 
     bpe = Tokenizer(models.BPE())
+    # A text's first word gets a space in front, taken off again by the decoder, so that it is the same
+    # token as anywhere else in a text.
+    bpe.normalizer = normalizers.Prepend(" ")
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     specials = [PAD, BOS, EOS, USER, ASSISTANT, SYSTEM]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
