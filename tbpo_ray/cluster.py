@@ -53,10 +53,6 @@ def start_ray(**options: Any) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-SPARE_CPUS = 1.0
-"""Kept for reading data and for engines beside the training workers."""
-
-
 def fit_to_cluster(config: Config) -> Config:
     """Settle what the configuration leaves to the cluster: GPUs or not, and how many workers at most.
 
@@ -69,7 +65,7 @@ def fit_to_cluster(config: Config) -> Config:
     asked = config.cluster.num_workers
     least, largest = asked if isinstance(asked, list) else (asked, asked)
     fits = min(
-        (int(max(0.0, most.get(name, 0.0) - (SPARE_CPUS if name == "CPU" else 0.0)) / each)
+        (int(most.get(name, 0.0) / each + 1e-9)
          for name, each in config.cluster.worker_resources.items() if each > 0),
         default=largest,
     )  # fmt: skip
@@ -77,8 +73,8 @@ def fit_to_cluster(config: Config) -> Config:
         each = ", ".join(f"{value:g} {name}" for name, value in config.cluster.worker_resources.items())
         have = ", ".join(f"{most.get(name, 0.0):g} {name}" for name in config.cluster.worker_resources)
         raise InputError(
-            f"cluster.num_workers={asked}: {least} x ({each}) and {SPARE_CPUS:g} CPU for data never fit into "
-            f"the cluster's {have}; at most {fits} worker(s) do. Lower cluster.num_workers or "
+            f"cluster.num_workers={asked}: {least} x ({each}) never fit into the cluster's "
+            f"{have}; at most {fits} worker(s) do. Lower cluster.num_workers or "
             "cluster.resources_per_worker, or add nodes"
         )
     if isinstance(asked, list) and fits < largest:

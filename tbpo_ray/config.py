@@ -253,7 +253,7 @@ class ClusterConfig(Section):
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU for each worker and vLLM engine; `auto`: where the cluster has or can start any."""
     resources_per_worker: dict[str, NonNegative] = Field(default_factory=dict)
-    """Ray resources of a training worker; default `{CPU: 0.5}`, and `{CPU: 4, GPU: 1}` with use_gpu."""
+    """Ray resources of a training worker; default `{CPU: 1}`, and `{CPU: 4, GPU: 1}` with use_gpu."""
     threads_per_worker: Count | None = None
     """Torch threads of a CPU worker; default: the node's cores over the workers on it."""
     max_failures: Annotated[int, Field(ge=-1)] = 2
@@ -281,7 +281,7 @@ class ClusterConfig(Section):
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        default = {"CPU": 4.0, "GPU": 1.0} if self.gpus else {"CPU": 0.5}
+        default = {"CPU": 4.0, "GPU": 1.0} if self.gpus else {"CPU": 1.0}
         return dict(self.resources_per_worker) or default
 
 

@@ -203,7 +203,7 @@ def _export(config: Config, places: Places, tracker: Tracker, result: dict[str, 
         "pairs seen": result["pairs_seen"],
         "MLflow run": tracker.run_id,
     }
-    task = ray.remote(num_cpus=config.cluster.worker_resources.get("CPU", 0.5))(export_checkpoint)
+    task = ray.remote(num_cpus=config.cluster.worker_resources.get("CPU", 1.0))(export_checkpoint)
     try:
         return Path(ray.get(task.remote(to_tree(config), asdict(places), card)))
     except ray.exceptions.RayError as error:

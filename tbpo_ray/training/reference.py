@@ -115,7 +115,7 @@ def _compute(
     resources: dict[str, Any] = (
         {"num_gpus": 1}
         if config.cluster.gpus
-        else {"num_cpus": config.cluster.worker_resources.get("CPU", 0.5)}
+        else {"num_cpus": config.cluster.worker_resources.get("CPU", 1.0)}
     )
     rows = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         ReferenceScorer,
