@@ -172,7 +172,7 @@ def _harness(
             num_fewshot=shots,
             task_manager=manager,
             limit=limit,
-            bootstrap_iters=0,
+            bootstrap_iters=1000,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
