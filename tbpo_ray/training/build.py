@@ -30,8 +30,19 @@ class Parts:
 
 
 def objective_of(config: Config) -> Objective:
-    """The objective of a configuration."""
-    return build_objective(config.objective.model_dump(exclude_none=True))
+    """The objective of a configuration.
+
+    Raises:
+        InputError: for a value that will not do, and for an objective that reads token weights: nothing
+            puts them beside the prepared pairs yet.
+    """
+    objective = build_objective(config.objective.model_dump(exclude_none=True))
+    if objective.needs_weights:
+        raise InputError(
+            f"objective.name={objective.name}: reads token weights, which no job prepares yet; the loss itself "
+            "can be used from Python (tbpo_ray.objectives), or use another objective"
+        )
+    return objective
 
 
 def reference_mode(config: Config, objective: Objective) -> str:
