@@ -39,8 +39,8 @@ def objective_of(config: Config) -> Objective:
     objective = build_objective(config.objective.model_dump(exclude_none=True))
     if objective.needs_weights:
         raise InputError(
-            f"objective.name={objective.name}: reads token weights, which no job prepares yet; the loss itself "
-            "can be used from Python (tbpo_ray.objectives), or use another objective"
+            f"objective.name={objective.name}: reads token weights, which no job prepares yet; the loss "
+            "itself can be used from Python (tbpo_ray.objectives); use another objective here"
         )
     return objective
 
