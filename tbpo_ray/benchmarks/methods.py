@@ -11,13 +11,14 @@ from typing import Any
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 
+PLAIN = {"objective.state_baseline.center": False}
 METHODS: dict[str, dict[str, Any]] = {
-    "tbpo_q": {"objective.name": "tbpo_q"},
-    "tbpo_a exact": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "exact_kl"},
-    "no baseline": {"objective.name": "tbpo_q", "objective.state_baseline.kind": "none"},
+    "tbpo_q": {"objective.name": "tbpo_q", "objective.state_baseline.center": True},
+    "tbpo_a exact": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "exact_kl", **PLAIN},
+    "no baseline": {"objective.name": "tbpo_q", "objective.state_baseline.kind": "none", **PLAIN},
     "dpo": {"objective.name": "dpo"},
 }
-LEARNING_RATES = {"tbpo_q": 3e-6, "tbpo_a exact": 2e-5, "no baseline": 3e-6, "dpo": 3e-6}
+LEARNING_RATES = {"tbpo_q": 5e-6, "tbpo_a exact": 2e-5, "no baseline": 3e-6, "dpo": 3e-6}
 """Each method's best of those tried on seed 0, among 1e-6, 3e-6, 5e-6, 8e-6 and 2e-5."""
 
 
