@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,10 @@ class Engine:
     def __init__(self, module: nn.Module, config: Config, device: torch.device):
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed compiles a small op on first use. Kept with the environment that it was compiled for:
+        # two environments that share one cache would build it again and again.
+        if os.access(sys.prefix, os.W_OK):
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
         import deepspeed
 
         optimizer = build_optimizer(module.parameters(), config.training)
