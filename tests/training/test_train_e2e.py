@@ -179,7 +179,7 @@ def test_mlflow_holds_the_run(out, whole):
     [
         ("data.train", "missing.jsonl", "missing.jsonl"),
         ("data.train", "EMPTY", "empty"),
-        ("data.train", "NO_CHOSEN", "none of its 2 records"),
+        ("data.train", "NO_CHOSEN", "no preference pair"),
         ("model.name_or_path", "./nowhere", "no such model folder"),
         ("model.name_or_path", "NOT_A_MODEL", "not a model folder"),
         ("data.max_length", "3", "data.max_length=3"),
