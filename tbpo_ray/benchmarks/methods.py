@@ -25,23 +25,27 @@ LEARNING_RATES = {"tbpo_q": 5e-6, "tbpo_a exact": 2e-5, "no baseline": 3e-6, "dp
 def run(
     config: Config,
     *,
+    quick: bool = False,
     seeds: Sequence[int] = (0, 1, 2),
     methods: Mapping[str, Mapping[str, Any]] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate; finished runs are used again.
 
+    Args:
+        quick: the first seed only.
+
     Returns:
         `{"rows": [{"seed", "method", "learning_rate", "metrics": {name: {value, low, high}}}]}`.
     """
     from tbpo_ray.cluster import fit_to_cluster, start_ray
     from tbpo_ray.evaluation.evaluate import evaluate_policies
+    from tbpo_ray.storage import run_dir
     from tbpo_ray.training.driver import train
-    from tbpo_ray.training.plan import run_dir
 
     rows = []
     name = config.run.name
-    for seed in seeds:
+    for seed in seeds[:1] if quick else seeds:
         sft = stage_config(
             config, config.sft, objective__name="sft", run__name=f"{name}-sft-{seed}", run__seed=seed
         )

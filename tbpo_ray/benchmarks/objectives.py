@@ -12,6 +12,7 @@ import torch
 
 from tbpo_ray.benchmarks import objective_step
 from tbpo_ray.benchmarks.output_layer import Case, measure
+from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
 
 CPU = Case(("logp",), False, tokens=2048, hidden=640, vocab=262_144)
@@ -28,7 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
 PARTS = (*CASES, "step")
 
 
-def run(only: str | Iterable[str] | None = None, quick: bool = False) -> dict[str, Any]:
+def run(
+    config: Config | None = None, *, only: str | Iterable[str] | None = None, quick: bool = False
+) -> dict[str, Any]:
     """Measure; full logits and blockwise in turns (A B A B).
 
     Args:

@@ -12,6 +12,7 @@ from tbpo_ray.data.prepare import find_sources, prepare
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError
 from tbpo_ray.progress import say
+from tbpo_ray.storage import cache_dir, run_dir
 
 
 def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
@@ -30,9 +31,7 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
     from tbpo_ray.models.load import resolve_model
     from tbpo_ray.tracking import Tracker
 
-    folder = Path(config.run.output_dir).expanduser().absolute() / config.run.name
-    given = config.data.cache_dir
-    cache = Path(given).expanduser().absolute() if given else folder.parent / ".prepared"
+    folder, cache = run_dir(config), cache_dir(config)
     roles: dict[str, Sources] = {"train": config.data.train}
     if config.data.eval is not None:
         roles["eval"] = config.data.eval
@@ -49,8 +48,8 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
     done = {role: prepare_role(config, role, tokenizer, cache) for role in roles}
     folder.mkdir(parents=True, exist_ok=True)
     out = {}
-    with Tracker.start(
-        config.tracking, config.run.output_dir, name=config.run.name, kind="prepare", config=config
+    with Tracker.noted(
+        config, folder / "prepare.json", kind="prepare", name=f"{config.run.name}-prepare"
     ) as tracker:
         for role, prepared in done.items():
             log_prepared(tracker, role, roles[role], prepared, config, folder)

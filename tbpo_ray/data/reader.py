@@ -40,6 +40,10 @@ class MicroBatch:
     rejected_ids: list[np.ndarray]
     extras: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
+    def columns(self) -> dict[str, list[np.ndarray]]:
+        """Token columns and joined columns by name."""
+        return {name: getattr(self, name) for name in TOKEN_COLUMNS} | self.extras
+
 
 @dataclass
 class _File:

@@ -13,6 +13,8 @@ from tbpo_ray.configuration import flatten, read_yaml
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.verdict import VERDICT, PolicyVerdict, Verdict
 from tbpo_ray.redaction import redact_tree
+from tbpo_ray.storage import output_dir
+from tbpo_ray.tracking import RUN_NOTE, noted_run
 
 IGNORED = ("run.name", "evaluation.", "compare.", "runs", "tune.", "tracking.", "sft.", "run.output_dir")
 """Keys in which runs may differ without differing."""
@@ -41,7 +43,7 @@ def collect(config: Config) -> list[Entry]:
     Raises:
         InputError: a run without a verdict.
     """
-    output = Path(config.run.output_dir)
+    output = output_dir(config)
     folders = [_run_folder(run, output) for run in (config.runs or [config.run.name])]
     found: list[tuple[str, PolicyVerdict, Verdict, Path]] = []
     seen: set[tuple[str, str]] = set()
@@ -99,9 +101,7 @@ def _entry(label: str, policy: PolicyVerdict, verdict: Verdict, samples: Path) -
     if (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file():
         settings = flatten(redact_tree(read_yaml(run / "config.yaml")))
         curve = _rows(run / "metrics.jsonl")
-        note = run / "run.json"
-        if note.is_file():
-            run_id = json.loads(note.read_text(encoding="utf-8")).get("mlflow_run_id") or run_id
+        run_id = noted_run(run / RUN_NOTE) or run_id
     return Entry(label, policy, verdict, samples, run_id, settings, curve)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tbpo_ray.cluster import fit_to_cluster, start_ray
@@ -12,8 +11,8 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.evaluate import check_evaluation, evaluate_policies
 from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.progress import say
-from tbpo_ray.storage import file_lock, write_atomic
-from tbpo_ray.tracking import Tracker
+from tbpo_ray.storage import file_lock, run_dir, write_atomic
+from tbpo_ray.tracking import RUN_NOTE, Tracker
 
 
 def policies_of(config: Config) -> dict[str, str]:
@@ -29,7 +28,7 @@ def policies_of(config: Config) -> dict[str, str]:
         raise InputError(f"runs={config.runs}: two have the same name; name them in evaluation.policies")
     if config.runs:
         return dict(zip(names, config.runs, strict=True))
-    if (Path(config.run.output_dir) / config.run.name / "export").is_dir():
+    if (run_dir(config) / "export").is_dir():
         return {config.run.name: config.run.name}
     raise InputError("evaluation.policies: no policy to evaluate; give evaluation.policies or runs=[...]")
 
@@ -43,22 +42,17 @@ def evaluate(config: Config, *, parent_run_id: str | None = None) -> Verdict:
     """
     policies = policies_of(config)
     check_evaluation(config, policies)
-    folder = Path(config.run.output_dir) / config.run.name / "evaluation"
+    folder = run_dir(config) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "run.json"
     with file_lock(folder / ".lock"):
-        known = json.loads(note.read_text(encoding="utf-8"))["mlflow_run_id"] if note.is_file() else None
         write_atomic(folder / "config.yaml", to_yaml(config))
-        with Tracker.start(
-            config.tracking,
-            config.run.output_dir,
-            name=f"{config.run.name}-evaluate",
+        with Tracker.noted(
+            config,
+            folder / RUN_NOTE,
             kind="evaluate",
-            config=config,
+            name=f"{config.run.name}-evaluate",
             parent_run_id=parent_run_id,
-            run_id=known,
         ) as tracker:
-            write_atomic(note, json.dumps({"mlflow_run_id": tracker.run_id}))
             start_ray()
             verdict = evaluate_policies(fit_to_cluster(config), policies, output=folder, tracker=tracker)
         say(f"MLflow: {tracker.url_hint()}")

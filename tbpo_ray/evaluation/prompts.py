@@ -14,6 +14,7 @@ from tbpo_ray.data.reasons import RecordError
 from tbpo_ray.data.records import BadRecord, Prompt, iter_prompts
 from tbpo_ray.errors import InputError
 from tbpo_ray.generation.samples import PromptTokens
+from tbpo_ray.storage import output_dir
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def resolve_policy(name: str, where: str, config: Config) -> Policy:
     Raises:
         InputError: it is none of these.
     """
-    runs = Path(config.run.output_dir)
+    runs = output_dir(config)
     for folder in (Path(where).expanduser(), runs / where / "export", runs / where):
         if (folder / "config.json").is_file():
             return Policy(name, str(folder.absolute()))

@@ -15,7 +15,8 @@ from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.evaluation.promotion import Gate, check_gate
 from tbpo_ray.evaluation.verdict import show
 from tbpo_ray.generation.samples import Sample, Samples
-from tbpo_ray.tracking import Tracker
+from tbpo_ray.storage import run_dir
+from tbpo_ray.tracking import RUN_NOTE, Tracker
 
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("exact_match", "exact match", 100, 1),
@@ -64,15 +65,14 @@ def compare_runs(config: Config, *, parent_run_id: str | None = None) -> Path:
         InputError: a run without a verdict.
     """
     entries = collect(config)
-    default = Path(config.run.output_dir) / config.run.name / "report"
-    folder = Path(config.compare.output) if config.compare.output else default
+    given = config.compare.output
+    folder = Path(given).expanduser().absolute() if given else run_dir(config) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    with Tracker.start(
-        config.tracking,
-        config.run.output_dir,
-        name=f"{config.run.name}-compare",
+    with Tracker.noted(
+        config,
+        folder / RUN_NOTE,
         kind="compare",
-        config=config,
+        name=f"{config.run.name}-compare",
         parent_run_id=parent_run_id,
     ) as tracker:
         gate = check_gate(config.compare.promote, entries, tracker)

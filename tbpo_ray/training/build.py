@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -92,14 +92,20 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
     scorer.train()
 
     mode = reference_mode(config, objective)
-    reference, adapter_off = None, False
+    reference: PairScorer | Literal["adapter_off"] | None = None
     if mode == "live":
         if config.model.lora is not None and config.model.reference is None:
-            reference, adapter_off = scorer, True
+            reference = "adapter_off"
         else:
             options = model_options if config.model.reference is None else model_options | {"gguf_file": None}
             frozen: Any = load_model(places.reference or places.model, **options)
             reference = PairScorer(frozen.requires_grad_(False).to(device)).eval()
+            if (reference.softcap, reference.logit_scale) != (scorer.softcap, scorer.logit_scale):
+                raise InputError(
+                    f"model.reference={config.model.reference}: caps or scales its logits otherwise than "
+                    f"model.name_or_path={config.model.name_or_path}; use training.reference_scores=cached, "
+                    "or a model of one family"
+                )
 
     head = None
     if objective.learned_baseline:
@@ -109,7 +115,7 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
         head = build_state_baseline(section | {"kind": config.objective.baseline_kind}, width)
         assert head is not None
         head.to(device)
-    step = PreferenceStep(objective, head, reference, adapter_off=adapter_off, seed=config.run.seed)
+    step = PreferenceStep(objective, head, reference, seed=config.run.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Parts(
         scorer=scorer,

@@ -9,6 +9,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from tbpo_ray.training.causes import root_cause
+from tbpo_ray.training.metrics import MetricsFile
 
 
 class FailureLog(UserCallback):
@@ -20,8 +21,7 @@ class FailureLog(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
         first = worker_exceptions[min(worker_exceptions)]
-        with (Path(self.run_dir) / "events.log").open("a", encoding="utf-8") as out:
-            out.write(f"worker {ranks} failed: {root_cause(first)}\n")
+        MetricsFile(Path(self.run_dir)).say(f"worker {ranks} failed: {root_cause(first)}")
         with (Path(self.run_dir) / "failure.log").open("a", encoding="utf-8") as out:
             for rank, error in sorted(worker_exceptions.items()):
                 out.write(f"--- worker {rank}\n{''.join(traceback.format_exception(error))}\n")

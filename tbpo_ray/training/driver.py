@@ -18,14 +18,14 @@ from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError, RunFailed
 from tbpo_ray.models.load import resolve_model
 from tbpo_ray.progress import say
-from tbpo_ray.storage import file_lock, write_atomic
-from tbpo_ray.tracking import Tracker
+from tbpo_ray.storage import cache_dir, file_lock, run_dir, write_atomic
+from tbpo_ray.tracking import RUN_NOTE, Tracker, noted_run
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
 from tbpo_ray.training.causes import root_cause
 from tbpo_ray.training.follow import Follower
 from tbpo_ray.training.metrics import read_metrics
-from tbpo_ray.training.plan import Places, cache_dir, make_schedule, refuse_changes, run_dir
+from tbpo_ray.training.plan import Places, make_schedule, refuse_changes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
         held_out = prepare_role(config, "eval", model, cache) if config.data.eval is not None else None
         write_atomic(folder / "config.yaml", to_yaml(config))
 
-        with _tracker(config, folder, kind, parent_run_id) as tracker:
+        with Tracker.noted(config, folder / RUN_NOTE, kind=kind, parent_run_id=parent_run_id) as tracker:
             for role, source, prepared in (
                 ("train", config.data.train, data),
                 ("eval", config.data.eval, held_out),
@@ -112,7 +112,7 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
             export = _export(config, places, tracker, result)
             rows = read_metrics(folder)
             last = rows[-1] if rows else {}
-            write_atomic(folder / "DONE", json.dumps({"step": result["step"], "total": _total(config, data)}))
+            write_atomic(folder / "DONE", json.dumps({"step": result["step"]}))
             tracker.log_artifact(folder / "metrics.jsonl")
     return RunResult(folder, export, tracker.run_id, last)
 
@@ -133,17 +133,13 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
     for remembered in checkpoints.glob("*.json"):
         remembered.unlink()
     workers = config.cluster.num_workers
-    total = _total(config, data)
+    schedule = make_schedule(config, data.lengths())
+    total = schedule.steps_total
     say(
         f"{config.run.name}: {data.pairs} pairs, {total} steps of {config.training.pairs_per_step} pairs, "
         f"{config.objective.name}, {config.cluster.max_workers} worker(s)"
     )
-    stream = StreamConfig(
-        data,
-        make_schedule(config, data.lengths()),
-        start_step=_StartStep(str(checkpoints)),
-        extra_dirs=places.extra,
-    )
+    stream = StreamConfig(data, schedule, start_step=_StartStep(str(checkpoints)), extra_dirs=places.extra)
     trainer = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"config": to_tree(config), "places": asdict(places)},
@@ -169,7 +165,8 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
             outcome = trainer.fit()
         except TrainingFailedError as error:
             log = Path(places.run_dir) / "failure.log"
-            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            with log.open("a", encoding="utf-8") as out:
+                out.write("".join(traceback.format_exception(error)))
             raise RunFailed(f"run {config.run.name}: {root_cause(error)}; all of it is in {log}") from error
     value: dict[str, Any] = outcome.return_value or {}  # type: ignore[attr-defined]
     if "failed" in value:
@@ -224,33 +221,7 @@ def _finished(config: Config, folder: Path) -> RunResult | None:
         say(f"run {config.run.name} is extended")
         return None
     rows = read_metrics(folder)
-    facts = _facts(folder)
-    return RunResult(folder, folder / "export", facts.get("mlflow_run_id"), rows[-1] if rows else {}, True)
-
-
-def _tracker(config: Config, folder: Path, kind: str, parent_run_id: str | None) -> Tracker:
-    """Go on with the run's MLflow run, or open one and note its id before anything else happens."""
-    known = _facts(folder).get("mlflow_run_id")
-    tracker = Tracker.start(
-        config.tracking,
-        config.run.output_dir,
-        name=config.run.name,
-        kind=kind,
-        config=config,
-        parent_run_id=parent_run_id,
-        run_id=known,
-    )
-    write_atomic(folder / "run.json", json.dumps({"mlflow_run_id": tracker.run_id}))
-    return tracker
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    file = folder / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _total(config: Config, data: Prepared) -> int:
-    return make_schedule(config, data.lengths()).steps_total
+    return RunResult(folder, folder / "export", noted_run(folder / RUN_NOTE), rows[-1] if rows else {}, True)
 
 
 def _writable(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tbpo_ray.config import Config
-from tbpo_ray.training.optim import build_optimizer
+from tbpo_ray.training.optim import build_optimizer, set_learning_rate
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -79,8 +79,7 @@ class Engine:
 
     def step(self, rate: float) -> float:
         """Clip, check, update. Returns the gradient norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")

@@ -13,8 +13,9 @@ from tbpo_ray.data.records import iter_records
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.load import add_lora, load_tokenizer, model_config, resolve_model
+from tbpo_ray.storage import cache_dir
 from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
-from tbpo_ray.training.plan import cache_dir, make_schedule
+from tbpo_ray.training.plan import make_schedule
 
 READ_RECORDS, SAMPLE_PAIRS = 200_000, 1_000
 OUTPUT_BLOCK_BYTES = 128 * 2**20

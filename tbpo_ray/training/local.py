@@ -38,14 +38,8 @@ def train_local(
     head = HeadOptimizer(parts.head, config.objective.state_baseline.lr) if parts.head is not None else None
     sums = MetricSums()
     for micro in micro_batches:
-        columns = {
-            "prompt_ids": micro.prompt_ids,
-            "chosen_ids": micro.chosen_ids,
-            "rejected_ids": micro.rejected_ids,
-            **micro.extras,
-        }
         batch = collate_columns(
-            columns, sides=parts.step.sides, pad_id=parts.pad_id, shared=parts.shared, cut=parts.cut
+            micro.columns(), sides=parts.step.sides, pad_id=parts.pad_id, shared=parts.shared, cut=parts.cut
         ).to(device)
         loss_sum, metrics = parts.step(parts.scorer, batch, micro.step)
         (loss_sum / micro.pairs_in_step).backward()

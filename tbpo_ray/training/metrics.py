@@ -49,7 +49,7 @@ class MetricSums:
 class MetricsFile:
     """The three files of a run, written by rank 0."""
 
-    def __init__(self, run_dir: Path, *, enabled: bool):
+    def __init__(self, run_dir: Path, *, enabled: bool = True):
         self.enabled = enabled
         self.metrics_path = run_dir / "metrics.jsonl"
         self.timings_path = run_dir / "timings.jsonl"

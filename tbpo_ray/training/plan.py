@@ -1,4 +1,4 @@
-"""Where a run's things lie, what may change when it goes on, and what it is going to do."""
+"""What a run's workers need, what may change when it goes on, and what it is going to do."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ NO_EFFECT = (
     "training.on_nonfinite",
 )  # fmt: skip
 """Keys (or beginnings of keys) that do not alter what a run computes."""
+READ_BY = {
+    "objective.bregman.": ("tbpo_q", "tbpo_a", "bpo"),
+    "objective.state_baseline.": ("tbpo_q", "tbpo_a"),
+    "objective.alpha": ("tdpo2", "t_reg"),
+    "objective.gamma": ("simpo",),
+    "objective.select_ratio": ("sepo",),
+}
+"""Keys (or beginnings of keys) that alter only what these objectives compute."""
 EXTENDS = ("training.max_steps", "training.epochs")
 
 
@@ -39,16 +47,6 @@ class Places:
     extra: list[str] = field(default_factory=list)
     """Folders with columns that go beside the prepared pairs: reference scores, token weights."""
     extra_eval: list[str] = field(default_factory=list)
-    fingerprint: str = ""
-
-
-def run_dir(config: Config) -> Path:
-    return Path(config.run.output_dir).expanduser().absolute() / config.run.name
-
-
-def cache_dir(config: Config) -> Path:
-    given = config.data.cache_dir
-    return Path(given).expanduser().absolute() if given else run_dir(config).parent / ".prepared"
 
 
 def make_schedule(config: Config, lengths: Any) -> Schedule:
@@ -76,10 +74,12 @@ def refuse_changes(config: Config, folder: Path) -> None:
         return
     old = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
     new = _flat(to_tree(config))
+    name = config.objective.name
+    unread = (*NO_EFFECT, *(key for key, readers in READ_BY.items() if name not in readers))
     faults = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
-        if was == now or any(key == k or (k.endswith(".") and key.startswith(k)) for k in NO_EFFECT):
+        if was == now or any(_under(key, k) for k in unread):
             continue
         if key in EXTENDS and was is not None and now is not None and now > was:
             continue
@@ -89,6 +89,10 @@ def refuse_changes(config: Config, folder: Path) -> None:
         )
     if faults:
         raise InputError(*faults)
+
+
+def _under(key: str, beginning: str) -> bool:
+    return key == beginning or (beginning.endswith(".") and key.startswith(beginning))
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ B pairs, S sides (chosen, rejected; one for SFT), T answer tokens, H hidden, V v
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from tbpo_ray.objectives import TokenScores, token_log_probs
 from tbpo_ray.training.batch import PairBatch
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What the model says of answer tokens; a plain tuple, since engines look through those for tensors:
 
-class SideScores(NamedTuple):
-    """What the model says of both sides' answer tokens. A plain tuple of tensors, as engines like it."""
+- log-prob of each label [S, B, T]
+- entropy of the policy, nats, without a gradient [S, B, T]; zeros where not wanted
+- exact KL(reference || policy), or sampled k3 [S, B, T]; zeros where not wanted
+- the reference's log-prob of each label [S, B, T]; zeros where not wanted
+- detached hidden states of the predicting positions [S, B, T, H]
+"""
 
-    logp: Tensor
-    """[S, B, T] log-prob of each label"""
-    entropy: Tensor
-    """[S, B, T] entropy of the policy, nats; zeros where not wanted"""
-    kl: Tensor
-    """[S, B, T] exact KL(reference || policy), or sampled K3; zeros where not wanted"""
-    hidden: Tensor
-    """[S, B, T, H] detached hidden states of the predicting positions"""
+
+OutputSide = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states [S * B, T, H], output weight [V, H] and bias [V] or None: all that log-probs depend on."""
 
 
 class PairScorer(nn.Module):
@@ -82,22 +83,23 @@ class PairScorer(nn.Module):
         self,
         batch: PairBatch,
         want: tuple[str, ...] = ("logp",),
-        reference: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        reference: OutputSide | Literal["adapter_off"] | None = None,
         samples: int = 0,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Outputs:
         """Score a batch.
 
         Args:
-            want: of `logp`, `entropy`, `kl`, `k3`.
-            reference: (hidden [S * B, T, H], weight [V, H], bias [V] or None) of the reference, for `kl`
-                and `k3`.
+            want: `logp`, and of `entropy`, `kl`, `k3`, `ref_logp`.
+            reference: of the last three; `adapter_off` is this very model without its adapter.
             samples: tokens drawn from the reference per state, for `k3`.
         """
         sides, pairs, tokens = batch.labels.shape
+        if reference == "adapter_off":
+            reference = self.output_side(batch, adapter_off=True)
+        ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
         hidden = self.hidden(batch)
         weight, bias = output_weight(self.output_layer)
-        ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
         stats = token_log_probs(
             hidden,
             weight,
@@ -113,6 +115,7 @@ class PairScorer(nn.Module):
             logit_scale=self.logit_scale,
             samples=samples,
             generator=generator,
+            no_grad=("entropy",) if "entropy" in want else (),
         )
         assert stats.logp is not None
         zeros = torch.zeros_like(stats.logp)
@@ -122,24 +125,24 @@ class PairScorer(nn.Module):
             stats.logp.view(shape),
             (stats.entropy if stats.entropy is not None else zeros).view(shape),
             (divergence if divergence is not None else zeros).view(shape),
+            (stats.ref_logp if stats.ref_logp is not None else zeros).view(shape),
             hidden.detach().view(*shape, -1),
         )
 
     @torch.no_grad()
-    def as_reference(
-        self, batch: PairBatch, *, adapter_off: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The triple that `forward` takes as `reference`, from this very model."""
-        scope = self.model.disable_adapter() if adapter_off else nullcontext()  # type: ignore[operator]
-        with scope:
+    def output_side(self, batch: PairBatch, *, adapter_off: bool = False) -> OutputSide:
+        """What `forward` takes as `reference`, from this model as it stands, without dropout."""
+        training = self.model.training
+        self.model.eval()
+        with self.model.disable_adapter() if adapter_off else nullcontext():  # type: ignore[operator]
             hidden = self.hidden(batch)
             weight, bias = output_weight(self.output_layer)
+        self.model.train(training)
         return hidden, weight.detach(), bias.detach() if bias is not None else None
 
-    @torch.no_grad()
-    def score_hidden(self, triple: tuple[Tensor, Tensor, Tensor | None], batch: PairBatch) -> Tensor:
-        """[S, B, T] log-probs of the labels from `as_reference`'s triple."""
-        hidden, weight, bias = triple
+    def reference_logps(self, batch: PairBatch) -> Tensor:
+        """[S, B, T] log-probs of the labels under this model as the frozen reference."""
+        hidden, weight, bias = self.output_side(batch)
         tokens = batch.labels.shape[-1]
         stats = token_log_probs(
             hidden,
@@ -154,10 +157,6 @@ class PairScorer(nn.Module):
         )
         assert stats.logp is not None
         return stats.logp.view(batch.labels.shape)
-
-    def reference_logps(self, batch: PairBatch, *, adapter_off: bool = False) -> Tensor:
-        """[S, B, T] log-probs of the labels under this model as the frozen reference."""
-        return self.score_hidden(self.as_reference(batch, adapter_off=adapter_off), batch)
 
 
 def output_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -174,7 +173,7 @@ def output_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def to_scores(
-    policy: tuple[Tensor, Tensor, Tensor, Tensor] | SideScores,
+    logp: Tensor,
     batch: PairBatch,
     baseline: Tensor | None = None,
     ref_logps: Tensor | None = None,
@@ -182,10 +181,10 @@ def to_scores(
     """Pack scores of both sides for the objective.
 
     Args:
+        logp: [S, B, T] policy log-probs of the labels.
         baseline: [S, B, T] state baseline c_t, where the objective reads one.
         ref_logps: [S, B, T] reference log-probs; default: those that came with the batch.
     """
-    logp = policy[0]
     reference = ref_logps if ref_logps is not None else batch.ref_logps
     rejected = 1 if batch.labels.shape[0] == 2 else 0
 

@@ -188,12 +188,7 @@ class Worker:
         return sums.reduce(self.device)
 
     def collate(self, micro: MicroBatch) -> PairBatch:
-        columns: dict[str, Any] = {
-            "prompt_ids": micro.prompt_ids,
-            "chosen_ids": micro.chosen_ids,
-            "rejected_ids": micro.rejected_ids,
-            **micro.extras,
-        }
+        columns: dict[str, Any] = micro.columns()
         if not len(micro.pair_ids):
             # A rank without pairs runs one masked pair, so that collectives stay in step.
             empty: Any = [torch.zeros(0).numpy()]
@@ -238,7 +233,6 @@ class Worker:
                     "metrics_bytes": self.metrics.offset(),
                     "skipped": self.engine.skipped,
                     "data": self.prepared.fingerprint,
-                    "fingerprint": self.places.fingerprint,
                 },
             )
             ckpt.prune(checkpoints, self.config.training.keep_checkpoints)

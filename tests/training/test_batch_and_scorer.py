@@ -138,7 +138,7 @@ def test_side_scores_reach_the_objective_in_the_right_place():
         prompts, answers, pad_id=0, shared=True, cut=False,
         ref_logps=[[np.full(len(a), -1.0) for a in answers[0]], [np.full(len(a), -2.0) for a in answers[1]]],
     )  # fmt: skip
-    scores = to_scores(PairScorer(llama())(batch), batch)
+    scores = to_scores(PairScorer(llama())(batch)[0], batch)
     assert scores.chosen_ref_logps[scores.chosen_mask].eq(-1).all()
     assert scores.rejected_ref_logps[scores.rejected_mask].eq(-2).all()
     assert scores.chosen_mask.sum(-1).tolist() == [len(a) for a in answers[0]]
