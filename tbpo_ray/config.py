@@ -147,6 +147,23 @@ class StateBaselineConfig(Section):
     """Width of the learned head's hidden layer; 0 makes it linear."""
 
 
+class TokenWeightsConfig(Section):
+    """Where `tis_dpo`, `sepo` and `t_reg` have their token weights from."""
+
+    source: Literal["models", "columns"] = "models"
+    """`columns`: the records' own `chosen_weights` and `rejected_weights`, a number for each answer token."""
+    positive: str | None = None
+    """tis_dpo: a model trained towards chosen answers; sepo: the oracle; by default
+    model.name_or_path."""
+    negative: str | None = None
+    """tis_dpo: a model trained towards rejected answers; sepo: the oracle's own reference; default
+    model.name_or_path."""
+    positive_instruction: str | None = None
+    """Text put before the prompt for the positive side; t_reg has a default."""
+    negative_instruction: str | None = None
+    """The same for the negative side."""
+
+
 class ObjectiveConfig(Section):
     name: ObjectiveName = "tbpo_q"
     """Which loss; see `tbpo_ray.objectives`."""
@@ -164,6 +181,8 @@ class ObjectiveConfig(Section):
     """Generator of tbpo_q, tbpo_a and bpo."""
     state_baseline: StateBaselineConfig = StateBaselineConfig()
     """State baseline of tbpo_q and tbpo_a."""
+    token_weights: TokenWeightsConfig = TokenWeightsConfig()
+    """Token weights of tis_dpo, sepo and t_reg."""
 
     @property
     def baseline_kind(self) -> str:

@@ -57,6 +57,26 @@ def _check_folder(folder: Path, name: str, key: str) -> None:
         raise InputError(f"{key}={name}: no tokenizer in it; save the tokenizer beside the model")
 
 
+def check_same_tokenizer(policy: str, other: str, key: str, *, gguf_file: str | None = None) -> None:
+    """Scores of one model's tokens by another mean nothing unless both read the same token ids.
+
+    Args:
+        gguf_file: of the policy.
+
+    Raises:
+        InputError: naming `key`, when the vocabularies differ.
+    """
+    if policy == other:
+        return
+    own = load_tokenizer(policy, gguf_file=gguf_file).get_vocab()
+    theirs = load_tokenizer(other).get_vocab()
+    if own != theirs:
+        raise InputError(
+            f"{key}={other}: its tokenizer has {len(theirs)} tokens, another vocabulary than that of "
+            f"{policy} ({len(own)}); give a model of the same family"
+        )
+
+
 def load_tokenizer(
     path: str, *, chat_template: str | None = None, revision: str | None = None, gguf_file: str | None = None
 ) -> PreTrainedTokenizerBase:

@@ -33,16 +33,9 @@ def objective_of(config: Config) -> Objective:
     """The objective of a configuration.
 
     Raises:
-        InputError: for a value that will not do, and for an objective that reads token weights: nothing
-            puts them beside the prepared pairs yet.
+        InputError: for a value that will not do.
     """
-    objective = build_objective(config.objective.model_dump(exclude_none=True))
-    if objective.needs_weights:
-        raise InputError(
-            f"objective.name={objective.name}: reads token weights, which no job prepares yet; the loss "
-            "itself can be used from Python (tbpo_ray.objectives); use another objective here"
-        )
-    return objective
+    return build_objective(config.objective.model_dump(exclude_none=True, exclude={"token_weights"}))
 
 
 def reference_mode(config: Config, objective: Objective) -> str:

@@ -16,7 +16,7 @@ from tbpo_ray.data.job import log_prepared, prepare_role
 from tbpo_ray.data.prepare import find_sources
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError, RunFailed
-from tbpo_ray.models.load import resolve_model
+from tbpo_ray.models.load import check_same_tokenizer, resolve_model
 from tbpo_ray.progress import say
 from tbpo_ray.storage import cache_dir, file_lock, run_dir, write_atomic
 from tbpo_ray.tracking import RUN_NOTE, Tracker, noted_run
@@ -26,6 +26,7 @@ from tbpo_ray.training.causes import root_cause
 from tbpo_ray.training.follow import Follower
 from tbpo_ray.training.metrics import read_metrics
 from tbpo_ray.training.plan import Places, make_schedule, refuse_changes
+from tbpo_ray.training.token_weights import check_token_weights, token_weights
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
         reference = model
         if config.model.reference is not None:
             reference = resolve_model(config.model.reference, cache, key="model.reference")
+            check_same_tokenizer(model, reference, "model.reference", gguf_file=config.model.gguf_file)
+        check_token_weights(config, objective)
         start_ray()
         config = fit_to_cluster(config)
         data = prepare_role(config, "train", model, cache)
@@ -98,6 +101,10 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
                             )
                         )
                 tracker.log_metrics({"reference_seconds": time.monotonic() - began})
+            if objective.needs_weights:
+                for prepared, target in ((data, extra), (held_out, extra_eval)):
+                    if prepared is not None:
+                        target.append(str(token_weights(config, prepared, progress=say)))
             places = Places(
                 run_dir=str(folder),
                 checkpoints=str(folder / "checkpoints"),

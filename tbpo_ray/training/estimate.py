@@ -16,6 +16,7 @@ from tbpo_ray.models.load import add_lora, load_tokenizer, model_config, resolve
 from tbpo_ray.storage import cache_dir
 from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
 from tbpo_ray.training.plan import make_schedule
+from tbpo_ray.training.token_weights import check_token_weights
 
 READ_RECORDS, SAMPLE_PAIRS = 200_000, 1_000
 OUTPUT_BLOCK_BYTES = 128 * 2**20
@@ -41,6 +42,7 @@ def plan_text(config: Config) -> str:
     objective = objective_of(config)
     mode, shared = reference_mode(config, objective), uses_shared_prompt(config)
     model = resolve_model(config.model.name_or_path, cache_dir(config))
+    check_token_weights(config, objective)
     data = estimate_data(config, model)
     prompt, chosen, rejected = data.lengths.mean(axis=0)
     cut = objective.compares_to_shorter and config.training.cut_dead_tail

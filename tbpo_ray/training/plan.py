@@ -25,6 +25,7 @@ NO_EFFECT = (
 READ_BY = {
     "objective.bregman.": ("tbpo_q", "tbpo_a", "bpo"),
     "objective.state_baseline.": ("tbpo_q", "tbpo_a"),
+    "objective.token_weights.": ("tis_dpo", "sepo", "t_reg"),
     "objective.alpha": ("tdpo2", "t_reg"),
     "objective.gamma": ("simpo",),
     "objective.select_ratio": ("sepo",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def reference_scores(
     *,
     cut: bool,
     cache: Path,
+    prefix: Sequence[int] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Folder of Parquet files named as the prepared shards, row for row, with the columns
@@ -61,6 +62,7 @@ def reference_scores(
     Args:
         model: the reference, as transformers loads it.
         cut: score tokens up to the shorter answer only.
+        prefix: token ids put before each prompt, behind its BOS; an instruction.
         progress: gets a sentence now and then.
 
     Raises:
@@ -76,13 +78,15 @@ def reference_scores(
         "precision": config.training.precision,
         "attention": config.model.attention,
     }
+    if prefix:
+        identity["prefix"] = list(prefix)
     folder = cache / f"reference-{digest(identity)}"
     with file_lock(cache / f".{folder.name}.lock"):
         if (folder / MANIFEST).is_file():
             progress(f"reference scores: {prepared.pairs} pairs from the cache")
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        _compute(config, prepared, model, cut, folder, progress)
+        _compute(config, prepared, model, cut, prefix, folder, progress)
         for file, pairs in prepared.shards:
             _assemble(folder, file, pairs)
         write_atomic(folder / MANIFEST, json.dumps(identity, indent=1))
@@ -92,7 +96,13 @@ def reference_scores(
 
 
 def _compute(
-    config: Config, prepared: Prepared, model: str, cut: bool, folder: Path, progress: Callable[[str], None]
+    config: Config,
+    prepared: Prepared,
+    model: str,
+    cut: bool,
+    prefix: Sequence[int],
+    folder: Path,
+    progress: Callable[[str], None],
 ) -> None:
     import ray
 
@@ -119,7 +129,7 @@ def _compute(
     )
     rows = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         ReferenceScorer,
-        fn_constructor_args=(config.model_dump(mode="json"), model, cut, actors),
+        fn_constructor_args=(config.model_dump(mode="json"), model, cut, list(prefix), actors),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
         **resources,
@@ -135,7 +145,7 @@ def _compute(
 class ReferenceScorer:
     """Actor: scores parts of shards."""
 
-    def __init__(self, tree: dict[str, Any], model: str, cut: bool, actors: int):
+    def __init__(self, tree: dict[str, Any], model: str, cut: bool, prefix: list[int], actors: int):
         import torch
 
         from tbpo_ray.models.load import load_model, load_tokenizer, quiet_transformers
@@ -144,7 +154,7 @@ class ReferenceScorer:
 
         quiet_transformers()
         config = Config.model_validate(tree)
-        self.config, self.cut = config, cut
+        self.config, self.cut, self.prefix = config, cut, np.asarray(prefix, dtype=np.int64)
         self.device = torch.device("cuda" if config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
@@ -154,6 +164,7 @@ class ReferenceScorer:
         self.scorer = PairScorer(frozen.requires_grad_(False).to(self.device)).eval()  # type: ignore[arg-type]
         tokenizer = load_tokenizer(model, **options)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.bos = tokenizer.bos_token_id
         self.shared = uses_shared_prompt(config)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
@@ -164,9 +175,14 @@ class ReferenceScorer:
             names = ["prompt_ids", "chosen_ids", "rejected_ids"]
             table = pq.read_table(shard, columns=names).slice(int(start), int(stop - start))
             columns = {n: [np.asarray(v, dtype=np.int64) for v in table[n].to_pylist()] for n in names}
+            columns["prompt_ids"] = [self._instructed(ids) for ids in columns["prompt_ids"]]
             self._write(Path(str(out)), self.score(columns))
             counts.append(table.num_rows)
         return {"pairs": counts}
+
+    def _instructed(self, prompt: np.ndarray) -> np.ndarray:
+        at = 1 if len(prompt) and prompt[0] == self.bos else 0
+        return np.concatenate([prompt[:at], self.prefix, prompt[at:]])
 
     def score(self, columns: dict[str, list[np.ndarray]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Log-probs of chosen and rejected tokens of each pair, float32."""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 PAIRS, STEPS = 8, 4
 
 
-def _train(rank, world, stage, optimizer, port, out, load, first, results, precision="fp32"):
+def _train(rank, world, stage, optimizer, port, out, load, first, results, precision, kind):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
         LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu",
@@ -25,7 +25,9 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     import torch.distributed as dist
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tbpo_ray.config import LoraConfig
     from tbpo_ray.configuration import load_config
+    from tbpo_ray.models.load import add_lora
     from tbpo_ray.objectives import build_objective
     from tbpo_ray.training.batch import collate
     from tbpo_ray.training.engine import Engine
@@ -38,7 +40,7 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64,
+        num_key_value_heads=2, tie_word_embeddings=kind == "tied", max_position_embeddings=64,
     )  # fmt: skip
     policy, reference = LlamaForCausalLM(shape), LlamaForCausalLM(shape)
     reference.load_state_dict(policy.state_dict())
@@ -50,12 +52,14 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
             f"training.precision={precision}",
         ],
     )
+    frozen, baseline = PairScorer(reference).eval().requires_grad_(False), "k3"
+    if kind == "lora":
+        policy = add_lora(policy, LoraConfig(r=4, dropout=0, target_modules=["q_proj", "lm_head"]))
+        frozen, baseline = "adapter_off", "exact_kl"
     scorer = PairScorer(policy).train()
     engine = Engine(scorer, config, torch.device("cpu"))
     step = PreferenceStep(
-        build_objective({"name": "tbpo_a", "state_baseline": {"kind": "k3"}}),
-        None,
-        PairScorer(reference).eval().requires_grad_(False),
+        build_objective({"name": "tbpo_a", "state_baseline": {"kind": baseline}}), None, frozen
     )
     if load:
         load_fragments(engine, sorted(Path(load).glob("optimizer-*.safetensors")))
@@ -93,7 +97,9 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     dist.destroy_process_group()
 
 
-def losses_of(tmp_path, world, stage, *, optimizer="rmsprop", out=None, load=None, first=0, precision="fp32"):
+def losses_of(tmp_path, world, stage, **more):
+    case = {"optimizer": "rmsprop", "out": None, "load": None, "first": 0, "precision": "fp32"}
+    case |= {"kind": "tied"} | more
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,7 +107,7 @@ def losses_of(tmp_path, world, stage, *, optimizer="rmsprop", out=None, load=Non
     context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(
-            target=_train, args=(r, world, stage, optimizer, port, out, load, first, str(results), precision)
+            target=_train, args=(r, world, stage), kwargs={"port": port, "results": str(results), **case}
         )
         for r in range(world)
     ]
@@ -138,3 +144,17 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path):
     ]
     assert {str(v.dtype) for v in master} == {"torch.float32"}
     assert any((v.bfloat16().float() != v).any() for v in master)
+
+
+@pytest.mark.parametrize("kind", ["untied", "lora"])
+def test_stage_3_sees_a_partitioned_output_layer_and_adapters(tmp_path, kind):
+    """An output layer of its own, and LoRA (on the output layer too) with the adapter-off reference."""
+    whole = losses_of(tmp_path, 1, 0, kind=kind, out=str(tmp_path / "0"))
+    assert len(set(whole)) == STEPS
+    for stage in (2, 3):
+        out = str(tmp_path / str(stage))
+        assert losses_of(tmp_path, 2, stage, kind=kind, out=out) == pytest.approx(whole, abs=1e-5)
+    rest = losses_of(tmp_path, 1, 0, kind=kind, load=str(tmp_path / "0"), first=STEPS)
+    assert losses_of(tmp_path, 2, 3, kind=kind, load=str(tmp_path / "2"), first=STEPS) == pytest.approx(
+        rest, abs=1e-5
+    )
