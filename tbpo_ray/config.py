@@ -238,8 +238,22 @@ class TrainingConfig(Section):
     """Steps between checkpoints; default: ten in a run."""
     keep_checkpoints: Count = 2
     """How many of the latest checkpoints stay."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """How many of the best checkpoints by `best_metric` stay besides; each is evaluated when written."""
+    best_metric: str = "eval/loss"
+    """A logged metric, with eval/ for one on `data.eval`."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether small or large values of it are good."""
+    export: Literal["last", "best"] = "last"
+    """Which checkpoint becomes the exported policy; `best` wants keep_best."""
+    async_checkpoints: bool = False
+    """Write checkpoints in a thread while training goes on; holds a second copy of the optimizer state."""
     eval_every: Count | None = None
     """Steps between evaluations on `data.eval`; default: at the end only."""
+    validate_every: Count | None = None
+    """Steps between checkpoints whose policy vLLM samples and the judge scores beside training; default: none."""
+    validation_prompts: Count = 64
+    """Evaluation prompts that are used for it."""
     log_every: Count = 1
     """Steps between lines of `metrics.jsonl` and MLflow."""
     reference_scores: Literal["cached", "live"] | None = None
@@ -259,6 +273,14 @@ class TrainingConfig(Section):
         if "stage" in value and len(value) > 1 and "zero_optimization" in value:
             raise ValueError("give either `stage` or `zero_optimization`, not both")
         return value
+
+    @model_validator(mode="after")
+    def _best(self) -> Self:
+        if self.export == "best" and not self.keep_best:
+            raise ValueError(
+                "training.export=best keeps no best checkpoint; set training.keep_best=1 or more"
+            )
+        return self
 
     @property
     def zero_stage(self) -> int:

@@ -22,6 +22,8 @@ from typing import Any
 from tbpo_ray.storage import write_atomic
 
 MANIFEST = "manifest.json"
+PENDING = ".to-be-sampled"
+"""Marks a folder that validation still has to read: it is not pruned."""
 _FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -89,10 +91,23 @@ def newest(checkpoints: Path) -> Found:
     return Found(None, {}, tuple(rejected))
 
 
+def best(checkpoints: Path, metric: str, mode: str, count: int) -> list[Path]:
+    """The up to `count` sealed folders with the best `metric` in their state (`mode`: `min` or `max`), the
+    best first; folders that were saved without it do not count."""
+    scored = []
+    for folder in _folders(checkpoints):
+        if count and (folder / MANIFEST).is_file():
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if metric in state.get("metrics", {}):
+                value = state["metrics"][metric]
+                scored.append((value if mode == "min" else -value, folder))
+    return [folder for _, folder in sorted(scored)[:count]]
+
+
 def prune(checkpoints: Path, keep: int, protected: set[str] | None = None) -> None:
-    """Delete all but the newest `keep` folders (and those named in `protected`)."""
+    """Delete all but the newest `keep` folders (and those named in `protected`, or pending)."""
     for folder in sorted(_folders(checkpoints))[:-keep]:
-        if folder.name not in (protected or set()):
+        if folder.name not in (protected or set()) and not (folder / PENDING).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -53,6 +53,9 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
     objective = objective_of(config)
     mode = reference_mode(config, objective)
     uses_shared_prompt(config)
+    best = config.training.best_metric
+    if config.training.keep_best and best.startswith("eval/") and config.data.eval is None:
+        raise InputError(f"training.best_metric={best}: there is no data.eval; give it, or another metric")
     cache = cache_dir(config)
     _writable(folder)
     with file_lock(folder / ".lock"):
@@ -129,9 +132,11 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
     from tbpo_ray.data.stream import StreamConfig, stream_datasets
     from tbpo_ray.training.callbacks import FailureLog
+    from tbpo_ray.training.validation import TASK_CPUS, validate_checkpoint
     from tbpo_ray.training.worker import train_loop
 
     checkpoints = Path(places.checkpoints)
@@ -139,6 +144,8 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
     # Which checkpoint a run goes on from is decided by the manifests, not by what Ray remembers of it.
     for remembered in checkpoints.glob("*.json"):
         remembered.unlink()
+    for pending in checkpoints.glob(f"step-*/{ckpt.PENDING}"):
+        pending.unlink()
     workers = config.cluster.num_workers
     schedule = make_schedule(config, data.lengths())
     total = schedule.steps_total
@@ -147,6 +154,14 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
         f"{config.objective.name}, {config.cluster.max_workers} worker(s)"
     )
     stream = StreamConfig(data, schedule, start_step=_StartStep(str(checkpoints)), extra_dirs=places.extra)
+    validation = None
+    if config.training.validate_every is not None:
+        settings = {"tree": to_tree(config), "places": asdict(places)}
+        validation = ValidationConfig(
+            validate_checkpoint,
+            ValidationTaskConfig(fn_kwargs=settings),
+            ray_remote_kwargs={"num_cpus": TASK_CPUS},
+        )
     trainer = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"config": to_tree(config), "places": asdict(places)},
@@ -164,6 +179,7 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
                 max_preemption_failures=config.cluster.max_preemption_failures,
             ),
         ),
+        validation_config=validation,
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpus else "gloo"),
         **stream_datasets(stream),
     )

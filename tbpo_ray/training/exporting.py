@@ -23,7 +23,7 @@ def export_checkpoint(
         tree: the run's configuration.
         places: the run's `Places`, as a mapping.
         card: facts for the model card.
-        folder: the checkpoint; default: the newest whole one.
+        folder: the checkpoint; default: the newest whole one, or the best (`training.export`).
         target: where to write; default: `export` in the run's folder.
 
     Raises:
@@ -38,9 +38,18 @@ def export_checkpoint(
 
     quiet_transformers()
     config, at = Config.model_validate(tree), Places(**places)
-    source = Path(folder) if folder else ckpt.newest(Path(at.checkpoints)).folder
+    checkpoints, training = Path(at.checkpoints), config.training
+    if folder:
+        source: Path | None = Path(folder)
+    elif training.export == "best":
+        found = ckpt.best(checkpoints, training.best_metric, training.best_mode, 1)
+        source = found[0] if found else None
+    else:
+        source = ckpt.newest(checkpoints).folder
     if source is None:
-        raise ValueError(f"{at.checkpoints}: no whole checkpoint to export")
+        raise ValueError(
+            f"{at.checkpoints}: no whole checkpoint to export (training.export={training.export})"
+        )
     options: dict[str, Any] = {"revision": config.model.revision, "gguf_file": config.model.gguf_file}
     model: Any = load_model(at.model, dtype=torch.float32, **options)
     if config.model.lora is not None:

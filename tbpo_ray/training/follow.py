@@ -6,14 +6,20 @@ Workers write to the run's folder only; nothing but the driver talks to MLflow o
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 import threading
 import time
+from collections import deque
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
 from tbpo_ray.tracking import Tracker
+from tbpo_ray.training.metrics import VALIDATION
 
+FALLING_TAG = "alarm.chosen_logps"
 TIMINGS = ("step_seconds", "data_wait_share", "tokens_per_second", "padding_share")
 
 
@@ -37,12 +43,14 @@ class Follower:
         self.metrics = _Tail(run_dir / "metrics.jsonl")
         self.timings = _Tail(run_dir / "timings.jsonl")
         self.events = _Tail(run_dir / "events.log")
+        self.validations = _Tail(run_dir / VALIDATION)
         self.timing_rows: dict[int, dict[str, Any]] = {}
         self.done = 0
         self.last_print = 0.0
         self.started = time.monotonic()
         self.first_step: int | None = None
         self.last_row: dict[str, Any] = {}
+        self.alarm = FallingAlarm()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="follow-run", daemon=True)
 
@@ -66,6 +74,8 @@ class Follower:
             self.timing_rows[int(row["step"])] = row
         for row in self.metrics.rows():
             self._row(row)
+        for row in self.validations.rows():
+            self._validation(row)
         if self.last_row and (final or time.monotonic() - self.last_print > self.every_seconds):
             self._progress(final)
 
@@ -78,9 +88,30 @@ class Follower:
                 numbers = {k: v for k, v in row.items() if k != "step"}
                 numbers |= {k: timing[k] for k in TIMINGS if k in timing}
                 self.tracker.log_metrics(numbers, step)
+            drift = row.get("logps/chosen_drift", row.get("logps/chosen"))
+            if drift is not None and self.alarm.falls(drift):
+                self._raise_alarm(step)
             self.done = step
             self.first_step = step if self.first_step is None else self.first_step
             self.last_row = row | timing
+
+    def _validation(self, row: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in row.items() if k != "step"}
+        if self.tracker is not None:
+            self.tracker.log_metrics(numbers, int(row["step"]))
+        shown = "  ".join(
+            f"{k.removeprefix('validation/')} {v:.3f}" for k, v in numbers.items() if v is not None
+        )
+        self._say(f"{self.label} sampled at step {row['step']}: {shown}")
+
+    def _raise_alarm(self, step: int) -> None:
+        words = (
+            f"step {step}: the chosen answers' log-prob has been falling for {3 * self.alarm.window} logged "
+            "steps; lower training.learning_rate, raise objective.beta, or look for damage in the data"
+        )
+        self._say(f"{self.label} ALARM: {words}")
+        if self.tracker is not None:
+            self.tracker.set_tags({FALLING_TAG: words})
 
     def _progress(self, final: bool) -> None:
         row = self.last_row
@@ -109,6 +140,31 @@ class Follower:
 
     def _say(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
+
+
+class FallingAlarm:
+    """Notices a value that falls for long: three windows in a row, each lower than the one before by
+    more than twice the standard error of their difference. Raised once until the value has recovered."""
+
+    def __init__(self, window: int = 20):
+        self.window = window
+        self.values: deque[float] = deque(maxlen=3 * window)
+        self.raised = False
+
+    def falls(self, value: float) -> bool:
+        """Take the next value; whether the alarm is raised by it."""
+        self.values.append(value)
+        if len(self.values) < 3 * self.window:
+            return False
+        values, n = list(self.values), self.window
+        parts = [values[i * n : (i + 1) * n] for i in range(3)]
+        falling = all(
+            statistics.fmean(a) - statistics.fmean(b)
+            > 2 * math.sqrt((statistics.variance(a) + statistics.variance(b)) / n)
+            for a, b in pairwise(parts)
+        )
+        news, self.raised = falling and not self.raised, falling
+        return news
 
 
 class _Tail:

@@ -1,7 +1,8 @@
 """Metric sums over micro-batches and ranks, and the files a run's metrics are written to.
 
 `metrics.jsonl` holds what the run computed and nothing that depends on the clock, so that a resumed
-run writes the very same file; `timings.jsonl` holds what depends on the clock; `events.log` sentences.
+run writes the very same file; `timings.jsonl` holds what depends on the clock; `validation.jsonl`
+scores of sampled checkpoints; `events.log` sentences.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+VALIDATION = "validation.jsonl"
 
 
 class MetricSums:
@@ -58,12 +61,12 @@ class MetricsFile:
     def write(self, row: Mapping[str, float], timing: Mapping[str, float]) -> None:
         if self.enabled:
             # Timings first: whoever follows the metrics finds the timing of each of its lines.
-            _append(self.timings_path, json.dumps(timing))
-            _append(self.metrics_path, json.dumps(row))
+            append_line(self.timings_path, json.dumps(timing))
+            append_line(self.metrics_path, json.dumps(row))
 
     def say(self, sentence: str) -> None:
         if self.enabled:
-            _append(self.events_path, sentence)
+            append_line(self.events_path, sentence)
 
     def offset(self) -> int:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
@@ -83,6 +86,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def _append(file: Path, line: str) -> None:
+def append_line(file: Path, line: str) -> None:
+    """Add a line to a file that others may be reading."""
     with file.open("a", encoding="utf-8") as out:
         out.write(line + "\n")

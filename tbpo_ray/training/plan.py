@@ -19,6 +19,8 @@ NO_EFFECT = (
     "runs",
     "data.cache_dir", "data.quarantine_limit", "data.card_column", "data.eval", "data.max_eval_pairs",
     "training.log_every", "training.checkpoint_every", "training.keep_checkpoints", "training.eval_every",
+    "training.keep_best", "training.best_metric", "training.best_mode", "training.export",
+    "training.async_checkpoints", "training.validate_every", "training.validation_prompts",
     "training.on_nonfinite",
 )  # fmt: skip
 """Keys (or beginnings of keys) that do not alter what a run computes."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tbpo_ray.training.engine import Engine
@@ -61,8 +60,8 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
             yield Fragment(name, 0, parameter.numel(), parameter, 0)
 
 
-def save_fragments(engine: Engine, file: Path) -> None:
-    """Write this rank's slices. In stage 0 every rank holds all; rank 0 writes them."""
+def copy_fragments(engine: Engine) -> dict[str, Tensor]:
+    """Copies on the CPU of this rank's slices, by key. In stage 0 every rank holds all; rank 0 has them."""
     tensors: dict[str, Tensor] = {}
     if engine.stage > 0 or _rank() == 0 or _has_mapping(engine):
         for part in fragments(engine):
@@ -71,7 +70,7 @@ def save_fragments(engine: Engine, file: Path) -> None:
             for name, value in engine.client_optimizer.state.get(part.flat, {}).items():
                 sliced = value if name == STEP else part.view(value)
                 tensors[f"{key}@{name}"] = sliced.detach().cpu().clone()
-    save_file(tensors, file)
+    return tensors
 
 
 def load_fragments(engine: Engine, files: Sequence[Path]) -> None:

@@ -23,7 +23,11 @@ from tbpo_ray.training.engine import Engine
 from tbpo_ray.training.metrics import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradient, learning_rate
 from tbpo_ray.training.plan import Places, make_schedule
-from tbpo_ray.training.state import load_fragments, save_fragments
+from tbpo_ray.training.saver import Cadence, Saver, finite
+from tbpo_ray.training.state import copy_fragments, load_fragments
+
+PREEMPTION_SECONDS = 5.0
+"""How often workers ask whether one of their nodes is about to go."""
 
 
 def train_loop(payload: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +35,10 @@ def train_loop(payload: dict[str, Any]) -> dict[str, Any]:
     config = Config.model_validate(payload["config"])
     places = Places(**payload["places"])
     return Worker(config, places).run()
+
+
+class UnknownMetric(ValueError):
+    """Raised on every rank in the same step."""
 
 
 class Worker:
@@ -59,6 +67,9 @@ class Worker:
         )
         self.step = 0
         self.pairs_seen = 0
+        self.saver = Saver(Path(places.checkpoints), self.rank, self.world, config.training)
+        self.preemption = Cadence(PREEMPTION_SECONDS, self.device)
+        self.notice: Any = None
         self.metrics = MetricsFile(Path(places.run_dir), enabled=self.rank == 0)
         # Dropout differs between ranks; weights do not.
         torch.manual_seed(config.run.seed * 1_000_003 + self.rank)
@@ -70,14 +81,18 @@ class Worker:
         total = self.schedule.steps_total
         shard = ray.train.get_dataset_shard("train")
         stream = iter_micro_batches(shard)
+        result: dict[str, Any] = {}
         try:
             while self.step < total:
                 self.train_step(stream, total)
-        except NonFiniteGradient:
-            return {"failed": self._nonfinite(), "step": self.step}
-        except torch.OutOfMemoryError as error:
-            return {"failed": self._out_of_memory(error), "step": self.step}
-        return {"step": self.step, "pairs_seen": self.pairs_seen}
+        except NonFiniteGradient:  # on all ranks in the same step
+            result["failed"] = self._nonfinite()
+        except UnknownMetric as error:
+            result["failed"] = str(error)
+        except torch.OutOfMemoryError as error:  # perhaps on this rank only: the group has to end
+            raise RuntimeError(self._out_of_memory(error)) from error
+        self.saver.wait()
+        return result | {"step": self.step, "pairs_seen": self.pairs_seen}
 
     def train_step(self, stream: Iterator[MicroBatch], total: int) -> None:
         """One optimizer step over this rank's micro-batches of it."""
@@ -127,11 +142,16 @@ class Worker:
         """Log, evaluate and checkpoint where this step asks for it; all ranks agree on what happens."""
         training = self.config.training
         last = self.step == total
-        log = last or self.step % training.log_every == 0
-        evaluate = self.eval_data is not None and (
-            last or (training.eval_every is not None and self.step % training.eval_every == 0)
-        )
         save_every = training.checkpoint_every or max(1, total // 10)
+        save = last or self.step % save_every == 0 or self._validates()
+        judged = save and training.keep_best > 0
+        log = last or judged or self.step % training.log_every == 0
+        evaluate = self.eval_data is not None and (
+            last
+            or (judged and training.best_metric.startswith("eval/"))
+            or (training.eval_every is not None and self.step % training.eval_every == 0)
+        )
+        self.check_best_metric(sums)
         row: dict[str, float] = {}
         if log:
             row = {
@@ -159,8 +179,30 @@ class Worker:
                     "time": time.time(),
                 },
             )
-        if last or self.step % save_every == 0:
+        if save or self.preempted():
             self.save(row)
+
+    def check_best_metric(self, sums: MetricSums) -> None:
+        """Raises UnknownMetric in the first step where `training.best_metric` is nothing that is logged."""
+        name = self.config.training.best_metric
+        if self.config.training.keep_best and name.removeprefix("eval/") not in sums.sums:
+            raise UnknownMetric(
+                f"training.best_metric={name}: not logged; {', '.join(sorted(sums.sums))} are, and the same "
+                "with eval/ where data.eval is given"
+            )
+
+    def preempted(self) -> bool:
+        """Whether a node under some worker has newly been told to go: time for a checkpoint."""
+        import ray.train
+
+        if not self.preemption.due():
+            return False
+        before, self.notice = self.notice, ray.train.get_preemption_info()
+        news = self.notice is not None and self.notice != before
+        if news and self.rank == 0:
+            ranks = ", ".join(str(rank) for rank in self.notice.preempted_ranks)
+            self.metrics.say(f"the node of worker {ranks} is about to go: checkpoint at step {self.step}")
+        return news
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -204,45 +246,44 @@ class Worker:
         ).to(self.device)
 
     def save(self, row: dict[str, float]) -> None:
-        """Every rank writes its slices into shared storage; rank 0 seals the folder last."""
+        """Write a checkpoint and tell Ray Train; all ranks together."""
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
+        from ray.train.v2.api.validation_config import ValidationTaskConfig
 
-        checkpoints = Path(self.places.checkpoints)
-        folder = ckpt.step_folder(checkpoints, self.step)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
-            for stale in folder.iterdir():
-                stale.unlink()
-        _barrier()
-        save_fragments(self.engine, folder / f"optimizer-{self.rank:04d}.safetensors")
-        _save_rng(folder / f"rng-{self.rank:04d}.safetensors")
+        files = {
+            f"optimizer-{self.rank:04d}.safetensors": copy_fragments(self.engine),
+            f"rng-{self.rank:04d}.safetensors": _rng_states(),
+        }
         if self.rank == 0 and self.head_optimizer is not None:
-            from safetensors.torch import save_file
-
-            save_file(self.head_optimizer.state_dict(), folder / "head.safetensors")
-        _barrier()
-        if self.rank == 0:
-            ckpt.seal(
-                folder,
-                {
-                    "step": self.step,
-                    "pairs_seen": self.pairs_seen,
-                    "world": self.world,
-                    "steps_total": self.schedule.steps_total,
-                    "metrics_bytes": self.metrics.offset(),
-                    "skipped": self.engine.skipped,
-                    "data": self.prepared.fingerprint,
-                },
-            )
-            ckpt.prune(checkpoints, self.config.training.keep_checkpoints)
-        _barrier()
+            files["head.safetensors"] = self.head_optimizer.state_dict()
+        state = {
+            "step": self.step,
+            "pairs_seen": self.pairs_seen,
+            "world": self.world,
+            "steps_total": self.schedule.steps_total,
+            "metrics_bytes": self.metrics.offset(),
+            "metrics": finite(row),
+            "skipped": self.engine.skipped,
+            "data": self.prepared.fingerprint,
+        }
+        folder = self.saver.save(self.step, files, state)
         numbers = {k: float(v) for k, v in row.items()} or {"step": float(self.step)}
+        validation: Any = False
+        if self._validates():
+            if self.rank == 0:
+                (folder / ckpt.PENDING).touch()
+            validation = ValidationTaskConfig(fn_kwargs={"step": self.step})
         ray.train.report(
             numbers,
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            validation=validation,
         )
+
+    def _validates(self) -> bool:
+        every = self.config.training.validate_every
+        return every is not None and self.step % every == 0
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one; the same one on every rank."""
@@ -302,18 +343,11 @@ def _threads(config: Config, local_world: int) -> None:
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // local_world))
 
 
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def _save_rng(file: Path) -> None:
-    from safetensors.torch import save_file
-
+def _rng_states() -> dict[str, Tensor]:
     states: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, file)
+    return states
 
 
 def _load_rng(file: Path) -> None:

@@ -73,5 +73,11 @@ def test_the_prepare_job_leaves_cards_quarantine_and_an_mlflow_run(write_rows, t
     assert names == {
         *(f"data_card_{role}.{kind}" for role in ("train", "eval") for kind in ("json", "png")),
         "quarantine.jsonl",
+        "prepare.json",
     }
-    assert (tmp_path / "mlflow.db").is_file()
+    assert prepare_all(config) == done
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert [run.data.metrics["data/train/quarantined"] for run in runs] == [1]

@@ -142,3 +142,20 @@ def test_side_scores_reach_the_objective_in_the_right_place():
     assert scores.chosen_ref_logps[scores.chosen_mask].eq(-1).all()
     assert scores.rejected_ref_logps[scores.rejected_mask].eq(-2).all()
     assert scores.chosen_mask.sum(-1).tolist() == [len(a) for a in answers[0]]
+
+
+def test_the_adapter_off_reference_is_the_frozen_model_exactly():
+    from peft import LoraConfig, get_peft_model
+
+    batch = collate(*pairs(), pad_id=0, shared=True, cut=False)
+    frozen = PairScorer(llama()).eval().reference_logps(batch)
+    adapted = get_peft_model(
+        llama(),
+        LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.5, init_lora_weights=False),
+    )
+    scorer = PairScorer(adapted).train()
+    _, _, _, reference, _ = scorer(batch, want=("logp", "ref_logp"), reference="adapter_off")
+    assert torch.equal(reference, frozen)
+    assert scorer.training and adapted.training
+    logp = scorer(batch)[0]
+    assert not torch.allclose(logp, frozen, atol=1e-3)

@@ -23,6 +23,7 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     )  # fmt: skip
     import torch
     import torch.distributed as dist
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tbpo_ray.config import LoraConfig
@@ -32,7 +33,7 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     from tbpo_ray.training.batch import collate
     from tbpo_ray.training.engine import Engine
     from tbpo_ray.training.scorer import PairScorer
-    from tbpo_ray.training.state import load_fragments, save_fragments
+    from tbpo_ray.training.state import copy_fragments, load_fragments
     from tbpo_ray.training.step import PreferenceStep
 
     torch.set_num_threads(1)
@@ -90,7 +91,7 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
         losses.append(total.item() / PAIRS)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
-        save_fragments(engine, Path(out) / f"optimizer-{rank:04d}.safetensors")
+        save_file(copy_fragments(engine), Path(out) / f"optimizer-{rank:04d}.safetensors")
     if rank == 0:
         Path(results).write_text(json.dumps(losses), encoding="utf-8")
     dist.barrier()
