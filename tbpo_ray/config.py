@@ -251,7 +251,7 @@ class TrainingConfig(Section):
     eval_every: Count | None = None
     """Steps between evaluations on `data.eval`; default: at the end only."""
     validate_every: Count | None = None
-    """Steps between checkpoints whose policy vLLM samples and the judge scores beside training; default: none."""
+    """Steps between checkpoints that vLLM samples and the judge scores beside training; default: none."""
     validation_prompts: Count = 64
     """Evaluation prompts that are used for it."""
     log_every: Count = 1

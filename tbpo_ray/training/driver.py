@@ -158,7 +158,7 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
     if config.training.validate_every is not None:
         settings = {"tree": to_tree(config), "places": asdict(places)}
         validation = ValidationConfig(
-            validate_checkpoint,
+            validate_checkpoint,  # type: ignore[arg-type]
             ValidationTaskConfig(fn_kwargs=settings),
             ray_remote_kwargs={"num_cpus": TASK_CPUS},
         )
