@@ -54,6 +54,7 @@ def _validate(folder: Path, run: Path, tree: dict[str, Any], places: Places, ste
     _await_seal(folder)
     config = Config.model_validate(tree)
     output = run / "validation" / folder.name
+    output.mkdir(parents=True, exist_ok=True)
     export = export_checkpoint(tree, asdict(places), {"step": step}, str(folder), str(output / "export"))
     (folder / ckpt.PENDING).unlink(missing_ok=True)
     changes = {
