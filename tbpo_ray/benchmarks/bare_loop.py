@@ -132,14 +132,13 @@ def train(job: Job) -> Measured:
 
 def score(job: Job) -> Measured:
     """What the actors of `tbpo_ray.training.reference` do, without Ray."""
-    from tbpo_ray.training.build import objective_of
+    from tbpo_ray.training.plan import cuts_tail
     from tbpo_ray.training.reference import ReferenceScorer
 
     config = Config.model_validate(job.config)
     prepared, target = Prepared.load(job.prepared), Path(job.extra[0])
     target.mkdir(parents=True, exist_ok=True)
-    cut = objective_of(config).compares_to_shorter and config.training.cut_dead_tail
-    scorer = ReferenceScorer(job.config, job.model, cut, [], 1)
+    scorer = ReferenceScorer(job.config, job.model, cuts_tail(config), [], 1)
     began, cpu = time.perf_counter(), time.process_time()
     for file, pairs in prepared.shards:
         (target / file).parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.schedule import pair_tokens
 from tbpo_ray.data.shards import Prepared
 
 # fmt: off
@@ -74,6 +75,24 @@ def sample_lengths(kind: str, pairs: int, seed: int = 0) -> np.ndarray:
     shares = (ranks + 0.5) / pairs
     columns = [np.interp(shares[:, i], _HH_SHARES, _HH_QUANTILES[i]) for i in range(3)]
     return np.round(np.column_stack(columns)).astype(int)
+
+
+def sample_steps(kind: str, steps: int, pairs_per_step: int = 8) -> np.ndarray:
+    """[steps * pairs_per_step, 3] lengths of whole steps out of a long run in length order.
+
+    Sorting few pairs by length leaves unlike ones together; a real run sorts hundreds. So a population is
+    sorted and cut into steps, and one step is drawn from each of `steps` equal parts of it: of 200 draws
+    the one whose mean lengths are nearest to the population's. In random order the same pairs are a fair
+    sample as well.
+    """
+    population = sample_lengths(kind, 256 * pairs_per_step)
+    ranked = population[np.argsort(pair_tokens(population, cut_tail=True), kind="stable")]
+    groups = ranked.reshape(-1, pairs_per_step, 3)
+    rng = np.random.default_rng(0)
+    edges = np.linspace(0, len(groups), steps + 1).astype(int)
+    draws = [groups[rng.integers(edges[:-1], edges[1:])].reshape(-1, 3) for _ in range(200)]
+    mean = population.mean(axis=0)
+    return min(draws, key=lambda drawn: float((np.abs(drawn.mean(axis=0) - mean) / mean).sum()))
 
 
 def typical_lengths(pairs: int) -> np.ndarray:

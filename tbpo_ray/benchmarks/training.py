@@ -18,7 +18,7 @@ from typing import Any
 
 from tbpo_ray.benchmarks import pairs as shapes
 from tbpo_ray.benchmarks.bare_loop import run_bare, score_reference
-from tbpo_ray.benchmarks.pairs import Case, build_case, sample_lengths, typical_lengths
+from tbpo_ray.benchmarks.pairs import Case, build_case, sample_steps, typical_lengths
 from tbpo_ray.benchmarks.turns import (
     Measured,
     against,
@@ -37,7 +37,7 @@ from tbpo_ray.training.plan import make_schedule
 
 TRL_PYTHON = "TBPO_TRL_PYTHON"
 CASES = ("hh_rlhf", "ultrafeedback", "memory")
-PAIRS = {"hh_rlhf": 32, "ultrafeedback": 16, "memory": 8}
+STEPS = {"hh_rlhf": 6, "ultrafeedback": 3}
 GOALS: dict[str, dict[str, float]] = {
     "hh_rlhf": {"all off": 5.0, "TRL DPO": 8.0, "our DPO over TRL DPO": 4.0},
     "ultrafeedback": {"all off": 2.0, "TRL DPO": 2.5},
@@ -84,7 +84,7 @@ def run(config: Config, *, quick: bool = False, only: str | None = None) -> dict
 
 def measure(config: Config, folder: Path, name: str, quick: bool) -> dict[str, Any]:
     """One case."""
-    lengths = typical_lengths(8) if name == "memory" else sample_lengths(name, 16 if quick else PAIRS[name])
+    lengths = typical_lengths(8) if name == "memory" else sample_steps(name, 2 if quick else STEPS[name])
     size = shapes.TINY if quick else shapes.LARGE_VOCABULARY if name == "memory" else shapes.MODEL
     case = build_case(config, folder, lengths, size)
     score_reference(case, folder / "scores")
