@@ -1,8 +1,9 @@
-"""Measure the platform against its alternatives, in turns, as ratios: `--only objectives|data|methods`."""
+"""Measure the platform against its alternatives, in turns, as ratios: `--only data,training:memory`."""
 
 import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,24 +11,30 @@ from tbpo_ray.cli import run_job
 from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
 
-PARTS = ("objectives", "data", "methods")
+PARTS = ("objectives", "data", "methods", "training", "overhead", "scaling", "reference")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="objectives,data", help=f"parts, with commas: {' '.join(PARTS)}")
+    parser.add_argument(
+        "--trl-python", metavar="PYTHON", help="an environment with trl, for `training` (or TBPO_TRL_PYTHON)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, to see that it runs")
 
 
 def work(config: Config, arguments: argparse.Namespace) -> None:
     parts = arguments.only.split(",")
-    unknown = [part for part in parts if part not in PARTS]
+    unknown = [part for part in parts if part.partition(":")[0] not in PARTS]
     if unknown:
         raise InputError(f"--only {arguments.only}: {unknown[0]} is no part; use {' '.join(PARTS)}")
+    if arguments.trl_python:
+        os.environ["TBPO_TRL_PYTHON"] = arguments.trl_python
     results = {}
     for part in parts:
-        module = importlib.import_module(f"tbpo_ray.benchmarks.{part}")
-        result = module.run(config, quick=arguments.quick)
+        name, _, case = part.partition(":")
+        module = importlib.import_module(f"tbpo_ray.benchmarks.{name}")
+        result = module.run(config, quick=arguments.quick, **({"only": case} if case else {}))
         results[part] = result
         print(module.markdown(result), flush=True)
         if arguments.json:

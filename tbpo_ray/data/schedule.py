@@ -14,7 +14,21 @@ from typing import Any
 import numpy as np
 
 _WINDOW_STEPS = 16
-"""Pairs are sorted by length within windows of this many steps (or micro-batches, if those are more)."""
+"""Pairs are sorted by length within windows of this many steps, or of four times as many micro-batches,
+whichever are more pairs."""
+
+
+def pair_tokens(lengths: np.ndarray, cut_tail: bool) -> np.ndarray:
+    """[N] int32 tokens that a pair brings into a row `[prompt][chosen][rejected]`.
+
+    Args:
+        lengths: of prompt, chosen and rejected: [N, 3].
+        cut_tail: both answers are cut at the shorter one's length.
+    """
+    sizes = np.asarray(lengths)
+    if not cut_tail:
+        return sizes.sum(axis=1, dtype=np.int32)
+    return (sizes[:, 0] + 2 * sizes[:, 1:].min(axis=1)).astype(np.int32)
 
 
 class Schedule:
@@ -26,6 +40,7 @@ class Schedule:
         pairs_per_step: pairs in an optimizer step, over all workers.
         micro_batch_pairs: most pairs in a micro-batch.
         length_batches: put pairs of like length into the same step's micro-batches.
+        cut_tail: tokens behind the shorter answer of a pair are cut, and do not count as its length.
         epochs: passes over the data, a part of one allowed.
         max_steps: number of steps instead of `epochs`.
     """
@@ -38,6 +53,7 @@ class Schedule:
         pairs_per_step: int,
         micro_batch_pairs: int,
         length_batches: bool = True,
+        cut_tail: bool = False,
         epochs: float = 1.0,
         max_steps: int | None = None,
     ):
@@ -48,6 +64,7 @@ class Schedule:
             "pairs_per_step": pairs_per_step,
             "micro_batch_pairs": micro_batch_pairs,
             "length_batches": length_batches,
+            "cut_tail": cut_tail,
             "epochs": epochs,
             "max_steps": max_steps,
         }
@@ -55,9 +72,9 @@ class Schedule:
         self.pairs = len(lengths)
         self.pairs_per_step, self.micro_batch_pairs = pairs_per_step, micro_batch_pairs
         self._seed, self._length_batches = seed, length_batches
-        self._tokens = np.asarray(lengths).sum(axis=1, dtype=np.int32)
-        self.tokens_per_pair = float(self._tokens.mean())
-        """Mean tokens of a prompt and its two answers."""
+        self._tokens = pair_tokens(lengths, cut_tail)
+        self.tokens_per_pair = float(np.asarray(lengths).sum(axis=1).mean())
+        """Mean tokens of a prompt and its two answers, uncut."""
         self.steps_per_epoch = -(-self.pairs // pairs_per_step)
         self.steps_total = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -122,7 +139,7 @@ class Schedule:
             return order
         # Sort by length inside windows, cut into groups of like length, and shuffle the groups. The pairs
         # that fill no group were drawn by the permutation, so they are of any length.
-        window = max(_WINDOW_STEPS * self.pairs_per_step, _WINDOW_STEPS * group) // group * group
+        window = _WINDOW_STEPS * max(self.pairs_per_step, 4 * group) // group * group
         ranked = order[:whole].copy()
         for start in range(0, whole, window):
             part = ranked[start : start + window]

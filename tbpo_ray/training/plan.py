@@ -13,6 +13,7 @@ from tbpo_ray.config import Config
 from tbpo_ray.configuration import flatten, to_tree
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.errors import InputError
+from tbpo_ray.objectives import build_objective
 
 NO_EFFECT = (
     "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft",
@@ -52,6 +53,12 @@ class Places:
     extra_eval: list[str] = field(default_factory=list)
 
 
+def cuts_tail(config: Config) -> bool:
+    """Whether answers are cut at the shorter one's length."""
+    objective = build_objective(config.objective.model_dump(exclude_none=True, exclude={"token_weights"}))
+    return objective.compares_to_shorter and config.training.cut_dead_tail
+
+
 def make_schedule(config: Config, lengths: Any) -> Schedule:
     """The order in which the prepared pairs are trained on."""
     training = config.training
@@ -61,6 +68,7 @@ def make_schedule(config: Config, lengths: Any) -> Schedule:
         pairs_per_step=training.pairs_per_step,
         micro_batch_pairs=training.micro_batch_pairs,
         length_batches=training.length_batches,
+        cut_tail=cuts_tail(config),
         epochs=training.epochs,
         max_steps=training.max_steps,
     )

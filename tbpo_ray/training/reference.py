@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import digest
 from tbpo_ray.data.prepare import Prepared
+from tbpo_ray.data.schedule import pair_tokens
 from tbpo_ray.errors import RunFailed
 from tbpo_ray.storage import file_lock, write_atomic
 
@@ -189,7 +190,9 @@ class ReferenceScorer:
         from tbpo_ray.training.batch import collate_columns
 
         pairs = len(columns["prompt_ids"])
-        order = sorted(range(pairs), key=lambda i: [len(columns[n][i]) for n in columns])
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        sizes = np.array([[len(ids) for ids in columns[name]] for name in names]).T
+        order = np.argsort(pair_tokens(sizes, self.cut), kind="stable").tolist()
         size = self.config.training.micro_batch_pairs
         chosen: list[Any] = [None] * pairs
         rejected: list[Any] = [None] * pairs

@@ -54,8 +54,8 @@ class PairScorer(nn.Module):
     def output_layer(self) -> nn.Module:
         return _causal(self.model).get_output_embeddings()
 
-    def hidden(self, batch: PairBatch) -> Tensor:
-        """[S * B, T, H] last hidden states of the positions that predict answer tokens."""
+    def states(self, batch: PairBatch) -> Tensor:
+        """[R, L, H] last hidden states of all positions."""
         if batch.shared:
             masks: Any = {kind: self._mask(batch, window) for kind, window in self.windows.items()}
             mask = masks["full_attention"] if set(masks) == {"full_attention"} else masks
@@ -64,7 +64,11 @@ class PairScorer(nn.Module):
         out = _causal(self.model).get_decoder()(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         )
-        states = out.last_hidden_state
+        return out.last_hidden_state
+
+    def hidden(self, batch: PairBatch) -> Tensor:
+        """[S * B, T, H] last hidden states of the positions that predict answer tokens."""
+        states = self.states(batch)
         sides, pairs, tokens = batch.predict.shape
         flat = states.reshape(-1, states.shape[-1]).index_select(0, batch.predict.reshape(-1))
         return flat.view(sides * pairs, tokens, -1)

@@ -219,6 +219,7 @@ class Worker:
             pairs_per_step=per_step,
             micro_batch_pairs=self.config.training.micro_batch_pairs,
             length_batches=True,
+            cut_tail=self.parts.cut,
             epochs=1,
         )
         for micro in local_micro_batches(

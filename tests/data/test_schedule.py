@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.schedule import Schedule, pair_tokens
 
 
 def lengths(n, seed=0):
@@ -85,6 +85,20 @@ def test_like_lengths_go_together_without_favour():
     tokens = lengths(5000).sum(1)
     means = [tokens[order.step_pairs(step)].mean() for step in range(order.steps_per_epoch)]
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.4
+
+
+def test_a_cut_tail_does_not_count_as_length():
+    sizes = lengths(4000).copy()
+    sizes[:, 2] = np.random.default_rng(3).integers(2, 400, len(sizes))
+    row = pair_tokens(sizes, cut_tail=True)
+    assert (row == sizes[:, 0] + 2 * np.minimum(sizes[:, 1], sizes[:, 2])).all()
+
+    def padding(cut_tail: bool) -> float:
+        order = Schedule(sizes, seed=0, pairs_per_step=64, micro_batch_pairs=8, cut_tail=cut_tail)
+        batches = [ids for step in range(50) for ids in order.micro_batches(step, 0, 1)]
+        return 1 - sum(row[ids].sum() for ids in batches) / sum(row[ids].max() * len(ids) for ids in batches)
+
+    assert padding(True) < 0.05 < padding(False)
 
 
 def test_any_position_of_a_million_pairs_is_found_at_once():

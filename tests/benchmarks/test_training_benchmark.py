@@ -1,0 +1,108 @@
+"""The training benchmarks run, and their figures make sense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tbpo_ray.benchmarks import overhead, reference, scaling, training
+from tbpo_ray.benchmarks.bare_loop import FullLogitsScorer
+from tbpo_ray.benchmarks.pairs import TINY, build_case, build_model, sample_lengths
+from tbpo_ray.benchmarks.turns import against, ratio, take_turns
+from tbpo_ray.config import Config
+from tbpo_ray.errors import InputError
+from tbpo_ray.training.batch import collate
+
+
+def test_quick_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(training.TRL_PYTHON, raising=False)
+    result = training.run(Config(), quick=True)
+    case = json.loads(json.dumps(result))["cases"]["hh_rlhf"]
+    for way in ("TBPO-A", "all off"):
+        (row,) = case["ways"][way]
+        assert row["pairs_per_second"] == pytest.approx(case["pairs"] / row["seconds"])
+        assert len(row["step_seconds"]) == 2 and 0 < row["cpu_seconds"] < 2 * row["seconds"] + 1
+        assert row["peak_bytes"] > 0
+    both = case["ways"]
+    off = case["ratios"]["all off"]
+    assert off["speed"]["ratio"] == both["all off"][0]["seconds"] / both["TBPO-A"][0]["seconds"]
+    text = training.markdown(result)
+    assert "| all off |" in text and "TRL was not measured" in text and result["trl"] is None
+
+
+def test_an_unknown_case_is_named() -> None:
+    with pytest.raises(InputError, match="training:hh_rlfh"):
+        training.run(Config(), only="hh_rlfh")
+
+
+def test_lengths_follow_the_measured_ones() -> None:
+    lengths = sample_lengths("hh_rlhf", 2000)
+    assert lengths.mean(axis=0) == pytest.approx([112, 39, 49], rel=0.03)
+    assert np.minimum(lengths[:, 1], lengths[:, 2]).mean() == pytest.approx(27.3, rel=0.05)
+    answers = sample_lengths("ultrafeedback", 16)[:, 1:]
+    assert answers.min() >= 150 and answers.max() <= 600 and answers.mean() == pytest.approx(375, rel=0.01)
+
+
+def test_the_ids_for_trl_are_the_pairs_in_random_order(tmp_path: Path) -> None:
+    case = build_case(Config(), tmp_path, sample_lengths("hh_rlhf", 16), TINY)
+    rows = json.loads(training._write_ids(case, tmp_path / "ids.json").read_text())
+    found = sorted([len(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")] for row in rows)
+    assert found == sorted(case.prepared.lengths().tolist())
+    assert [len(row["prompt_ids"]) for row in rows] != case.prepared.lengths()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_full_logits_give_the_same_scores(tmp_path: Path, shared: bool) -> None:
+    from tbpo_ray.models.load import load_model
+    from tbpo_ray.training.scorer import PairScorer
+
+    build_model(tmp_path, TINY)
+    model = load_model(str(tmp_path), dtype=torch.float32, attention="sdpa")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(9, 1000, n) for n in (5, 11)]
+    answers = [[rng.integers(9, 1000, n) for n in sizes] for sizes in ((4, 9), (7, 3))]
+    batch = collate(prompts, answers, pad_id=0, shared=shared, cut=False)
+    ours, plain = PairScorer(model)(batch)[0], FullLogitsScorer(model)(batch)[0]
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_turns_and_ratios() -> None:
+    order: list[str] = []
+
+    def way(name: str, seconds: float):
+        return lambda: order.append(name) or {"seconds": seconds}
+
+    found = take_turns({"a": way("a", 2.0), "b": way("b", 1.0)}, 2)
+    assert order == ["a", "b", "a", "b"]
+    assert ratio(found["a"], found["b"], "seconds") == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+    assert against(2.0, 1.5) == "at least 1.5: reached" and against(2.0, 1.5, at_most=True).endswith("missed")
+
+
+def test_cached_scores_count_their_cost() -> None:
+    row = {
+        "pairs": 8,
+        "parameters": 1,
+        "machine": {"processor": "p", "cores": 2, "load": 0.0, "versions": {}},
+    }
+    ways = {
+        "scoring": [{"seconds": 1.0, "cpu_seconds": 1.0}],
+        "cached": [{"seconds": 3.0, "cpu_seconds": 3.0}],
+        "live": [{"seconds": 4.0, "cpu_seconds": 4.0}],
+    }
+    ratios = reference.epoch_ratios(ways)
+    assert ratios[1]["time"]["ratio"] == 1.0 and ratios[3]["time"]["ratio"] == 1.2
+    assert "at least 1.1: missed" in reference.markdown({**row, "ways": ways, "ratios": ratios})
+
+
+@pytest.mark.e2e
+def test_quick_overhead_and_scaling_run() -> None:
+    result = overhead.run(Config(), quick=True)
+    assert result["steps"] == 4 and result["ratio"]["ratio"] > 0 and result["cpu_ratio"]["ratio"] > 0
+    assert "worker loop" in overhead.markdown(result)
+    result = scaling.run(Config(), quick=True)
+    assert result["steps"] == 1 and result["ratio"]["ratio"] > 0 and result["cpu_share"]["ratio"] > 0
+    assert "2 workers, tokens/s" in scaling.markdown(result)
