@@ -81,6 +81,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def validate(tree: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the typed tree."""
+    for key, value in flatten(tree).items():
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise InputError(f"{key}={value!r}: holds a NUL character, which no path or name can")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -27,8 +27,18 @@ def output_dir(config: Config) -> Path:
 
 
 def run_dir(config: Config) -> Path:
-    """`<run.output_dir>/<run.name>`, absolute."""
-    return output_dir(config) / config.run.name
+    """`<run.output_dir>/<run.name>`, absolute.
+
+    Raises:
+        InputError: a link lies there: what a run writes stays in `run.output_dir`.
+    """
+    folder = output_dir(config) / config.run.name
+    if folder.is_symlink():
+        raise InputError(
+            f"run.name={config.run.name}: {folder} is a link to {folder.readlink()}; remove it, or use "
+            "another run.name"
+        )
+    return folder
 
 
 def cache_dir(config: Config) -> Path:
