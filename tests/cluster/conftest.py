@@ -33,6 +33,7 @@ class ScalingCluster:
         self.folder, self.token_file = folder, folder / "token"
         self.gcs, self.dashboard, self.agent, self.client = (_free_port() for _ in range(4))
         self.address = f"http://127.0.0.1:{self.dashboard}"
+        self.gcs_address = f"{_own_address()}:{self.gcs}"
         home = folder / "home"
         home.mkdir()
         subprocess.run(
@@ -73,7 +74,7 @@ class ScalingCluster:
                 "type": "external",
                 "module": "separate_nodes.SeparateNodes",
                 "folder": str(self.folder),
-                "gcs_address": f"{_own_address()}:{self.gcs}",
+                "gcs_address": self.gcs_address,
                 "head_node_id": HEAD,
                 "launch_multiple": True,
                 "use_node_id_as_ip": True,
@@ -160,6 +161,15 @@ class ScalingCluster:
         """Ids of the worker nodes that are alive."""
         rows = self.get("/api/v0/nodes?detail=1&limit=1000")["data"]["result"]["result"]
         return [row["node_id"] for row in rows if row["state"] == "ALIVE" and not row["is_head_node"]]
+
+    def pull_the_plug(self, node: str) -> None:
+        """Kill a worker node as a power cut would: all of its processes at once."""
+        for process in self.processes():
+            try:
+                if process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING") == node:
+                    process.kill()
+            except psutil.Error:
+                continue
 
 
 def _bin(name: str) -> str:
