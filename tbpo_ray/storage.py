@@ -47,6 +47,12 @@ def cache_dir(config: Config) -> Path:
     return Path(given).expanduser().absolute() if given else output_dir(config) / ".prepared"
 
 
+def shared_folders(config: Config) -> dict[str, Path]:
+    """The folders that nodes write into, by the configuration key that places them."""
+    folders = {"run.output_dir": output_dir(config)}
+    return folders | ({"data.cache_dir": cache_dir(config)} if config.data.cache_dir else {})
+
+
 def write_atomic(file: Path, text: str) -> None:
     """Write a text file that is never seen half-written."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")

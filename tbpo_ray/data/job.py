@@ -12,7 +12,7 @@ from tbpo_ray.data.prepare import find_sources, prepare
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError
 from tbpo_ray.progress import say
-from tbpo_ray.storage import cache_dir, run_dir
+from tbpo_ray.storage import cache_dir, run_dir, shared_folders
 
 
 def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
@@ -80,11 +80,11 @@ def prepare_role(config: Config, role: str, tokenizer: str, cache: Path) -> Prep
         chat_template=config.model.chat_template,
         seed=config.run.seed,
         labels=config.cluster.labels.prepare,
-        before_build=lambda: _bring_up(config, role, source, tokenizer, cache),
+        before_build=lambda: _bring_up(config, role, source, tokenizer),
     )
 
 
-def _bring_up(config: Config, role: str, source: Sources, tokenizer: str, cache: Path) -> None:
+def _bring_up(config: Config, role: str, source: Sources, tokenizer: str) -> None:
     """Wait for a node that can tokenize, and check that it sees what it reads and writes."""
     from tbpo_ray.placement import gather
 
@@ -98,7 +98,7 @@ def _bring_up(config: Config, role: str, source: Sources, tokenizer: str, cache:
         {"CPU": 1.0},
         1,
         labels=config.cluster.labels.prepare,
-        folders={"data.cache_dir": cache},
+        folders=shared_folders(config),
         files=files,
     )
 

@@ -19,7 +19,7 @@ from tbpo_ray.errors import InputError, RunFailed
 from tbpo_ray.models.load import resolve_model
 from tbpo_ray.placement import gather
 from tbpo_ray.progress import say
-from tbpo_ray.storage import cache_dir, file_lock, output_dir, run_dir, write_atomic
+from tbpo_ray.storage import cache_dir, file_lock, run_dir, shared_folders, write_atomic
 from tbpo_ray.tracking import RUN_NOTE, Tracker, noted_run
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
@@ -188,7 +188,7 @@ def _bring_up_workers(config: Config, model: str) -> None:
         config.cluster.worker_resources,
         workers[0] if isinstance(workers, list) else workers,
         labels=config.cluster.labels.train,
-        folders={"run.output_dir": output_dir(config), "data.cache_dir": cache_dir(config)},
+        folders=shared_folders(config),
         files={"model.name_or_path": model} if Path(model).is_absolute() else {},
     )
 

@@ -34,30 +34,43 @@ def command(job: str, **more: object) -> list[str]:
     return words + [f"{key}={value}" for key, value in settings.items()]
 
 
-@pytest.mark.parametrize("given", [None, "wrong"])
-def test_without_the_token_nothing_is_answered(scaling, tmp_path, given):
+def test_without_the_token_nothing_is_answered(scaling, tmp_path):
     (tmp_path / "token").write_text("f" * 64)
-    outsider = {
-        "RAY_AUTH_MODE": "token" if given else "disabled",
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
-    }
+    none = {"RAY_AUTH_MODE": "disabled"}
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     mark = tmp_path / "was-run"
-    refused = scaling.submit("touch", str(mark), environment=outsider)
-    assert refused.returncode != 0 and "auth" in (refused.stdout + refused.stderr).lower()
+
+    def submit(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return scaling.submit("touch", str(mark), environment=environment)
+
+    def join(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", f"import ray; ray.init('{scaling.gcs_address}'); print('joined')"],
+            env=scaling.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        submitted, joined = pool.map(submit, [none, wrong]), pool.map(join, [none, wrong])
+        for refused in submitted:
+            assert refused.returncode != 0 and "auth" in (refused.stdout + refused.stderr).lower()
+        for refused in joined:
+            assert refused.returncode != 0 and "joined" not in refused.stdout
     assert not mark.exists()
     assert str(mark) not in json.dumps(scaling.get("/api/jobs/"))
-    for path in ("/api/jobs/", "/api/v0/nodes", "/api/v0/logs?node_id=x"):
-        with pytest.raises(urllib.error.HTTPError) as answer:
-            scaling.get(path, token="f" * 64 if given else "")
-        assert answer.value.code in (401, 403)
-    joined = subprocess.run(
-        [sys.executable, "-c", f"import ray; ray.init('{scaling.gcs_address}'); print('joined')"],
-        env=scaling.environment | outsider,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert joined.returncode != 0 and "joined" not in joined.stdout
+    for token in ("", "f" * 64):
+        for path in ("/api/jobs/", "/api/v0/nodes", "/api/v0/logs?node_id=x"):
+            with pytest.raises(urllib.error.HTTPError) as answer:
+                scaling.get(path, token=token)
+            assert answer.value.code in (401, 403)
+
+
+def only_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The line that a refused job says; `ray job submit` repeats the end of the log."""
+    (line,) = {line for line in done.stdout.splitlines() if line.startswith(("error: ", "failed: "))}
+    return line
 
 
 def test_a_wrong_configuration_fails_the_job_with_the_same_line(scaling, tmp_path):
@@ -70,13 +83,25 @@ def test_a_wrong_configuration_fails_the_job_with_the_same_line(scaling, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_that_never_fits_starts_no_node(scaling, tmp_path):
-    done = scaling.submit(*command("train", cluster__num_workers=3, run__output_dir=tmp_path))
+def test_a_plan_that_never_fits_starts_no_node(scaling, small_model, tmp_path):
+    done = scaling.submit(
+        *command("train", cluster__num_workers=3, run__output_dir=tmp_path, model__name_or_path=small_model)
+    )
     assert done.returncode == 1
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    line = only_error(done)
     words = ("cluster.num_workers=3", "3 x (1 CPU)", "2 x cpu (1 CPU)", "at most 2 worker(s)")
     assert all(word in line for word in words), line
     assert scaling.workers() == []
+
+
+def test_a_path_that_each_node_has_for_itself_is_refused(scaling, small_model):
+    # `/proc/self/cwd` is a node's own copy of the working directory: another folder on each node, as a local
+    # disk would be.
+    own = "/proc/self/cwd/runs"
+    done = scaling.submit(*command("train", run__output_dir=own, model__name_or_path=small_model))
+    assert done.returncode == 1
+    line = only_error(done)
+    assert line.startswith(f"error: run.output_dir={own}: node ") and "every node mounts" in line
 
 
 def test_the_pipeline_scales_from_nothing_and_back_and_leaks_nothing(scaling, small_model, tmp_path):
