@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
+from tbpo_ray.redaction import without_user
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -104,7 +105,8 @@ def to_tree(config: BaseModel) -> dict[str, Any]:
 
 
 def to_yaml(config: BaseModel) -> str:
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+    """The configuration as it is shown and kept: addresses without the user and password in them."""
+    return without_user(yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=10_000))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -63,3 +63,20 @@ def test_a_data_set_that_is_no_hub_name_is_refused_before_the_hub_is_asked(name,
 def test_a_nul_in_any_value_is_refused(capsys, tmp_path):
     assert run(lambda config: None, tmp_path, 'data.cache_dir="a\\0b"') == 2
     assert "data.cache_dir" in capsys.readouterr().err
+
+
+def test_a_password_in_an_address_is_neither_shown_nor_kept_nor_a_change(tmp_path):
+    from tbpo_ray.configuration import load_config, to_yaml
+    from tbpo_ray.training.plan import refuse_changes
+
+    config = load_config(
+        None,
+        ["tracking.uri=https://me:canary@mlflow.example.org", "data.train=s3://me:canary@bucket/pairs.jsonl"],
+    )
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert "canary" not in to_yaml(config) and "https://mlflow.example.org" in to_yaml(config)
+    refuse_changes(config, tmp_path)
+    other = load_config(None, ["data.train=s3://me:canary@bucket/others.jsonl"])
+    with pytest.raises(InputError, match="others"):
+        refuse_changes(other, tmp_path)
