@@ -7,13 +7,18 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
+from tbpo_ray.capacity import Capacity, possible, present
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 from tbpo_ray.errors import InputError
+from tbpo_ray.placement import in_words
 
 QUIET = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve", "ray._private")
+_PRIVATE = "TBPO_PRIVATE_CLUSTER"
+"""Set in a process that started a cluster of its own, and so in that cluster's workers."""
 
 
 def start_ray(**options: Any) -> None:
@@ -33,8 +38,10 @@ def start_ray(**options: Any) -> None:
 
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+            os.environ.pop(_PRIVATE, None)
             ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, **options)
         else:
+            os.environ[_PRIVATE] = "1"
             folder = tempfile.mkdtemp(prefix="tbpo-ray-")
             os.environ["RAY_TMPDIR"] = folder
             ray.init(
@@ -53,42 +60,64 @@ def start_ray(**options: Any) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def is_private() -> bool:
+    """Whether this runs in a cluster of :func:`start_ray`'s own, which has one node and never grows."""
+    return _PRIVATE in os.environ
+
+
 def fit_to_cluster(config: Config) -> Config:
     """Settle what the configuration leaves to the cluster: GPUs or not, and how many workers at most.
 
     Raises:
         InputError: for a plan that the cluster can never satisfy, with the arithmetic.
     """
-    most = most_resources()
-    use_gpu = config.cluster.use_gpu if config.cluster.use_gpu != "auto" else most.get("GPU", 0) > 0
+    sizes = capacities(config)
+    pools = config.cluster.labels
+    use_gpu = config.cluster.use_gpu
+    if use_gpu == "auto":
+        use_gpu = any(size.has("GPU", pools.train) for size in sizes)
     config = stage_config(config, {}, cluster__use_gpu=use_gpu)
     asked = config.cluster.num_workers
     least, largest = asked if isinstance(asked, list) else (asked, asked)
-    fits = min(
-        (int(most.get(name, 0.0) / each + 1e-9)
-         for name, each in config.cluster.worker_resources.items() if each > 0),
-        default=largest,
-    )  # fmt: skip
+    bundle = config.cluster.worker_resources
+    fits = max(size.fits(bundle, pools.train) for size in sizes)
     if fits < least:
-        each = ", ".join(f"{value:g} {name}" for name, value in config.cluster.worker_resources.items())
-        have = ", ".join(f"{most.get(name, 0.0):g} {name}" for name in config.cluster.worker_resources)
         raise InputError(
-            f"cluster.num_workers={asked}: {least} x ({each}) never fit into the cluster's "
-            f"{have}; at most {fits} worker(s) do. Lower cluster.num_workers or "
-            "cluster.resources_per_worker, or add nodes"
+            f"cluster.num_workers={asked}: {least} x ({in_words(bundle)}) never fit into the cluster, "
+            f"{_sizes(sizes, bundle, pools.train)}; at most {fits} worker(s) do. Lower "
+            "cluster.num_workers or cluster.resources_per_worker, or add nodes"
         )
     if isinstance(asked, list) and fits < largest:
         return stage_config(config, {}, cluster__num_workers=[least, fits])
     return config
 
 
-def most_resources() -> dict[str, float]:
-    """The cluster's resources with every node type of its autoscaler at its maximum."""
-    import ray
-    from ray._private.state import state
+def fit_engines(config: Config, engines: int, bundle: Mapping[str, float]) -> None:
+    """Refuse vLLM engines that the cluster can never hold.
 
-    now = dict(ray.cluster_resources())
-    possible = state.get_max_resources_from_cluster_config() or {}
-    return {
-        name: max(float(now.get(name, 0)), float(possible.get(name, 0))) for name in now.keys() | possible
-    }
+    Raises:
+        InputError: with the arithmetic.
+    """
+    sizes, labels = capacities(config), config.cluster.labels.generate
+    fits = max(size.fits(bundle, labels) for size in sizes)
+    if fits < engines:
+        raise InputError(
+            f"generation.engines={config.generation.engines}: {engines} x ({in_words(bundle)}) never fit "
+            f"into the cluster, {_sizes(sizes, bundle, labels)}; at most {fits} engine(s) do. Lower "
+            "generation.engines or generation.tensor_parallel, or add nodes"
+        )
+
+
+def _sizes(sizes: list[Capacity], bundle: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    """The cluster in words; the largest it can be."""
+    most = sizes[-1]
+    words = most.sentence(bundle)
+    if labels:
+        words += f" (with {in_words(labels)}: {Capacity(most.with_labels(labels)).sentence(bundle)})"
+    return words if len(sizes) > 1 else f"{words}, which is all that is up"
+
+
+def capacities(config: Config) -> list[Capacity]:
+    """The nodes that are up and, where the cluster grows and something says how far, all it can have."""
+    grown = None if is_private() else possible(config.cluster.node_types)
+    return [present()] if grown is None else [present(), grown]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 ObjectiveName = Literal[
     "tbpo_q", "tbpo_a", "dpo", "ipo", "simpo", "bpo", "tdpo1", "tdpo2", "tis_dpo", "sepo", "t_reg", "sft"
 ]
 BaselineKind = Literal["none", "learned", "exact_kl", "k3", "k3_sampled", "mixed"]
 
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -288,6 +289,27 @@ class TrainingConfig(Section):
         return int(self.deepspeed.get("stage", zero.get("stage", 0)))
 
 
+class PoolLabels(Section):
+    """Labels that nodes must carry, by part of the work; a cluster with pools names them here."""
+
+    prepare: dict[str, str] = Field(default_factory=dict)
+    """Reading, tokenizing, reference scores on CPUs, export."""
+    train: dict[str, str] = Field(default_factory=dict)
+    """Training workers, and reference scores on GPUs."""
+    generate: dict[str, str] = Field(default_factory=dict)
+    """vLLM engines."""
+
+    @field_validator("prepare", "train", "generate")
+    @classmethod
+    def _plain(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        for name, label in value.items():
+            if not _LABEL.fullmatch(label):
+                raise ValueError(
+                    f"cluster.labels.{info.field_name}.{name}={label}: write letters, digits, '.', '_' or '-'"
+                )
+        return value
+
+
 class ClusterConfig(Section):
     num_workers: Annotated[int, Field(ge=1)] | Annotated[list[Count], Field(min_length=2, max_length=2)] = 1
     """Training workers: a number, or `[min, max]` to grow and shrink with the cluster."""
@@ -303,6 +325,11 @@ class ClusterConfig(Section):
     """The same for preempted nodes."""
     start_timeout_s: Positive = 600
     """How long to wait for nodes to come up."""
+    labels: PoolLabels = PoolLabels()
+    """Pools of nodes for the parts of the work; by default any node that has the resources."""
+    node_types: str | None = None
+    """A Ray cluster file or KubeRay manifest that says what the cluster can grow to; default: the file that
+    `ray up` left on the head. Without either only the nodes that are up count."""
 
     @field_validator("num_workers")
     @classmethod

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
+from tbpo_ray.redaction import without_user
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -81,6 +82,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def validate(tree: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the typed tree."""
+    for key, value in flatten(tree).items():
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise InputError(f"{key}={value!r}: holds a NUL character, which no path or name can")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -100,7 +105,8 @@ def to_tree(config: BaseModel) -> dict[str, Any]:
 
 
 def to_yaml(config: BaseModel) -> str:
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+    """The configuration as it is shown and kept: addresses without the user and password in them."""
+    return without_user(yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=10_000))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

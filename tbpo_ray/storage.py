@@ -27,14 +27,30 @@ def output_dir(config: Config) -> Path:
 
 
 def run_dir(config: Config) -> Path:
-    """`<run.output_dir>/<run.name>`, absolute."""
-    return output_dir(config) / config.run.name
+    """`<run.output_dir>/<run.name>`, absolute.
+
+    Raises:
+        InputError: a link lies there: what a run writes stays in `run.output_dir`.
+    """
+    folder = output_dir(config) / config.run.name
+    if folder.is_symlink():
+        raise InputError(
+            f"run.name={config.run.name}: {folder} is a link to {folder.readlink()}; remove it, or use "
+            "another run.name"
+        )
+    return folder
 
 
 def cache_dir(config: Config) -> Path:
     """`data.cache_dir`, by default `<run.output_dir>/.prepared`, absolute."""
     given = config.data.cache_dir
     return Path(given).expanduser().absolute() if given else output_dir(config) / ".prepared"
+
+
+def shared_folders(config: Config) -> dict[str, Path]:
+    """The folders that nodes write into, by the configuration key that places them."""
+    folders = {"run.output_dir": output_dir(config)}
+    return folders | ({"data.cache_dir": cache_dir(config)} if config.data.cache_dir else {})
 
 
 def write_atomic(file: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tbpo_ray import cluster
+from tbpo_ray.capacity import Capacity, NodeKind
 from tbpo_ray.configuration import load_config
 from tbpo_ray.errors import InputError
 
@@ -14,7 +15,8 @@ def machine(monkeypatch):
     """A cluster with so many resources (the question that Ray answers, not Ray itself)."""
 
     def have(**resources: float) -> None:
-        monkeypatch.setattr(cluster, "most_resources", lambda: resources)
+        size = Capacity([NodeKind("machine", resources)])
+        monkeypatch.setattr(cluster, "capacities", lambda config: [size])
 
     return have
 

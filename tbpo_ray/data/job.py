@@ -12,7 +12,7 @@ from tbpo_ray.data.prepare import find_sources, prepare
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError
 from tbpo_ray.progress import say
-from tbpo_ray.storage import cache_dir, run_dir
+from tbpo_ray.storage import cache_dir, run_dir, shared_folders
 
 
 def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
@@ -79,6 +79,27 @@ def prepare_role(config: Config, role: str, tokenizer: str, cache: Path) -> Prep
         cache_dir=cache,
         chat_template=config.model.chat_template,
         seed=config.run.seed,
+        labels=config.cluster.labels.prepare,
+        before_build=lambda: _bring_up(config, role, source, tokenizer),
+    )
+
+
+def _bring_up(config: Config, role: str, source: Sources, tokenizer: str) -> None:
+    """Wait for a node that can tokenize, and check that it sees what it reads and writes."""
+    from tbpo_ray.placement import gather
+
+    files = {"model.name_or_path": tokenizer} if Path(tokenizer).is_absolute() else {}
+    local = [file.address for file in find_sources(source, role)[0] if Path(file.address).is_file()]
+    if local:
+        files[f"data.{role}"] = str(Path(local[0]).absolute())
+    gather(
+        config,
+        f"preparing data.{role}",
+        {"CPU": 1.0},
+        1,
+        labels=config.cluster.labels.prepare,
+        folders=shared_folders(config),
+        files=files,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, cast
@@ -19,14 +19,18 @@ READ_CPUS, TOKENIZE_CPUS = 0.1, 0.9
 """Together one core, so that a two-core machine tokenizes on both; different, so that the stages stay two."""
 
 
-def run_chunks(job: BuildJob, folder: str) -> Iterator[ChunkResult]:
+def run_chunks(job: BuildJob, folder: str, labels: Mapping[str, str] | None = None) -> Iterator[ChunkResult]:
     """Prepare every chunk of a build in Ray Data tasks, in any order.
+
+    Args:
+        labels: that the tasks' nodes must carry.
 
     Raises:
         InputError: when a file cannot be read.
     """
     import ray
 
+    labels = dict(labels or {})
     # With a limit the files are read one after the other: how many rows are left depends on those before.
     indices = list(range(len(job.files)))
     items = [{"files": part} for part in ([indices] if job.limit is not None else [[i] for i in indices])]
@@ -34,13 +38,19 @@ def run_chunks(job: BuildJob, folder: str) -> Iterator[ChunkResult]:
         context.target_max_block_size = 1  # every chunk is a block of its own, and so a task of its own
         read, work = cast(Any, _read), cast(Any, _prepare)
         chunks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            read, batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS, fn_kwargs={"folder": folder}
+            read,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=READ_CPUS,
+            label_selector=labels,
+            fn_kwargs={"folder": folder},
         )
         results = chunks.map_batches(
             work,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=TOKENIZE_CPUS,
+            label_selector=labels,
             fn_kwargs={"folder": folder},
         )
         for table in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def prepare(
     progress: bool = True,
     seed: int = 0,
     distributed: bool | None = None,
+    labels: Mapping[str, str] | None = None,
+    before_build: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Tokenized pairs of a source, from the cache or built now.
 
@@ -62,6 +65,8 @@ def prepare(
         progress: tell on stderr how far it is.
         seed: of the sampling that fractional weights need.
         distributed: through Ray Data; by default where Ray is running.
+        labels: that the nodes of a distributed build must carry.
+        before_build: called when the pairs are not there yet; may wait for nodes.
 
     Raises:
         InputError: a source that is missing, empty or unreadable, or more bad records than
@@ -98,9 +103,9 @@ def prepare(
             limit=limit,
             chunk_rows=ROWS_PER_CHUNK,
         )
-        prepared = _build(
-            job, spec, folder, fingerprint, inputs, key, data.quarantine_limit, progress, distributed
-        )
+        before_build()
+        run = bind(_run, job, distributed=distributed, labels=labels)
+        prepared = _build(job, run, spec, folder, fingerprint, inputs, key, data.quarantine_limit, progress)
     _check_share(prepared.records, prepared.counts, data.quarantine_limit, key, prepared.quarantine_file)
     return prepared
 
@@ -143,6 +148,7 @@ def _existing(folder: Path) -> Prepared | None:
 
 def _build(
     job: BuildJob,
+    run: Callable[[Path], Iterator[ChunkResult]],
     spec: TokenizerSpec,
     folder: Path,
     fingerprint: str,
@@ -150,7 +156,6 @@ def _build(
     key: str,
     quarantine_limit: float,
     progress: bool,
-    distributed: bool | None,
 ) -> Prepared:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stale in folder.parent.glob(f".{folder.name}-*"):
@@ -160,9 +165,7 @@ def _build(
     try:
         partial.chmod(0o755)
         job.save(partial, spec)
-        results = sorted(
-            _watched(_run(job, partial, distributed), key, progress), key=lambda r: (r.file, r.first_row)
-        )
+        results = sorted(_watched(run(partial), key, progress), key=lambda r: (r.file, r.first_row))
         counts, records = _finish(partial, results)
         aside = folder.parent / f"quarantine-{fingerprint}.jsonl"
         if not records:
@@ -186,12 +189,14 @@ def _build(
     return Prepared.load(folder)
 
 
-def _run(job: BuildJob, partial: Path, distributed: bool | None) -> Iterator[ChunkResult]:
+def _run(
+    job: BuildJob, partial: Path, *, distributed: bool | None, labels: Mapping[str, str] | None
+) -> Iterator[ChunkResult]:
     if distributed is None:
         ray = sys.modules.get("ray")
         distributed = ray is not None and ray.is_initialized()
     if distributed:
-        yield from run_chunks(job, str(partial))
+        yield from run_chunks(job, str(partial), labels)
         return
     left = job.limit
     for index, (address, kind) in enumerate(job.files):

@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,7 @@ _FORMATS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+_HUB_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 
@@ -314,6 +316,11 @@ def _resolve_hub(source: str) -> list[SourceFile]:
         if not found:
             raise InputError(f"{source}: the folder has no split {split!r}")
         return [_file(f) for f in found]
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise InputError(
+            f"{source!r}: no such folder, and no hub name; write it as hf:OWNER/NAME, with letters, digits, "
+            "'.', '_' and '-'"
+        )
     return resolve(f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/default/{split or 'train'}/*.parquet")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_ray.cluster import most_resources
+from tbpo_ray.cluster import capacities, fit_engines
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 from tbpo_ray.errors import InputError
@@ -34,9 +34,10 @@ from tbpo_ray.evaluation.pairs import credit_auc, implicit_rewards, read_pairs, 
 from tbpo_ray.evaluation.prompts import Policy, PromptSet, read_prompts, resolve_policy, tokenize_prompts
 from tbpo_ray.evaluation.reference import kl_k1, reference_logprobs
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
-from tbpo_ray.generation.engine import check_model
+from tbpo_ray.generation.engine import check_model, engine_resources, pool_size
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import Sample, Samples
+from tbpo_ray.placement import gather
 from tbpo_ray.progress import say
 from tbpo_ray.tracking import Tracker
 
@@ -75,6 +76,7 @@ def evaluate_policies(
     judge = make_judge(config, source=prompts.source, output=folder)
     say(f"evaluating {', '.join(policies)} on {len(prompts.prompts)} prompts of {prompts.source}")
 
+    _bring_up_engines(config, found, folder)
     samples = {policy.name: _sample(policy, prompts, config, folder) for policy in found}
     groups: dict[str, Groups] = {name: answers.by_prompt() for name, answers in samples.items()}
     own = _pair_metrics(found, base, anchor, judge, config, folder)
@@ -128,7 +130,10 @@ def _settle_gpus(config: Config) -> Config:
     """`cluster.use_gpu: auto` becomes what the running cluster has, or can grow to."""
     if config.cluster.use_gpu != "auto":
         return config
-    return stage_config(config, {}, cluster__use_gpu=most_resources().get("GPU", 0) > 0)
+    labels = config.cluster.labels.generate
+    return stage_config(
+        config, {}, cluster__use_gpu=any(size.has("GPU", labels) for size in capacities(config))
+    )
 
 
 def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) -> Samples:
@@ -144,6 +149,30 @@ def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) ->
         use_gpu=config.cluster.gpus,
         seed=seed,
         adapter=adapter,
+        labels=config.cluster.labels.generate,
+    )
+
+
+def _bring_up_engines(config: Config, policies: Sequence[Policy], folder: Path) -> None:
+    """Wait for the nodes of the fewest engines; on the CPU an engine makes do with a part of one.
+
+    Raises:
+        InputError: they never fit into the cluster, or do not share the storage.
+        RunFailed: they do not come up in time.
+    """
+    engines, _ = pool_size(config.generation)
+    bundle = {"CPU": 0.5}
+    if config.cluster.gpus:
+        bundle = engine_resources(config.generation, use_gpu=True, free_cpus=0.0, engines=engines)
+    fit_engines(config, engines, bundle)
+    gather(
+        config,
+        "sampling",
+        bundle,
+        engines,
+        labels=config.cluster.labels.generate,
+        folders={"run.output_dir": folder},
+        files={f"evaluation.policies.{policy.name}": policy.model for policy in policies},
     )
 
 

@@ -50,6 +50,7 @@ def generate(
     seed: int = 0,
     use_gpu: bool = False,
     adapter: str | Path | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Samples:
     """Sample `generation.samples` answers to each prompt into Parquet parts under `output`.
 
@@ -65,6 +66,7 @@ def generate(
         seed: with the prompt's id and the sample's number it seeds the sampling.
         use_gpu: `generation.tensor_parallel` GPUs for each engine; otherwise a CPU, or what is free of one.
         adapter: a LoRA adapter folder, served without merging.
+        labels: that the engines' nodes must carry.
 
     Raises:
         InputError: no prompts, a folder that is no model, an adapter of another model, a foreign `output`.
@@ -96,7 +98,9 @@ def generate(
     todo = [row for row in rows if row["index"] not in done]
     started = time.monotonic()
     if todo:
-        _run(model, todo, len(rows), generation, folder, use_gpu=use_gpu, adapter=adapter)
+        _run(
+            model, todo, len(rows), generation, folder, use_gpu=use_gpu, adapter=adapter, labels=labels or {}
+        )
     return _finish(folder, manifest, len(rows), time.monotonic() - started)
 
 
@@ -160,6 +164,7 @@ def _run(
     *,
     use_gpu: bool,
     adapter: str | None,
+    labels: Mapping[str, str],
 ) -> None:
     """Run the pool over the rows and write every block as it comes."""
     import pyarrow as pa
@@ -196,6 +201,8 @@ def _run(
             preprocess_map_kwargs={"num_cpus": TASK_CPUS},
             postprocess_map_kwargs={"num_cpus": TASK_CPUS},
         )
+        if labels:
+            processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["label_selector"] = dict(labels)
         written = processor(ray.data.from_blocks(blocks)).map_batches(
             partial(_write_block, folder=folder), batch_size=None, batch_format="pandas", num_cpus=TASK_CPUS
         )

@@ -17,8 +17,9 @@ from tbpo_ray.data.prepare import find_sources
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError, RunFailed
 from tbpo_ray.models.load import check_same_tokenizer, resolve_model
+from tbpo_ray.placement import gather
 from tbpo_ray.progress import say
-from tbpo_ray.storage import cache_dir, file_lock, run_dir, write_atomic
+from tbpo_ray.storage import cache_dir, file_lock, run_dir, shared_folders, write_atomic
 from tbpo_ray.tracking import RUN_NOTE, Tracker, noted_run
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
@@ -118,6 +119,7 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
                 extra=extra,
                 extra_eval=extra_eval,
             )
+            _bring_up_workers(config, model)
             result = _fit(config, places, data, tracker)
             export = _export(config, places, tracker, result)
             rows = read_metrics(folder)
@@ -165,10 +167,11 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
     trainer = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"config": to_tree(config), "places": asdict(places)},
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=tuple(workers) if isinstance(workers, list) else workers,  # type: ignore[arg-type]
             use_gpu=config.cluster.gpus,
             resources_per_worker=config.cluster.worker_resources,
+            label_selector=config.cluster.labels.train or None,
         ),
         run_config=RunConfig(
             name=checkpoints.name,
@@ -199,6 +202,20 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
     return value
 
 
+def _bring_up_workers(config: Config, model: str) -> None:
+    """Wait until the whole gang has a place; the fewest workers of a range."""
+    workers = config.cluster.num_workers
+    gather(
+        config,
+        f"training {config.run.name}",
+        config.cluster.worker_resources,
+        workers[0] if isinstance(workers, list) else workers,
+        labels=config.cluster.labels.train,
+        folders=shared_folders(config),
+        files={"model.name_or_path": model} if Path(model).is_absolute() else {},
+    )
+
+
 class _StartStep:
     """Step of the newest whole checkpoint; asked at every start of the worker group."""
 
@@ -223,7 +240,10 @@ def _export(config: Config, places: Places, tracker: Tracker, result: dict[str, 
         "pairs seen": result["pairs_seen"],
         "MLflow run": tracker.run_id,
     }
-    task = ray.remote(num_cpus=config.cluster.worker_resources.get("CPU", 1.0))(export_checkpoint)
+    task = ray.remote(
+        num_cpus=config.cluster.worker_resources.get("CPU", 1.0),
+        label_selector=config.cluster.labels.prepare,
+    )(export_checkpoint)
     try:
         return Path(ray.get(task.remote(to_tree(config), asdict(places), card)))
     except ray.exceptions.RayError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tbpo_ray.config import Config
-from tbpo_ray.configuration import flatten, to_tree
+from tbpo_ray.configuration import flatten, to_yaml
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import build_objective
@@ -84,7 +84,7 @@ def refuse_changes(config: Config, folder: Path) -> None:
     if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
         return
     old = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-    new = _flat(to_tree(config))
+    new = _flat(yaml.safe_load(to_yaml(config)))
     name = config.objective.name
     unread = (*NO_EFFECT, *(key for key, readers in READ_BY.items() if name not in readers))
     faults = []

@@ -128,11 +128,13 @@ def _compute(
         if config.cluster.gpus
         else {"num_cpus": config.cluster.worker_resources.get("CPU", 1.0)}
     )
+    pools = config.cluster.labels
     rows = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         ReferenceScorer,
         fn_constructor_args=(config.model_dump(mode="json"), model, cut, list(prefix), actors),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+        label_selector=pools.train if config.cluster.gpus else pools.prepare,
         **resources,
     )
     done, total = 0, sum(j["stop"] - j["start"] for j in jobs)

@@ -1,0 +1,159 @@
+"""What a cluster can hold: the nodes that are up, and those that its autoscaler may start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tbpo_ray.errors import InputError
+
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+"""Where `ray up` leaves the cluster file on the head node."""
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "m": 1e-3}
+_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """Nodes of one kind."""
+
+    name: str
+    resources: Mapping[str, float]
+    """Ray resources of one such node."""
+    most: int = 1
+    """How many there can be."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def holds(self, bundle: Mapping[str, float]) -> int:
+        """How many bundles fit onto one node, by every resource that they ask for."""
+        asked = {name: each for name, each in bundle.items() if each > 0}
+        return min(
+            (int(self.resources.get(name, 0.0) / each + 1e-9) for name, each in asked.items()), default=2**31
+        )
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Kinds of nodes, and how many workers of all kinds together there can be."""
+
+    kinds: Sequence[NodeKind]
+    most_nodes: int | None = None
+
+    def fits(self, bundle: Mapping[str, float], labels: Mapping[str, str] | None = None) -> int:
+        """How many bundles fit onto nodes that carry `labels`, none of them split over two nodes."""
+        able = sorted((k.holds(bundle), k.most) for k in self.with_labels(labels))
+        left, fitting = self.most_nodes if self.most_nodes is not None else 2**31, 0
+        for each, most in reversed(able):
+            fitting += each * min(most, left)
+            left -= min(most, left)
+        return min(fitting, 2**31)
+
+    def with_labels(self, labels: Mapping[str, str] | None) -> list[NodeKind]:
+        return [k for k in self.kinds if all(k.labels.get(name) == v for name, v in (labels or {}).items())]
+
+    def has(self, resource: str, labels: Mapping[str, str] | None = None) -> bool:
+        return any(k.most > 0 and k.resources.get(resource, 0) > 0 for k in self.with_labels(labels))
+
+    def sentence(self, names: Iterable[str]) -> str:
+        """The nodes in words, with the resources `names`: `4 x gpu-train (8 GPU, 96 CPU)`."""
+        words = [
+            f"{kind.most} x {kind.name} ({', '.join(f'{kind.resources.get(n, 0):g} {n}' for n in names)})"
+            for kind in self.kinds
+            if kind.most
+        ]
+        limit = "" if self.most_nodes is None else f", at most {self.most_nodes} of them together"
+        return (", ".join(words) or "no node") + limit
+
+
+def present() -> Capacity:
+    """The nodes that are up."""
+    import ray
+
+    return Capacity(
+        [
+            NodeKind(str(node["NodeManagerHostname"]), node["Resources"], 1, node.get("Labels") or {})
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+    )
+
+
+def possible(node_types: str | None = None) -> Capacity | None:
+    """What the autoscaler may start; None where nothing says so.
+
+    Args:
+        node_types: file with the node types; by default the one that `ray up` left on this node.
+
+    Raises:
+        InputError: `node_types` is missing, or describes no cluster.
+    """
+    if node_types is None:
+        file = Path(BOOTSTRAP).expanduser()
+        return read_cluster_file(file) if file.is_file() else None
+    return read_cluster_file(node_types)
+
+
+def read_cluster_file(path: str | Path) -> Capacity:
+    """The node types of a Ray cluster file, or of a KubeRay RayCluster or RayJob.
+
+    Raises:
+        InputError: no such file, or no cluster in it.
+    """
+    key = f"cluster.node_types={path}"
+    try:
+        documents = [d for d in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if d]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{key}: cannot be read ({str(error).splitlines()[0]})") from error
+    for document in documents:
+        if not isinstance(document, dict):
+            continue
+        if "available_node_types" in document:
+            return _ray_cluster(document)
+        spec: dict[str, Any] = document.get("spec") or {}
+        spec = spec.get("rayClusterSpec") or spec
+        if "workerGroupSpecs" in spec:
+            return _kuberay(spec)
+    raise InputError(
+        f"{key}: neither a Ray cluster file (available_node_types) nor a KubeRay manifest (workerGroupSpecs)"
+    )
+
+
+def _ray_cluster(tree: Mapping[str, Any]) -> Capacity:
+    limit = tree.get("max_workers")
+    kinds = []
+    for name, kind in tree["available_node_types"].items():
+        head = name == tree.get("head_node_type")
+        most = 1 if head else kind.get("max_workers", limit or 0)
+        kinds.append(NodeKind(name, kind.get("resources") or {}, most, kind.get("labels") or {}))
+    return Capacity(kinds, None if limit is None else limit + 1)
+
+
+def _kuberay(spec: Mapping[str, Any]) -> Capacity:
+    """Groups of a KubeRay cluster. `rayStartParams` win over the container's limits, as in KubeRay."""
+    kinds = []
+    for group in (spec.get("headGroupSpec") or {}, *spec["workerGroupSpecs"]):
+        container = group["template"]["spec"]["containers"][0]
+        limits = {**container.get("resources", {}).get("requests", {})}
+        limits |= container.get("resources", {}).get("limits", {})
+        start = group.get("rayStartParams") or {}
+        resources = {
+            "CPU": float(start.get("num-cpus", math.ceil(quantity(limits.get("cpu", 0))))),
+            "GPU": float(start.get("num-gpus", quantity(limits.get("nvidia.com/gpu", 0)))),
+            "memory": float(start.get("memory", quantity(limits.get("memory", 0)))),
+        }
+        most = group.get("maxReplicas", 0) if "groupName" in group else 1
+        name = group.get("groupName", "head")
+        kinds.append(NodeKind(name, resources, most, group.get("labels") or {}))
+    return Capacity(kinds)
+
+
+def quantity(value: str | int | float) -> float:
+    """A Kubernetes quantity (`500m`, `64Gi`, `8`) as a number."""
+    text = str(value).strip()
+    digits = text.rstrip("".join(set("".join(_UNITS))))
+    return float(digits) * _UNITS[text[len(digits) :]]
