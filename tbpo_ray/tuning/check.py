@@ -86,8 +86,8 @@ def check_metrics(config: Config, probes: Sequence[Config]) -> None:
                 faults.append(f"tune.metric={metric}: no evaluation measures it; one of {known}")
             elif metric == tune.metrics[0] and tune.scheduler != "none":
                 faults.append(
-                    f"tune.metric={metric}: known at the end only, and tune.scheduler={tune.scheduler} judges "
-                    "trials in the middle; put a logged metric first, or use tune.scheduler=none"
+                    f"tune.metric={metric}: known at the end only, and tune.scheduler={tune.scheduler} "
+                    "judges trials in the middle; put a logged metric first, or use tune.scheduler=none"
                 )
         elif metric not in logged:
             some = metric in set.union(*each)

@@ -1,4 +1,4 @@
-"""What mattered: how much of the differences between trials goes with each parameter, and how much is noise."""
+"""What mattered: how much of the differences between trials goes with each parameter beyond chance."""
 
 from __future__ import annotations
 

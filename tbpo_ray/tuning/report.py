@@ -79,11 +79,15 @@ def describe(
     seeds = f", {tune.repeats} seeds each" if tune.repeats > 1 else ""
     values_of_best = ", ".join(f"{key} = {shown(value)}" for key, value in best.params.items())
     head, rows = table(config, space, trials)
+    when = f"at step {step}" if step else "at the end"
+    seconds, work = sum(t.seconds for t in trials), sum(t.seconds * t.workers for t in trials)
+    facts = ledger.facts
     confirmation = ledger.facts.get("confirmation")
     return {
         "title": f"Search: {config.run.name}",
         "subtitle": (
-            f"{len(trials)} trials ({counts}){seeds}, proposals by {tune.algorithm}, scheduler {tune.scheduler}; "
+            f"{len(trials)} trials ({counts}){seeds}, proposals by {tune.algorithm}, "
+            f"scheduler {tune.scheduler}; "
             + ", ".join(f"{m} ({d})" for m, d in zip(tune.metrics, tune.modes, strict=True))
         ),
         "best": f"Best: {best.name}, {metric} {_with_interval(best, metric)}, with {values_of_best}",
@@ -94,13 +98,13 @@ def describe(
         if ranked
         else "",
         "bars_caption": (
-            f"Share of the variance of {metric} {f'at step {step}' if step else 'at the end'} that goes with each "
-            f"parameter ({len(values)} trials; ranges in three parts), less what chance gives. p: how often "
+            f"Share of the variance of {metric} {when} that goes with each parameter ({len(values)} "
+            "trials; ranges in three parts), less what chance gives. p: how often "
             "shuffled values do as well. A conditional parameter is judged where it was in force."
         ),
         "parallel": _parallel(space, trials, values, best, metric),
         "parallel_caption": (
-            f"Each line is a trial, its {metric} {f'at step {step}' if step else 'at the end'} on the right; "
+            f"Each line is a trial, its {metric} {when} on the right; "
             "dashed: stopped early. Blue: the best. A line skips parameters that were not in force."
         ),
         "charts": _charts(config, trials, front, folder),
@@ -109,10 +113,10 @@ def describe(
         ],
         "head": head,
         "cost": (
-            f"Cost: wall seconds with start-up; worker seconds are these times the training workers of a trial. "
-            f"All trials: {sum(t.seconds for t in trials):.0f} s, {sum(t.seconds * t.workers for t in trials):.0f} "
-            f"worker seconds; the search took {ledger.facts.get('search_seconds', 0):.0f} s. Reference scores were "
-            f"computed {ledger.facts.get('reference_scorings', 0)} times for this study (once for each set of pairs)."
+            "Cost: wall seconds with start-up; worker seconds are these times a trial's workers. "
+            f"All trials: {seconds:.0f} s, {work:.0f} worker seconds; the search took "
+            f"{facts.get('search_seconds', 0):.0f} s. Reference scores were computed for "
+            f"{facts.get('reference_scorings', 0)} set(s) of pairs, each once for all trials."
         ),
         "faults": [f"{t.name} failed: {t.reason}" for t in trials if t.reason],
     }

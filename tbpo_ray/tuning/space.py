@@ -150,6 +150,8 @@ class Space:
                         f"space: {fault}" if fault.startswith(p.key) else f"space, {p.key}={value!r}: {fault}"
                         for fault in error.faults
                     ]
+                    if p.kind in RANGES:
+                        break
         if faults:
             raise InputError(*dict.fromkeys(faults))
 

@@ -36,6 +36,12 @@ from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.trial import EVALUATION, KEEP_ALL, Setup, measured, run_trial, trial_config
 
 LEDGER = "study.json"
+QUIET_TUNE = (
+    "TUNE_DISABLE_SIGINT_HANDLER",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
+)
+"""Ctrl-C ends the job as any other; a trial's last report has no step; Tune's own logs are nobody's."""
 NEW_SEEDS = 1000
 """Seeds of the confirmation start so far above `run.seed`."""
 
@@ -209,7 +215,7 @@ class _Study:
             ray_tune.with_parameters(run_trial, setup=asdict(setup)),
             ray_tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}]),
         )
-        os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
+        os.environ |= dict.fromkeys(QUIET_TUNE, "1")
         scratch = self.folder / ".tune"
         shutil.rmtree(scratch, ignore_errors=True)
         tuner = ray_tune.Tuner(
@@ -300,8 +306,9 @@ class _Study:
         verdict = "beats" if gain > 0 else "does not beat"
         sure = "" if gain <= 0 or (math.isfinite(low) and low > 0) else "; not told apart from noise"
         return (
-            f"With {count} new seed(s) the best configuration {verdict} the one without the search in {metric}: "
-            f"{sum(found) / count:.4f} against {sum(default) / count:.4f}, a gain of {gain:+.4f}{bounds}{sure}."
+            f"With {count} new seed(s) the best configuration {verdict} the one without the search in "
+            f"{metric}: {sum(found) / count:.4f} against {sum(default) / count:.4f}, a gain of "
+            f"{gain:+.4f}{bounds}{sure}."
         )
 
     def _leave(self, start: Config, best: Trial, front: list[Trial], note: str) -> None:

@@ -150,7 +150,7 @@ class _Trial:
         return {"state": "finished", "repeats": values}
 
     def _settle_generation(self, marker: Marker | None) -> str:
-        """Find the newest generation, or begin one from another trial's checkpoint. Returns the run's name."""
+        """Find the newest generation, or begin one from a donor's checkpoint. Returns the run's name."""
         origins = sorted(self.folder.glob(f"{self.name}-x*/{ORIGIN}"), key=lambda f: f.stat().st_mtime_ns)
         self.lineage = [json.loads(file.read_text(encoding="utf-8")) for file in origins]
         self.generation = len(self.lineage)
