@@ -9,7 +9,7 @@ from html import escape
 from tbpo_ray.evaluation.charts import SERIES, number
 
 ROW, NAME, BAR, TAIL = 24, 150, 140, 70
-AXIS, TALL, TOP, BOTTOM, SIDE = 108, 250, 34, 24, 54
+AXIS, TALL, TOP, BOTTOM, SIDE = 108, 250, 34, 24, 72
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def parallel(axes: Sequence[tuple[str, str, str]], paths: Sequence[Path]) -> str
             f'<text x="{x(axis) + 4}" y="{floor + 12}" text-anchor="middle">{escape(low[:16])}</text>'
             f'<text x="{x(axis) + 4}" y="{TOP + 9}" text-anchor="start">{escape(high[:16])}</text>'
         )
+    room = f"min-width:{width}px;max-width:{1.4 * width:.0f}px"
     return (
-        f'<svg viewBox="0 0 {width} {TALL}" style="min-width:{width}px" role="img" '
+        f'<svg viewBox="0 0 {width} {TALL}" style="{room}" role="img" '
         f'aria-label="parallel coordinates">{"".join(parts)}</svg>'
     )
 

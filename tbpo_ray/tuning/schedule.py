@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,11 @@ class Recorder(Callback):
 
     def setup(self, *args: Any, **info: Any) -> None:
         self.before = {trial.number: trial.seconds for trial in self.ledger.trials}
+        self.began, self.spent = time.monotonic(), float(self.ledger.facts.get("search_seconds", 0.0))
+
+    def save(self) -> None:
+        self.ledger.facts["search_seconds"] = self.spent + time.monotonic() - self.began
+        self.ledger.save()
 
     def trial_of(self, trial: Any) -> Trial:
         if self.slots is None:
@@ -125,7 +131,7 @@ class Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         own = self.trial_of(trial)
         own.state, own.workers = "running", self.workers
-        self.ledger.save()
+        self.save()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -147,7 +153,7 @@ class Recorder(Callback):
             own.step, own.values = int(result[STEP]), result["row"]
             own.reports = [r for r in own.reports if r[STEP] < own.step]
             own.reports.append({STEP: own.step, OBJECTIVE: result[OBJECTIVE], **result["row"]})
-        self.ledger.save()
+        self.save()
         if own.ended:
             self._say(own)
 
@@ -155,14 +161,14 @@ class Recorder(Callback):
         own = self.trial_of(trial)
         if not own.ended:
             own.state = "stopped"
-            self.ledger.save()
+            self.save()
             self._say(own)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         own = self.trial_of(trial)
         own.state = "failed"
         own.reason = str(trial.get_error() or "the trial's process died").strip().splitlines()[-1][:500]
-        self.ledger.save()
+        self.save()
         self._say(own)
 
     def _say(self, trial: Trial) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -116,10 +115,12 @@ class _Study:
         start = fit_to_cluster(start)
         probes = [stage_config(start, params) for params in [{}, *self.space.samples(64, start.run.seed)]]
         at_once = concurrency(start, probes)
-        began, before = time.monotonic(), len(scorings(cache_dir(self.config)))
+        scored = cache_dir(self.config)
+        before = self.ledger.facts.setdefault("scorings_before", len(scorings(scored)))
+        self.ledger.facts.setdefault("search_seconds", 0.0)
+        self.ledger.save()
         start = self._prepare(start, probes)
         self._search(start, at_once)
-        self._count("search_seconds", time.monotonic() - began)
         self._settle(start)
         front = pareto(self.ledger.trials, self.config.tune)
         if not front:
@@ -130,8 +131,8 @@ class _Study:
             )
         best = front[0]
         note = self._confirm(start, best, at_once)
-        self._count("reference_scorings", len(scorings(cache_dir(self.config))) - before)
         self.ledger.facts |= {"note": note, "best": best.number}
+        self.ledger.facts["reference_scorings"] = len(scorings(scored)) - before
         self.ledger.save()
         self._leave(start, best, front, note)
         return StudyResult(self.folder, best, front, note)
@@ -341,8 +342,3 @@ class _Study:
         print((self.folder / "trials.txt").read_text(encoding="utf-8"), end="")
         print(f"\nbest: {best.name}\n{note}")
         print(f"\nreport: {self.folder / 'report.html'}\nMLflow: {self.tracker.url_hint()}")
-
-    def _count(self, name: str, amount: float) -> None:
-        """Add to a quantity that sums over the sessions of a study."""
-        self.ledger.facts[name] = self.ledger.facts.get(name, 0) + amount
-        self.ledger.save()
