@@ -91,7 +91,9 @@ def check_metrics(config: Config, probes: Sequence[Config]) -> None:
                 )
         elif metric not in logged:
             some = metric in set.union(*each)
-            near = difflib.get_close_matches(metric, sorted(logged), n=1, cutoff=0.0)[0]
+            last = metric.rsplit("/", 1)[-1]
+            alike = [name for name in sorted(logged) if last in name] or sorted(logged)
+            near = difflib.get_close_matches(metric, alike, n=1, cutoff=0.0)[0]
             faults.append(
                 f"tune.metric={metric}: {'not every trial logs it' if some else 'nothing logs it'}; the "
                 f"nearest is {near}; logged are {' '.join(sorted(logged))}"

@@ -85,7 +85,7 @@ GRID = {RATE: {"grid": [1.0e-3, 1.0e38, 0.0]}}
 def halved(out, small_model):
     """One trial that finishes, one that fails, one that is stopped."""
     settings = overrides(out, small_model, "halved", tune__algorithm="grid", tune__max_concurrent=2,
-                         tune__confirm=1)  # fmt: skip
+                         tune__repeats=2, tune__confirm=1)  # fmt: skip
     config = load_config(None, settings)
     return config, tune(config, Space.parse(GRID))
 
@@ -98,6 +98,8 @@ def test_trials_end_as_they_should(halved):
     assert 3 <= trials[2].step < 12
     assert trials[0].values["eval/kl/k3"] > 0 == trials[2].values["eval/kl/k3"]
     assert [r["step"] for r in trials[0].reports] == [3, 6, 9]
+    seeds = [row["eval/kl/k3"] for row in trials[0].repeats]
+    assert len(set(seeds)) == 2 and trials[0].values["eval/kl/k3"] == sum(seeds) / 2
     assert result.best.number == 0
     assert all(t.seconds > 0 for t in trials)
 
@@ -125,6 +127,8 @@ def test_the_mlflow_tree_of_a_study(out, halved):
     statuses = {name: run.info.status for name, run in below.items()}
     assert statuses == {"t000": "FINISHED", "t001": "FAILED", "t002": "KILLED"}
     assert below["t002"].data.params[f"sampled.{RATE}"] == "0.0"
+    assert below["t000"].data.metrics["mean/eval/kl/k3"] > 0
+    assert {"mean/eval/kl/k3/low", "mean/eval/kl/k3/high"} <= below["t000"].data.metrics.keys()
     parent = studies[0]
     assert parent.data.params[f"best.{RATE}"] == "0.001"
     assert parent.data.tags["best.trial"] == "t000"
