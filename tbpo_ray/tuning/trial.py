@@ -202,7 +202,12 @@ class _Trial:
         if self.metric not in row:
             return
         self.since = step
-        told = {STEP: step, OBJECTIVE: row[self.metric], "row": _numbers(row), **self.facts()}
+        told = {
+            STEP: step,
+            OBJECTIVE: row[self.metric],
+            "row": _numbers(row | {"total": None}),
+            **self.facts(),
+        }
         if not self.pbt:
             tune.report(told)
             return

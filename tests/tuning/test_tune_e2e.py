@@ -65,13 +65,12 @@ def wait_for(what: Callable[[], bool], seconds: float = 90) -> bool:
 
 
 def leftovers() -> list[str]:
-    """Actors and placement groups that are still there, but for those that Ray keeps one of for itself."""
+    """Actors and placement groups that are still there, but for Ray's own private ones (`_StatsActor` ...)."""
     from ray.util.state import list_actors, list_placement_groups
 
     actors = [a.class_name for a in list_actors(limit=1000) if a.state != "DEAD"]
     groups = [g.placement_group_id for g in list_placement_groups(limit=1000) if g.state != "REMOVED"]
-    own = ("Cleaner", "StatsActor", "Autoscaling")
-    return [name for name in actors if not any(word in name for word in own)] + groups
+    return [name for name in actors if not name.startswith("_")] + groups
 
 
 @pytest.fixture(scope="module")
