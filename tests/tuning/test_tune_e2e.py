@@ -65,7 +65,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 90) -> bool:
 
 
 def leftovers() -> list[str]:
-    """Actors and placement groups that are still there, but for Ray's own private ones (`_StatsActor` ...)."""
+    """Actors and placement groups that are still there, but for Ray's own private ones (`_Stats...`)."""
     from ray.util.state import list_actors, list_placement_groups
 
     actors = [a.class_name for a in list_actors(limit=1000) if a.state != "DEAD"]
