@@ -409,21 +409,45 @@ class EvaluationConfig(Section):
 
 class TuneConfig(Section):
     trials: Count = 12
-    """How many trials."""
+    """How many trials; a larger number extends a study. A grid has at most as many as its points."""
     metric: str | list[str] = "eval/rewards/accuracy"
-    """Logged metric, or several for a Pareto search."""
+    """Logged metric, or several for a Pareto search; `evaluation/...` samples and judges every policy."""
     mode: Literal["max", "min"] | list[Literal["max", "min"]] = "max"
-    """Direction of each metric."""
+    """Direction of each metric; one alone counts for all."""
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
     """How parameters are proposed."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """How trials are stopped early."""
+    """What stops or changes trials in the middle, by the first metric."""
     max_concurrent: Count | None = None
     """Trials at a time; default: as many as the cluster holds."""
     repeats: Count = 1
     """Runs of each trial with other seeds; the metric is their mean."""
     grace_steps: Count | None = None
-    """Steps before a trial may be stopped."""
+    """asha: steps before a trial may be stopped; pbt: steps between exploits; default: a quarter of a run."""
+    reduction_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3
+    """asha: one in so many trials passes a rung."""
+    confirm: Annotated[int, Field(ge=0)] = 2
+    """New seeds with which the best configuration and the one without the search run again; 0: none."""
+
+    @property
+    def metrics(self) -> list[str]:
+        return [self.metric] if isinstance(self.metric, str) else self.metric
+
+    @property
+    def modes(self) -> list[str]:
+        """One direction per metric."""
+        return [self.mode] * len(self.metrics) if isinstance(self.mode, str) else list(self.mode)
+
+    @model_validator(mode="after")
+    def _directions(self) -> Self:
+        if not self.metrics or len(set(self.metrics)) != len(self.metrics):
+            raise ValueError(f"tune.metric={self.metric}: name each metric once, at least one")
+        if len(self.modes) != len(self.metrics):
+            raise ValueError(
+                f"tune.mode={self.mode}: {len(self.modes)} direction(s) for {len(self.metrics)} metric(s); "
+                "give one for each, or one for all"
+            )
+        return self
 
 
 class PromotionConfig(Section):

@@ -29,10 +29,21 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file (an empty file is an empty mapping)."""
+    """The configuration in a YAML file, nested (an empty file is an empty mapping)."""
+    return expand_dotted(read_yaml_mapping(path))
+
+
+def read_yaml_mapping(
+    path: str | Path, *, option: str = "--config", example: str = "jobs/configs/tiny.yaml"
+) -> dict[str, Any]:
+    """The mapping in a YAML file as it is written.
+
+    Raises:
+        InputError: no such file, not YAML, or no mapping.
+    """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"--config {path}: no such file; give a YAML file such as jobs/configs/tiny.yaml")
+        raise InputError(f"{option} {path}: no such file; give a YAML file such as {example}")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -41,8 +52,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a configuration is a mapping of sections, this is a {type(tree).__name__}")
-    return expand_dotted(tree)
+        raise InputError(f"{path}: {option} wants a mapping, this is a {type(tree).__name__}")
+    return tree
 
 
 def overrides_to_tree(overrides: Iterable[str]) -> dict[str, Any]:

@@ -239,6 +239,7 @@ class Tracker:
             columns: column name to type, for the schema.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         schema = {"mlflow_colspec": [{"type": kind, "name": key} for key, kind in columns.items()]}
         dataset = Dataset(
@@ -249,8 +250,14 @@ class Tracker:
             schema=json.dumps(schema) if columns else None,
             profile=json.dumps({"num_rows": rows}),
         )
-        tag = InputTag("mlflow.data.context", context)
-        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+        inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])]
+        try:
+            self._client.log_inputs(self.run_id, datasets=inputs)
+        except MlflowException as error:
+            # Another run of the experiment noted the same dataset in between; now it is there to be found.
+            if "UNIQUE" not in str(error).upper():
+                raise
+            self._client.log_inputs(self.run_id, datasets=inputs)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Store a file, or a whole folder, below `folder` of the run's artifacts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,93 @@ class RunResult:
     already_finished: bool = False
 
 
-def train(config: Config, *, kind: str = "train", parent_run_id: str | None = None) -> RunResult:
+@dataclass(frozen=True)
+class Inputs:
+    """What runs of one configuration read; made once, by content, and shared by all of them."""
+
+    model: str
+    reference: str
+    data: Prepared
+    held_out: Prepared | None
+
+
+def check_run(config: Config) -> str:
+    """Refuse what no run can do, before anything starts. Returns `none`, `cached` or `live`.
+
+    Raises:
+        InputError: naming the key.
+    """
+    mode = reference_mode(config, objective_of(config))
+    uses_shared_prompt(config)
+    best = config.training.best_metric
+    if config.training.keep_best and best.startswith("eval/") and config.data.eval is None:
+        raise InputError(f"training.best_metric={best}: there is no data.eval; give it, or another metric")
+    find_sources(config.data.train, "data.train")
+    if config.data.eval is not None:
+        find_sources(config.data.eval, "data.eval")
+    return mode
+
+
+def resolve_models(config: Config) -> tuple[str, str]:
+    """Policy and reference as transformers loads them.
+
+    Raises:
+        InputError: for a folder that is no model, models that read other tokens, and token weights that no
+            model can give.
+    """
+    cache = cache_dir(config)
+    model = resolve_model(config.model.name_or_path, cache, seed=config.run.seed)
+    reference = model
+    if config.model.reference is not None:
+        reference = resolve_model(config.model.reference, cache, key="model.reference")
+        check_same_tokenizer(model, reference, "model.reference", gguf_file=config.model.gguf_file)
+    check_token_weights(config, objective_of(config))
+    return model, reference
+
+
+def prepare_inputs(config: Config, models: tuple[str, str]) -> Inputs:
+    """Prepared training and held-out pairs. Wants a cluster."""
+    model, reference = models
+    cache = cache_dir(config)
+    data = prepare_role(config, "train", model, cache)
+    held_out = prepare_role(config, "eval", model, cache) if config.data.eval is not None else None
+    return Inputs(model, reference, data, held_out)
+
+
+def score_inputs(config: Config, inputs: Inputs) -> tuple[list[str], list[str]]:
+    """Folders with columns that go beside the training and the held-out pairs: cached reference scores and
+    token weights, where the objective reads them."""
+    from tbpo_ray.training.reference import reference_scores
+
+    objective = objective_of(config)
+    cut = objective.compares_to_shorter and config.training.cut_dead_tail
+    columns: tuple[list[str], list[str]] = ([], [])
+    for prepared, target in zip((inputs.data, inputs.held_out), columns, strict=True):
+        if prepared is None:
+            continue
+        if reference_mode(config, objective) == "cached":
+            cache = cache_dir(config)
+            scores = reference_scores(config, prepared, inputs.reference, cut=cut, cache=cache, progress=say)
+            target.append(str(scores))
+        if objective.needs_weights:
+            target.append(str(token_weights(config, prepared, progress=say)))
+    return columns
+
+
+def train(
+    config: Config,
+    *,
+    kind: str = "train",
+    parent_run_id: str | None = None,
+    export: bool = True,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> RunResult:
     """Prepare, score the reference, train, export; go on with an unfinished run of the same name.
+
+    Args:
+        kind: the MLflow run's kind.
+        export: write `export/`; a run that is finished without it gets it in a later call.
+        on_row: gets every new row of `metrics.jsonl` with the `total` of steps, in a thread of its own.
 
     Raises:
         InputError: bad configuration or input, before any worker starts.
@@ -51,32 +137,19 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
     """
     folder = run_dir(config)
     refuse_changes(config, folder)
-    objective = objective_of(config)
-    mode = reference_mode(config, objective)
-    uses_shared_prompt(config)
-    best = config.training.best_metric
-    if config.training.keep_best and best.startswith("eval/") and config.data.eval is None:
-        raise InputError(f"training.best_metric={best}: there is no data.eval; give it, or another metric")
-    cache = cache_dir(config)
+    objective_of(config)
     _writable(folder)
     with file_lock(folder / ".lock"):
-        finished = _finished(config, folder)
+        finished = _finished(config, folder, export)
         if finished is not None:
             say(f"run {config.run.name} is finished: {folder}")
             return finished
-        find_sources(config.data.train, "data.train")
-        if config.data.eval is not None:
-            find_sources(config.data.eval, "data.eval")
-        model = resolve_model(config.model.name_or_path, cache, seed=config.run.seed)
-        reference = model
-        if config.model.reference is not None:
-            reference = resolve_model(config.model.reference, cache, key="model.reference")
-            check_same_tokenizer(model, reference, "model.reference", gguf_file=config.model.gguf_file)
-        check_token_weights(config, objective)
+        check_run(config)
+        models = resolve_models(config)
         start_ray()
         config = fit_to_cluster(config)
-        data = prepare_role(config, "train", model, cache)
-        held_out = prepare_role(config, "eval", model, cache) if config.data.eval is not None else None
+        inputs = prepare_inputs(config, models)
+        data, held_out = inputs.data, inputs.held_out
         write_atomic(folder / "config.yaml", to_yaml(config))
 
         with Tracker.noted(config, folder / RUN_NOTE, kind=kind, parent_run_id=parent_run_id) as tracker:
@@ -88,48 +161,46 @@ def train(config: Config, *, kind: str = "train", parent_run_id: str | None = No
                     log_prepared(tracker, role, source, prepared, config, folder)
                     bad = f", {prepared.quarantined} in quarantine" if prepared.quarantined else ""
                     say(f"data.{role}: {prepared.records} records, {prepared.pairs} pairs{bad}")
-            cut = objective.compares_to_shorter and config.training.cut_dead_tail
-            extra: list[str] = []
-            extra_eval: list[str] = []
-            if mode == "cached":
-                from tbpo_ray.training.reference import reference_scores
-
-                began = time.monotonic()
-                for prepared, target in ((data, extra), (held_out, extra_eval)):
-                    if prepared is not None:
-                        target.append(
-                            str(
-                                reference_scores(
-                                    config, prepared, reference, cut=cut, cache=cache, progress=say
-                                )
-                            )
-                        )
+            began = time.monotonic()
+            columns, columns_eval = score_inputs(config, inputs)
+            if columns:
                 tracker.log_metrics({"reference_seconds": time.monotonic() - began})
-            if objective.needs_weights:
-                for prepared, target in ((data, extra), (held_out, extra_eval)):
-                    if prepared is not None:
-                        target.append(str(token_weights(config, prepared, progress=say)))
             places = Places(
                 run_dir=str(folder),
                 checkpoints=str(folder / "checkpoints"),
-                model=model,
+                model=inputs.model,
                 prepared=data.path,
                 prepared_eval=held_out.path if held_out else None,
-                reference=reference if config.model.reference is not None else None,
-                extra=extra,
-                extra_eval=extra_eval,
+                reference=inputs.reference if config.model.reference is not None else None,
+                extra=columns,
+                extra_eval=columns_eval,
             )
-            _bring_up_workers(config, model)
-            result = _fit(config, places, data, tracker)
-            export = _export(config, places, tracker, result)
+            _bring_up_workers(config, inputs.model)
+            result = _reached_end(config, places, data) or _fit(config, places, data, tracker, on_row)
+            if export:
+                _export(config, places, tracker, result)
             rows = read_metrics(folder)
             last = rows[-1] if rows else {}
             write_atomic(folder / "DONE", json.dumps({"step": result["step"]}))
             tracker.log_artifact(folder / "metrics.jsonl")
-    return RunResult(folder, export, tracker.run_id, last)
+    return RunResult(folder, folder / "export", tracker.run_id, last)
 
 
-def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> dict[str, Any]:
+def _reached_end(config: Config, places: Places, data: Prepared) -> dict[str, Any] | None:
+    """What the workers returned, where the last step's checkpoint is there already."""
+    state = ckpt.newest(Path(places.checkpoints)).state
+    if not state or state["step"] != make_schedule(config, data.lengths()).steps_total:
+        return None
+    return {"step": state["step"], "pairs_seen": state["pairs_seen"]}
+
+
+def _fit(
+    config: Config,
+    places: Places,
+    data: Prepared,
+    tracker: Tracker,
+    on_row: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
     """Run the workers, following their metrics. Returns what rank 0 returned."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -186,7 +257,7 @@ def _fit(config: Config, places: Places, data: Prepared, tracker: Tracker) -> di
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpus else "gloo"),
         **stream_datasets(stream),
     )
-    with Follower(Path(places.run_dir), tracker, label=config.run.name):
+    with Follower(Path(places.run_dir), tracker, label=config.run.name, on_row=on_row):
         try:
             outcome = trainer.fit()
         except TrainingFailedError as error:
@@ -250,7 +321,7 @@ def _export(config: Config, places: Places, tracker: Tracker, result: dict[str, 
         raise RunFailed(f"run {config.run.name}: export failed: {root_cause(error)}") from error
 
 
-def _finished(config: Config, folder: Path) -> RunResult | None:
+def _finished(config: Config, folder: Path, export: bool) -> RunResult | None:
     """The result of a run that has nothing left to do."""
     done = folder / "DONE"
     if not done.is_file():
@@ -262,6 +333,8 @@ def _finished(config: Config, folder: Path) -> RunResult | None:
     if (old["max_steps"], old["epochs"]) != (new.max_steps, new.epochs):
         done.unlink()
         say(f"run {config.run.name} is extended")
+        return None
+    if export and not (folder / "export" / "config.json").is_file():
         return None
     rows = read_metrics(folder)
     return RunResult(folder, folder / "export", noted_run(folder / RUN_NOTE), rows[-1] if rows else {}, True)

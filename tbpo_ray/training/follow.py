@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,9 +38,10 @@ class Follower:
         label: str,
         stream: TextIO | None = None,
         every_seconds: float = 5.0,
+        on_row: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.tracker, self.label, self.stream = tracker, label, stream or sys.stderr
-        self.every_seconds = every_seconds
+        self.every_seconds, self.on_row = every_seconds, on_row
         self.metrics = _Tail(run_dir / "metrics.jsonl")
         self.timings = _Tail(run_dir / "timings.jsonl")
         self.events = _Tail(run_dir / "events.log")
@@ -94,6 +96,8 @@ class Follower:
             self.done = step
             self.first_step = step if self.first_step is None else self.first_step
             self.last_row = row | timing
+            if self.on_row is not None:
+                self.on_row(row | {k: timing[k] for k in ("total",) if k in timing})
 
     def _validation(self, row: dict[str, Any]) -> None:
         numbers = {k: v for k, v in row.items() if k != "step"}

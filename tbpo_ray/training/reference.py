@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tbpo_ray.storage import file_lock, write_atomic
 VERSION = 1
 PART_PAIRS = 512
 MANIFEST = "manifest.json"
+SCORINGS = "scorings.jsonl"
 
 
 def model_digest(path: str) -> str:
@@ -87,13 +89,23 @@ def reference_scores(
             progress(f"reference scores: {prepared.pairs} pairs from the cache")
             return folder
         folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
         _compute(config, prepared, model, cut, prefix, folder, progress)
         for file, pairs in prepared.shards:
             _assemble(folder, file, pairs)
         write_atomic(folder / MANIFEST, json.dumps(identity, indent=1))
         for part in folder.glob("scored-*"):
             part.unlink()
+        scoring = {"folder": folder.name, "pairs": prepared.pairs, "seconds": time.monotonic() - began}
+        with (cache / SCORINGS).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(scoring) + "\n")
     return folder
+
+
+def scorings(cache: Path) -> list[dict[str, Any]]:
+    """Every time that reference scores were computed into this cache: `folder`, `pairs`, `seconds`."""
+    file = cache / SCORINGS
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 def _compute(

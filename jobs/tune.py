@@ -1,0 +1,38 @@
+"""Search over divergence, baseline or any other key: `--space tune_spaces/joint.yaml tune.trials=12`."""
+
+import argparse
+import sys
+
+from tbpo_ray.cli import run_job
+from tbpo_ray.config import Config
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--space", required=True, metavar="SPACE.yaml", help="what may vary, and how")
+
+
+def prepare(config: Config, arguments: argparse.Namespace) -> Config:
+    from tbpo_ray.tuning.space import Space
+    from tbpo_ray.tuning.study import check_study
+
+    check_study(config, Space.load(arguments.space))
+    return config
+
+
+def work(config: Config, arguments: argparse.Namespace) -> None:
+    from tbpo_ray.tuning.space import Space
+    from tbpo_ray.tuning.study import tune
+
+    tune(config, Space.load(arguments.space))
+
+
+def plan(config: Config) -> str:
+    from tbpo_ray.training.estimate import plan_text
+
+    settings = config.tune
+    text = f"\n# search: {settings.trials} trials x {settings.repeats} seed(s), {settings.algorithm}, "
+    return text + f"{settings.scheduler}; each trial at most" + plan_text(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(work, description=__doc__, options=options, prepare=prepare, plan=plan))

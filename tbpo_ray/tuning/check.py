@@ -1,0 +1,165 @@
+"""What can be refused before a study starts anything."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tbpo_ray.cluster import capacities
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import flatten, stage_config, to_tree
+from tbpo_ray.errors import InputError
+from tbpo_ray.placement import in_words
+from tbpo_ray.tuning.space import Space
+from tbpo_ray.tuning.trial import EVALUATION
+
+PROBES = 64
+"""Proposals tried against the configuration before a study starts."""
+EVERY_ROW = ("loss", "grad_norm", "learning_rate", "epoch", "pairs_seen")
+OF_EVALUATION = (
+    "exact_match", "score", "win_rate", "lc_win_rate", "distinct_1", "distinct_2", "self_bleu",
+    "predictive_entropy", "kl_k1", "length_tokens", "truncated",
+)  # fmt: skip
+MAY_CHANGE = (
+    "run.output_dir", "tracking.", "cluster.", "compare.", "sft", "runs", "tune.trials",
+    "tune.max_concurrent", "tune.confirm", "data.cache_dir",
+)  # fmt: skip
+"""Keys (or beginnings of keys) that may be otherwise when a study goes on."""
+
+
+def trial_probes(config: Config, space: Space) -> list[Config]:
+    """Configurations that stand for the study's trials: without the search, and with proposals at random.
+
+    Raises:
+        InputError: values of the space that do not go together, or that no run can do.
+    """
+    from tbpo_ray.training.driver import check_run
+
+    configs: list[Config] = []
+    faults: list[str] = []
+    for params in [{}, *space.samples(PROBES, config.run.seed)]:
+        try:
+            probe = stage_config(config, params)
+            check_run(probe)
+            configs.append(probe)
+        except InputError as error:
+            shown = ", ".join(f"{k}={v}" for k, v in params.items())
+            faults += [f"{'space: a trial with ' + shown + ': ' if shown else ''}{f}" for f in error.faults]
+    if faults:
+        raise InputError(*list(dict.fromkeys(faults))[:5])
+    return configs
+
+
+def logged_metrics(config: Config) -> set[str]:
+    """Names of the metrics that a run of this configuration logs, as an objective shows on two tokens."""
+    import torch
+
+    from tbpo_ray.objectives import TokenScores
+    from tbpo_ray.training.build import objective_of
+
+    objective = objective_of(config)
+    zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    sides = {f"{side}_{part}": zeros for side in ("chosen", "rejected") for part in
+             ("logps", "ref_logps", "baseline")}  # fmt: skip
+    names = set(objective(TokenScores(**sides, chosen_mask=mask, rejected_mask=mask)).metrics)
+    if objective.needs_kl:
+        names |= {"entropy", "kl/exact"}
+    held_out = {f"eval/{name}" for name in {*names, "loss"}} if config.data.eval is not None else set()
+    return names | set(EVERY_ROW) | held_out
+
+
+def check_metrics(config: Config, probes: Sequence[Config]) -> None:
+    """Refuse a metric that some trial would not log.
+
+    Raises:
+        InputError: naming it, and those that are logged.
+    """
+    tune = config.tune
+    variants = {(p.objective.name, p.objective.baseline_kind): p for p in probes}
+    each = [logged_metrics(probe) for probe in variants.values()]
+    logged = set.intersection(*each)
+    faults = []
+    for metric in tune.metrics:
+        if metric.startswith(EVALUATION):
+            if metric.removeprefix(EVALUATION) not in OF_EVALUATION:
+                known = " ".join(EVALUATION + name for name in OF_EVALUATION)
+                faults.append(f"tune.metric={metric}: no evaluation measures it; one of {known}")
+            elif metric == tune.metrics[0] and tune.scheduler != "none":
+                faults.append(
+                    f"tune.metric={metric}: known at the end only, and tune.scheduler={tune.scheduler} "
+                    "judges trials in the middle; put a logged metric first, or use tune.scheduler=none"
+                )
+        elif metric not in logged:
+            some = metric in set.union(*each)
+            last = metric.rsplit("/", 1)[-1]
+            alike = [name for name in sorted(logged) if last in name] or sorted(logged)
+            near = difflib.get_close_matches(metric, alike, n=1, cutoff=0.0)[0]
+            faults.append(
+                f"tune.metric={metric}: {'not every trial logs it' if some else 'nothing logs it'}; the "
+                f"nearest is {near}; logged are {' '.join(sorted(logged))}"
+            )
+    if any(metric.startswith(EVALUATION) for metric in tune.metrics) and not faults:
+        from tbpo_ray.evaluation.evaluate import check_evaluation
+
+        model = config.model.name_or_path
+        check_evaluation(config, {"start": model, "trial": model})
+    if tune.scheduler == "pbt" and tune.repeats > 1:
+        faults.append(f"tune.repeats={tune.repeats}: tune.scheduler=pbt trains each trial once; use 1")
+    if faults:
+        raise InputError(*faults)
+
+
+def concurrency(config: Config, probes: Sequence[Config]) -> int:
+    """How many trials the cluster holds at once, by the largest trial.
+
+    Raises:
+        InputError: with the arithmetic, where `tune.max_concurrent` asks for more.
+    """
+    sizes, labels = capacities(config), config.cluster.labels.train
+    rooms: dict[int, str] = {}
+    for probe in probes:
+        workers, bundle = probe.cluster.max_workers, probe.cluster.worker_resources
+        held = max(size.fits(bundle, labels) for size in sizes)
+        rooms[held // workers] = (
+            f"{sizes[-1].sentence(bundle)} hold {held} x ({in_words(bundle)}), a trial takes {workers} of them"
+        )
+    fits = min(rooms, default=config.tune.trials)
+    asked = config.tune.max_concurrent
+    if fits < 1 or (asked is not None and asked > fits):
+        what = f"tune.max_concurrent={asked}" if fits else f"cluster.num_workers={config.cluster.num_workers}"
+        raise InputError(
+            f"{what}: the cluster holds {fits} trial(s) at a time ({rooms[fits]}); lower it, "
+            "cluster.num_workers or cluster.resources_per_worker, or add nodes"
+        )
+    return min(asked or fits, config.tune.trials)
+
+
+def refuse_other_study(name: str, facts: Mapping[str, Any], config: Config, space: Space) -> None:
+    """Compare with what a study was started with.
+
+    Raises:
+        InputError: one sentence for each change that would alter its result.
+    """
+    if not facts:
+        return
+    old, new = flatten(facts["config"]), flatten(to_tree(config))
+    faults = [
+        f"{key}={new.get(key)!r}: study {name} was started with {old.get(key)!r}; use another run.name"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(_under(key, beginning) for beginning in MAY_CHANGE)
+    ]
+    if facts["space"] != space.source:
+        keys = [k for k in {**facts["space"], **space.source} if facts["space"].get(k) != space.source.get(k)]
+        faults.append(f"--space: {keys[0]} differs from study {name}'s own; use another run.name")
+    if config.tune.trials < old["tune.trials"]:
+        faults.append(
+            f"tune.trials={config.tune.trials}: study {name} was started with {old['tune.trials']}; only a "
+            "larger number extends a study"
+        )
+    if faults:
+        raise InputError(*faults)
+
+
+def _under(key: str, beginning: str) -> bool:
+    return key == beginning or key.startswith(beginning if beginning.endswith(".") else f"{beginning}.")

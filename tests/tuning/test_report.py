@@ -1,0 +1,119 @@
+"""The report: from a study's ledger to a page, tables, and what is said about what mattered."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import xml.etree.ElementTree as ET
+from types import SimpleNamespace
+
+import pytest
+
+from tbpo_ray.configuration import load_config
+from tbpo_ray.tuning.insight import compared, importances
+from tbpo_ray.tuning.ledger import Ledger, Trial, pareto
+from tbpo_ray.tuning.report import write_report
+from tbpo_ray.tuning.space import Space
+
+GENERATOR, LAM, BETA = "objective.bregman.generator", "objective.bregman.lam", "objective.beta"
+SPACE = Space.parse(
+    {
+        GENERATOR: {"choice": ["logistic", "<sba>"]},
+        LAM: {"uniform": [-0.5, 1.0], "when": {GENERATOR: "<sba>"}},
+        BETA: {"loguniform": [0.01, 1.0]},
+        "objective.state_baseline.clip": {"choice": [None, 2.0]},
+    }
+)
+METRIC, KL = "eval/rewards/accuracy", "eval/kl/k3"
+
+
+def trials(count: int) -> list[Trial]:
+    """The generator decides the metric, the rest is noise; every third trial is stopped at step 30."""
+    rng = random.Random(1)
+    out = []
+    for number, params in enumerate(SPACE.samples(count, 0)):
+        score = 0.5 + 0.2 * (params[GENERATOR] == "<sba>") + 0.02 * rng.random()
+        row = {METRIC: score, KL: rng.random()}
+        stopped = number % 3 == 2
+        # A stopped trial would look worse by its last value alone; at step 30 it is compared fairly.
+        last = row if stopped else {METRIC: score + 0.3, KL: row[KL]}
+        out.append(
+            Trial(number, params, "stopped" if stopped else "finished", [{"step": 30, **row}], last,
+                  repeats=[] if stopped else [last, last], step=30 if stopped else 120,
+                  seconds=10.0, workers=2)
+        )  # fmt: skip
+    return out
+
+
+def test_importance_finds_what_mattered_and_calls_noise_noise():
+    study = trials(24)
+    step, values = compared(study, METRIC)
+    assert (step, len(values)) == (30, 24)
+    ranked = importances(SPACE, study, values)
+    assert ranked[0].key == GENERATOR
+    assert ranked[0].share > 0.8 and ranked[0].chance < 0.01
+    assert all(item.share < 0.4 for item in ranked[1:])
+    in_force = sum(LAM in t.params for t in study)
+    assert {item.key: item.trials for item in ranked}[LAM] == in_force < 24
+
+
+def test_too_few_trials_say_nothing():
+    study = trials(4)
+    assert importances(SPACE, study, compared(study, METRIC)[1]) == []
+
+
+@pytest.fixture
+def written(tmp_path):
+    config = load_config(None, ["run.name=demo", "tune.repeats=2", f"tune.metric=[{METRIC}, {KL}]",
+                                "tune.mode=[max, min]"])  # fmt: skip
+    study = trials(12)
+    study.append(Trial(12, SPACE.samples(1, 5)[0], "failed", reason="the <loss> is NaN"))
+    for t in study[:3]:
+        run = tmp_path / "trials" / t.name
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": s, METRIC: s / 200, KL: s / 300}) + "\n" for s in (30, 60, 120))
+        )
+    ledger = Ledger(tmp_path / "study.json", {"search_seconds": 60.0, "reference_scorings": 2}, study)
+    tracker = SimpleNamespace(url_hint=lambda: "mlflow ui")
+    front = pareto(study, config.tune)
+    write_report(config, SPACE, ledger, front, "It held up.", tmp_path, tracker)  # type: ignore[arg-type]
+    return tmp_path, study, front
+
+
+def test_the_page_is_whole_and_needs_nothing_else(written):
+    folder, _, front = written
+    page = (folder / "report.html").read_text()
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.S):
+        ET.fromstring(svg)
+    charts = re.findall(r'aria-label="([^"]+)"', page)
+    assert charts[:3] == ["parameter importance", "parallel coordinates", f"{METRIC} against {KL}"]
+    assert f"{METRIC} over step" in charts and f"{KL} over step" in charts
+    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    assert not re.search(r"(src|href)=.?(http|//)|@import|url\(|<script", page)
+    assert "<sba>" not in page and "&lt;sba&gt;" in page
+    assert "t012 failed: the &lt;loss&gt; is NaN" in page
+    assert len(front) > 1 and "No trial beats another of these" in page
+    assert "It held up." in page
+
+
+def test_the_tables_hold_every_trial_and_its_cost(written):
+    folder, study, _ = written
+    rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
+    assert [row["trial"] for row in rows] == [t.name for t in study]
+    assert (rows[0]["seconds"], rows[0]["worker seconds"], rows[0]["step"]) == ("10.0", "20.0", "120")
+    assert rows[0][GENERATOR] == study[0].params[GENERATOR]
+    kept = json.loads((folder / "trials.json").read_text())
+    assert [item["params"] for item in kept] == [t.params for t in study]
+    assert (folder / "trials.txt").read_text().count("\n") == 14
+
+
+def test_the_stopped_trial_s_line_ends_where_it_was_stopped(written):
+    folder, _, _ = written
+    page = (folder / "report.html").read_text()
+    chart = next(s for s in re.findall(r"<svg.*?</svg>", page, flags=re.S) if f'"{METRIC} over step"' in s)
+    paths = {re.search("<title>(t\\d+)", p).group(1): p for p in re.findall(r"<path.*?</path>", chart)}  # type: ignore[union-attr]
+    assert paths["t000"].count("L") == 2
+    assert paths["t002"].count("L") == 0
