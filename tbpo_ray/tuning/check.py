@@ -122,7 +122,7 @@ def concurrency(config: Config, probes: Sequence[Config]) -> int:
         workers, bundle = probe.cluster.max_workers, probe.cluster.worker_resources
         held = max(size.fits(bundle, labels) for size in sizes)
         rooms[held // workers] = (
-            f"{sizes[-1].sentence(bundle)} hold {held} x ({in_words(bundle)}), a trial takes {workers} of them"
+            f"{sizes[-1].sentence(bundle)} hold {held} x ({in_words(bundle)}), a trial takes {workers}"
         )
     fits = min(rooms, default=config.tune.trials)
     asked = config.tune.max_concurrent
