@@ -21,7 +21,7 @@ def engines_left():
     return _engines_left
 
 
-def _engines_left(seconds: float = 60) -> list[str]:
+def _engines_left(seconds: float = 120) -> list[str]:
     import psutil
     import ray
 

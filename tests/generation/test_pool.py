@@ -104,7 +104,6 @@ def test_a_fraction_of_a_cpu_is_enough_and_an_adapter_is_served_unmerged(
     assert engines_left() == []
 
 
-@pytest.mark.unsettled
 def test_an_engine_that_cannot_start_fails_clearly_and_leaves_nothing(
     ray_session, engines_left, tiny_model, prompts, tmp_path
 ):
@@ -114,7 +113,6 @@ def test_an_engine_that_cannot_start_fails_clearly_and_leaves_nothing(
     assert engines_left() == []
 
 
-@pytest.mark.unsettled
 def test_tensor_parallelism_needs_no_placement_group(
     ray_session, engines_left, tiny_model, prompts, tmp_path
 ):
