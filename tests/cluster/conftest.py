@@ -162,6 +162,12 @@ class ScalingCluster:
         rows = self.get("/api/v0/nodes?detail=1&limit=1000")["data"]["result"]["result"]
         return [row["node_id"] for row in rows if row["state"] == "ALIVE" and not row["is_head_node"]]
 
+    def wait_until_given_back(self) -> None:
+        until = time.monotonic() + 150
+        while self.workers():
+            assert time.monotonic() < until, "the nodes are not given back"
+            time.sleep(1)
+
     def pull_the_plug(self, node: str) -> None:
         """Kill a worker node as a power cut would: all of its processes at once."""
         for process in self.processes():
