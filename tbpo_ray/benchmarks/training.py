@@ -37,7 +37,7 @@ from tbpo_ray.training.plan import make_schedule
 
 TRL_PYTHON = "TBPO_TRL_PYTHON"
 CASES = ("hh_rlhf", "ultrafeedback", "memory")
-STEPS = {"hh_rlhf": 6, "ultrafeedback": 3}
+STEPS = {"hh_rlhf": 4, "ultrafeedback": 2}
 GOALS: dict[str, dict[str, float]] = {
     "hh_rlhf": {"all off": 5.0, "TRL DPO": 8.0, "our DPO over TRL DPO": 4.0},
     "ultrafeedback": {"all off": 2.0, "TRL DPO": 2.5},
