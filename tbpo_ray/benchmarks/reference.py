@@ -29,7 +29,7 @@ from tbpo_ray.benchmarks.turns import (
 from tbpo_ray.config import Config
 
 GOALS = {1: 1.1, 3: 1.25}
-STEPS, QUICK_STEPS = 8, 2
+STEPS, QUICK_STEPS = 6, 2
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
             "cached": partial(run_bare, case, folder / "scores"),
             "live": partial(run_bare, case, training__reference_scores="live"),
         }
-        found = take_turns(ways, 1 if quick else 3)
+        found = take_turns(ways, 1 if quick else 2)
     return {
         "machine": machine(),
         "pairs": len(lengths),
