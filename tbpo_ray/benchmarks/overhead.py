@@ -29,7 +29,7 @@ from tbpo_ray.benchmarks.turns import (
 from tbpo_ray.config import Config
 
 GOAL = 1.05
-PAIRS, QUICK_PAIRS = 96, 32
+PAIRS, QUICK_PAIRS = 64, 32
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:

@@ -38,10 +38,10 @@ class Size:
     """A Llama shape with tied embeddings."""
 
     vocabulary: int = 32_000
-    width: int = 512
+    width: int = 384
     layers: int = 8
-    heads: int = 8
-    intermediate: int = 1408
+    heads: int = 6
+    intermediate: int = 1024
 
 
 MODEL = Size()

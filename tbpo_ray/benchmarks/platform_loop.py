@@ -24,7 +24,7 @@ from tbpo_ray.configuration import stage_config, to_tree
 from tbpo_ray.storage import run_dir
 
 WORKER = "ray::RayTrainWorker"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 
 
 def run_platform(case: Case, name: str, **changes: Any) -> Measured:
@@ -74,8 +74,12 @@ class WorkerClock(threading.Thread):
 
     def between(self, first: int, last: int) -> float:
         """CPU seconds from when `first` steps were logged to when `last` were."""
-        start, end = (next(cpu for rows, cpu in self.seen if rows >= n) for n in (first, last))
-        return end - start
+        at = [[cpu for rows, cpu in self.seen if rows >= n] for n in (first, last)]
+        if not all(at):
+            raise RuntimeError(
+                f"no worker was seen between steps {first} and {last}: {len(self.seen)} readings"
+            )
+        return at[1][0] - at[0][0]
 
 
 def main() -> None:
@@ -101,7 +105,7 @@ def main() -> None:
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()[:1] == [WORKER] or process.name().startswith(WORKER[:15])
+        return "".join(process.cmdline()[:1]).startswith(WORKER)
     except psutil.Error:
         return False
 

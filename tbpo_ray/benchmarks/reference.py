@@ -14,7 +14,7 @@ from typing import Any
 
 from tbpo_ray.benchmarks import pairs as shapes
 from tbpo_ray.benchmarks.bare_loop import run_bare, score_reference
-from tbpo_ray.benchmarks.pairs import build_case, sample_lengths
+from tbpo_ray.benchmarks.pairs import build_case, sample_steps
 from tbpo_ray.benchmarks.turns import (
     Measured,
     against,
@@ -29,7 +29,7 @@ from tbpo_ray.benchmarks.turns import (
 from tbpo_ray.config import Config
 
 GOALS = {1: 1.1, 3: 1.25}
-PAIRS, QUICK_PAIRS = 96, 16
+STEPS, QUICK_STEPS = 6, 2
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         `{"machine", "pairs", "parameters", "ways": {way: rows}, "ratios": {epochs: {"time", "cpu_time":
         {ratio, low, high} of live over cached}}}`.
     """
-    lengths = sample_lengths("hh_rlhf", QUICK_PAIRS if quick else PAIRS)
+    lengths = sample_steps("hh_rlhf", QUICK_STEPS if quick else STEPS)
     with tempfile.TemporaryDirectory(prefix="tbpo-reference-") as name:
         folder = Path(name)
         case = build_case(config, folder, lengths, shapes.TINY if quick else shapes.MODEL)
@@ -51,7 +51,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
             "cached": partial(run_bare, case, folder / "scores"),
             "live": partial(run_bare, case, training__reference_scores="live"),
         }
-        found = take_turns(ways, 1 if quick else 3)
+        found = take_turns(ways, 1 if quick else 2)
     return {
         "machine": machine(),
         "pairs": len(lengths),

@@ -18,7 +18,7 @@ from tbpo_ray.benchmarks.turns import against, machine, machine_line, ratio, spr
 from tbpo_ray.config import Config
 
 GOAL = 1.7
-PAIRS, QUICK_PAIRS, PAIRS_PER_STEP = 160, 64, 32
+PAIRS, QUICK_PAIRS, PAIRS_PER_STEP = 128, 64, 32
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:

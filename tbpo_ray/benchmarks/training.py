@@ -37,9 +37,11 @@ from tbpo_ray.training.plan import make_schedule
 
 TRL_PYTHON = "TBPO_TRL_PYTHON"
 CASES = ("hh_rlhf", "ultrafeedback", "memory")
-STEPS = {"hh_rlhf": 6, "ultrafeedback": 3}
+OURS, OUR_DPO, TRL, TRL_CACHED = "TBPO-A", "our DPO", "TRL DPO", "TRL DPO, precomputed reference"
+OUR_DPO_OVER_TRL = "our DPO over TRL DPO"
+STEPS = {"hh_rlhf": 4, "ultrafeedback": 2}
 GOALS: dict[str, dict[str, float]] = {
-    "hh_rlhf": {"all off": 5.0, "TRL DPO": 8.0, "our DPO over TRL DPO": 4.0},
+    "hh_rlhf": {"all off": 5.0, "TRL DPO": 8.0, OUR_DPO_OVER_TRL: 4.0},
     "ultrafeedback": {"all off": 2.0, "TRL DPO": 2.5},
     "memory": {"TRL DPO": 0.25},
 }
@@ -52,7 +54,6 @@ OFF: dict[str, dict[str, Any]] = {
 }
 """Our path with one part switched off, as arguments of `run_bare`."""
 ALL_OFF: dict[str, Any] = {name: value for off in OFF.values() for name, value in off.items()}
-OURS, OUR_DPO, TRL, TRL_CACHED = "TBPO-A", "our DPO", "TRL DPO", "TRL DPO, precomputed reference"
 
 
 def run(config: Config, *, quick: bool = False, only: str | None = None) -> dict[str, Any]:
@@ -127,18 +128,23 @@ def ratios(found: Mapping[str, list[Measured]]) -> dict[str, dict[str, dict[str,
         if way != OURS
     }
     if TRL in found and OUR_DPO in found:
-        out["our DPO over TRL DPO"] = {
+        out[OUR_DPO_OVER_TRL] = {
             "speed": ratio(found[TRL], found[OUR_DPO], "seconds"),
             "cpu_speed": ratio(found[TRL], found[OUR_DPO], "cpu_seconds"),
             "memory": ratio(found[OUR_DPO], found[TRL], "peak_bytes"),
         }
     if TRL_CACHED in found:
         for epochs in (1, 3):
+            name = f"{TRL_CACHED}, its cost over {epochs} epoch{'s' if epochs > 1 else ''}"
             whole = [
-                {"seconds": epochs * row["seconds"] + row["reference_seconds"]} for row in found[TRL_CACHED]
+                {key: epochs * row[key] + row[f"reference_{key}"] for key in ("seconds", "cpu_seconds")}
+                for row in found[TRL_CACHED]
             ]
-            mine = [{"seconds": epochs * row["seconds"]} for row in ours]
-            out[f"{TRL_CACHED}, its cost over {epochs} epoch(s)"] = {"speed": ratio(whole, mine, "seconds")}
+            mine = [{key: epochs * row[key] for key in ("seconds", "cpu_seconds")} for row in ours]
+            out[name] = {
+                "speed": ratio(whole, mine, "seconds"),
+                "cpu_speed": ratio(whole, mine, "cpu_seconds"),
+            }
     return out
 
 
@@ -175,7 +181,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             cells = ["1", "1", "-"]
             if against_it is not None:
                 key = "memory" if memory else "speed"
-                verdict = against(against_it[key]["ratio"], goals.get(way), at_most=memory)
+                reached = against_it["memory"]["ratio"] if memory else lesser(against_it)
+                verdict = against(reached, goals.get(way), at_most=memory)
                 cells = [spread(against_it[key]), spread(against_it["cpu_speed"]), verdict]
             lines.append(
                 [
@@ -187,9 +194,10 @@ def markdown(result: Mapping[str, Any]) -> str:
             )
         for way, values in case["ratios"].items():
             if way not in case["ways"]:
-                per_cpu = spread(values["cpu_speed"]) if "cpu_speed" in values else "-"
-                verdict = against(values["speed"]["ratio"], None if memory else goals.get(way))
-                lines.append([way, "", spread(values["speed"]), per_cpu, verdict, ""])
+                if memory:
+                    continue
+                verdict = against(lesser(values), goals.get(way))
+                lines.append([way, "", spread(values["speed"]), spread(values["cpu_speed"]), verdict, ""])
         prompt, chosen, rejected = case["mean_lengths"]
         parts.append(
             f"{name}: {case['pairs']} pairs (mean tokens {prompt:.0f} + {chosen:.0f} / {rejected:.0f}), "
@@ -200,6 +208,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     about = {f"TRL's {name}" if name != "trl" else name: number for name, number in (trl or {}).items()}
     missing = "" if trl else f" TRL was not measured: {TRL_PYTHON} names no Python."
     return "\n".join(parts) + "\n" + machine_line(result["machine"], about) + missing + "\n"
+
+
+def lesser(values: Mapping[str, Mapping[str, float]]) -> float:
+    """What counts towards a goal: the lesser of the ratios by the clock and in CPU seconds."""
+    return min(values["speed"]["ratio"], values["cpu_speed"]["ratio"])
 
 
 def _cached(folder: Path, change: Mapping[str, Any]) -> Path | None:
