@@ -62,6 +62,8 @@ class Engine:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        self.loss = 0.0
+        optimizer.watched = lambda: [self.loss]  # type: ignore[attr-defined]
         self.stage = self.engine.zero_optimization_stage()
         self.names = {id(p): n for n, p in module.named_parameters()}
 
@@ -77,10 +79,21 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
-    def step(self, rate: float) -> float:
-        """Clip, check, update. Returns the gradient norm before clipping."""
+    def step(self, rate: float, loss: float = 0.0) -> float:
+        """Clip, check, update. Returns the gradient norm before clipping.
+
+        Args:
+            loss: of this rank's part of the step; the guard looks at it.
+
+        Raises:
+            NonFiniteGradient: with `training.on_nonfinite=stop`, on all ranks, before a weight moves.
+        """
+        self.loss = loss
         set_learning_rate(self.optimizer, rate)
         self.engine.step()
+        # With a gradient norm that is not finite ZeRO leaves out the step by itself, and says nothing.
+        if getattr(self.optimizer, "overflow", False):
+            self.client_optimizer.refuse()  # type: ignore[attr-defined]
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 

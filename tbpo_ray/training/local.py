@@ -36,6 +36,8 @@ def train_local(
     trained = [p for p in parts.scorer.parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, config.training)
     head = HeadOptimizer(parts.head, config.objective.state_baseline.lr) if parts.head is not None else None
+    watched: list[float] = []
+    optimizer.watched = lambda: watched  # type: ignore[attr-defined]
     sums = MetricSums()
     for micro in micro_batches:
         batch = collate_columns(
@@ -46,9 +48,11 @@ def train_local(
         sums.add(loss_sum, metrics, len(micro.pair_ids))
         if micro.index < micro.count - 1:
             continue
+        watched[:] = [sums.loss]
         set_learning_rate(optimizer, learning_rate(micro.step, total, config.training))
         if config.training.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trained, config.training.max_grad_norm)
+            norm = float(torch.nn.utils.clip_grad_norm_(trained, config.training.max_grad_norm))
+            watched.append(norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if head is not None:

@@ -36,6 +36,11 @@ class MetricSums:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.pairs += pairs
 
+    @property
+    def loss(self) -> float:
+        """Sum of the losses so far, on this rank; 0 before the first."""
+        return float(self.sums.get("loss", 0.0))
+
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Means over all pairs of all ranks. Every rank must have seen the same metric names."""
         names = sorted(self.sums)

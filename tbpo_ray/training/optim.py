@@ -19,14 +19,17 @@ class NonFiniteGradient(RuntimeError):
 
 class FiniteGuard:
     """Mixed into a torch optimizer: looks at the gradients (in DeepSpeed: this rank's partition, reduced
-    and clipped) before the step; all ranks agree on what to do."""
+    and clipped) before the step, and at the numbers that `watched` gives, such as the loss. All ranks
+    agree on what to do."""
 
     on_nonfinite = "stop"
+    watched: Callable[[], Iterable[float]] = staticmethod(lambda: ())
     skipped = 0
     param_groups: list[dict[str, Any]]
 
-    def gradients_finite(self) -> bool:
+    def all_finite(self) -> bool:
         bad = torch.zeros(1)
+        bad += sum(not math.isfinite(value) for value in self.watched())
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
@@ -38,12 +41,16 @@ class FiniteGuard:
         return float(bad) == 0.0
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        if not self.gradients_finite():
-            if self.on_nonfinite == "stop":
-                raise NonFiniteGradient("a gradient is NaN or infinite")
-            self.skipped += 1
+        if not self.all_finite():
+            self.refuse()
             return None
         return super().step(closure)  # type: ignore[misc]
+
+    def refuse(self) -> None:
+        """Count a step that is left out, or raise NonFiniteGradient with `on_nonfinite=stop`."""
+        if self.on_nonfinite == "stop":
+            raise NonFiniteGradient("the loss or a gradient is NaN or infinite")
+        self.skipped += 1
 
 
 class GuardedRMSprop(FiniteGuard, torch.optim.RMSprop):

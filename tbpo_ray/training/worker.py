@@ -118,7 +118,7 @@ class Worker:
             real += int((batch.segment >= 0).sum())
         rate = learning_rate(self.step, total, self.config.training)
         skipped = self.engine.skipped
-        norm = self.engine.step(rate)
+        norm = self.engine.step(rate, sums.loss)
         if self.head_optimizer is not None:
             if self.engine.skipped == skipped:
                 self.head_optimizer.step()

@@ -159,3 +159,55 @@ def test_stage_3_sees_a_partitioned_output_layer_and_adapters(tmp_path, kind):
     assert losses_of(tmp_path, 2, 3, kind=kind, load=str(tmp_path / "2"), first=STEPS) == pytest.approx(
         rest, abs=1e-5
     )
+
+
+def _poisoned(rank, world, stage, port, what, on_nonfinite, results):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    from tbpo_ray.configuration import load_config
+    from tbpo_ray.training.engine import Engine
+    from tbpo_ray.training.optim import NonFiniteGradient
+    from tbpo_ray.training.state import copy_fragments
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    settings = [f"training.deepspeed={{stage: {stage}}}", f"training.on_nonfinite={on_nonfinite}"]
+    engine = Engine(torch.nn.Linear(8, 8), load_config(None, settings), torch.device("cpu"))
+    before = copy_fragments(engine)
+    factor = {"nan": float("nan"), "inf": float("inf"), "overflow": 3e38, "loss": 1.0}[what] if rank else 1.0
+    loss = engine(torch.ones(4, 8, dtype=torch.bfloat16)).float().square().sum() * factor
+    engine.backward(loss, last=True)
+    stopped = False
+    try:
+        engine.step(1.0, float("nan") if what == "loss" and rank else 1.0)
+    except NonFiniteGradient:
+        stopped = True
+    after = copy_fragments(engine)
+    moved = any(not torch.equal(after[k], v) for k, v in before.items() if k.endswith("master"))
+    Path(f"{results}-{rank}").write_text(json.dumps([stopped, engine.skipped, moved]), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("stage", "what"), [(1, "nan"), (1, "loss"), (2, "overflow"), (3, "inf")])
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_non_finite_step_of_one_rank_moves_no_weight_on_any(tmp_path, stage, what, on_nonfinite):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = str(tmp_path / "result")
+    arguments = (2, stage, port, what, on_nonfinite, results)
+    ranks = [context.Process(target=_poisoned, args=(r, *arguments)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+    found = [json.loads(Path(f"{results}-{r}").read_text()) for r in range(2)]
+    assert found == [[on_nonfinite == "stop", int(on_nonfinite == "skip"), False]] * 2
