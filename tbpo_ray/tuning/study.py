@@ -80,7 +80,7 @@ def tune(config: Config, space: Space) -> StudyResult:
         InputError: bad configuration, space or input, before any trial starts.
         RunFailed: no trial could be finished; what they reached is kept.
     """
-    check_study(config, space)
+    probes = check_study(config, space)
     folder = run_dir(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,12 +94,16 @@ def tune(config: Config, space: Space) -> StudyResult:
             say(f"study {config.run.name} is finished: {folder}")
             front = pareto(ledger.trials, config.tune)
             return StudyResult(folder, front[0], front, ledger.facts["note"], already_finished=True)
+        start_ray()
+        settled = fit_to_cluster(config)
+        gpus = settled.cluster.use_gpu
+        at_once = concurrency(settled, [stage_config(p, {}, cluster__use_gpu=gpus) for p in probes])
         (folder / "DONE").unlink(missing_ok=True)
         ledger.facts |= {"config": to_tree(config), "space": space.source}
         ledger.save()
         write_atomic(folder / "config.yaml", to_yaml(config))
         with Tracker.noted(config, folder / RUN_NOTE, kind="tune") as tracker:
-            return _Study(config, space, folder, ledger, tracker).run()
+            return _Study(settled, space, folder, ledger, tracker).run(at_once)
 
 
 class _Study:
@@ -109,17 +113,13 @@ class _Study:
         self.trials_dir = folder / "trials"
         self.trials_dir.mkdir(exist_ok=True)
 
-    def run(self) -> StudyResult:
+    def run(self, at_once: int) -> StudyResult:
         start = self._start()
-        start_ray()
-        start = fit_to_cluster(start)
-        probes = [stage_config(start, params) for params in [{}, *self.space.samples(64, start.run.seed)]]
-        at_once = concurrency(start, probes)
         scored = cache_dir(self.config)
         before = self.ledger.facts.setdefault("scorings_before", len(scorings(scored)))
         self.ledger.facts.setdefault("search_seconds", 0.0)
         self.ledger.save()
-        start = self._prepare(start, probes)
+        start = self._prepare(start)
         self._search(start, at_once)
         self._settle(start)
         front = pareto(self.ledger.trials, self.config.tune)
@@ -150,10 +150,10 @@ class _Study:
             fixed["model__reference"] = reference
         return stage_config(start, {}, **fixed)
 
-    def _prepare(self, start: Config, probes: list[Config]) -> Config:
+    def _prepare(self, start: Config) -> Config:
         """Prepared pairs and reference scores for all trials; then the configuration that they share."""
         made: dict[str, int] = {}
-        for probe in probes:
+        for probe in trial_probes(start, self.space):
             mode = check_run(probe)
             parts = [probe.data, probe.model]
             identity = digest([*map(to_tree, parts), probe.training.precision, probe.objective.name, mode])
