@@ -139,6 +139,8 @@ def score(job: Job) -> Measured:
     prepared, target = Prepared.load(job.prepared), Path(job.extra[0])
     target.mkdir(parents=True, exist_ok=True)
     scorer = ReferenceScorer(job.config, job.model, cuts_tail(config), [], 1)
+    # Reads the weights from disk and starts the thread pools, as the first step of `train` does.
+    scorer.score({name: [ids[0]] for name, ids in _shortest(prepared, []).columns().items()})
     began, cpu = time.perf_counter(), time.process_time()
     for file, pairs in prepared.shards:
         (target / file).parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         `{"machine", "steps", "parameters", "ways": {way: rows}, "ratio": {ratio, low, high}, "cpu_ratio": the
         same in CPU seconds of the worker}`.
     """
+    about = machine()
     with tempfile.TemporaryDirectory(prefix="tbpo-overhead-") as name:
         folder = Path(name)
         lengths = sample_lengths("hh_rlhf", QUICK_PAIRS if quick else PAIRS)
@@ -53,7 +54,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         }
         found = take_turns(ways, 1 if quick else 2)
     return {
-        "machine": machine(),
+        "machine": about,
         "steps": len(found["bare loop"][0]["step_seconds"]),
         "parameters": case.parameters,
         "ways": found,

@@ -42,6 +42,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         `{"machine", "pairs", "parameters", "ways": {way: rows}, "ratios": {epochs: {"time", "cpu_time":
         {ratio, low, high} of live over cached}}}`.
     """
+    about = machine()
     lengths = sample_steps("hh_rlhf", QUICK_STEPS if quick else STEPS)
     with tempfile.TemporaryDirectory(prefix="tbpo-reference-") as name:
         folder = Path(name)
@@ -53,7 +54,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         }
         found = take_turns(ways, 1 if quick else 2)
     return {
-        "machine": machine(),
+        "machine": about,
         "pairs": len(lengths),
         "parameters": case.parameters,
         "ways": found,

@@ -32,6 +32,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         worker", "2 workers": rows}, "ratio": {ratio, low, high} of tokens a second, "cpu_share": CPU seconds
         of one worker over what two take together}`.
     """
+    about = machine()
     lengths = sample_lengths("hh_rlhf", QUICK_PAIRS if quick else PAIRS)
     with tempfile.TemporaryDirectory(prefix="tbpo-scaling-") as name:
         size = shapes.TINY if quick else shapes.MODEL
@@ -47,7 +48,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
     tokens = lengths[:, 0] + 2 * np.minimum(lengths[:, 1], lengths[:, 2])
     steps = len(one[0]["step_seconds"])
     return {
-        "machine": machine(),
+        "machine": about,
         "steps": steps,
         "tokens": float(tokens.mean() * steps * PAIRS_PER_STEP),
         "parameters": case.parameters,
