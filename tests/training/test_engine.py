@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,48 @@ pytestmark = pytest.mark.e2e
 PAIRS, STEPS = 8, 4
 
 
-def _train(rank, world, stage, optimizer, port, out, load, first, results, precision, kind):
+def _rank(rank, world, port, work, arguments, results):
+    """One rank of a process group that does `work` and writes down what it returns."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
         LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu",
     )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    Path(f"{results}-{rank}").write_text(json.dumps(work(rank, world, *arguments)), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def in_group(tmp_path, world, work, *arguments):
+    """What each of `world` ranks returns, in one process group of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = str(tmp_path / "result")
+    ranks = [
+        context.Process(target=_rank, args=(r, world, port, work, arguments, results)) for r in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(400)
+    assert [process.exitcode for process in ranks] == [0] * world
+    return [json.loads(Path(f"{results}-{r}").read_text(encoding="utf-8")) for r in range(world)]
+
+
+def train(rank, world, cases):
+    """The losses of each case."""
+    return [train_case(rank, world, **case) for case in cases]
+
+
+def train_case(
+    rank, world, *, stage, optimizer="rmsprop", out=None, load=None, first=0, precision="fp32", kind="tied"
+):
     import torch
     import torch.distributed as dist
     from safetensors.torch import save_file
@@ -36,8 +74,6 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     from tbpo_ray.training.state import copy_fragments, load_fragments
     from tbpo_ray.training.step import PreferenceStep
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
@@ -92,49 +128,33 @@ def _train(rank, world, stage, optimizer, port, out, load, first, results, preci
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         save_file(copy_fragments(engine), Path(out) / f"optimizer-{rank:04d}.safetensors")
-    if rank == 0:
-        Path(results).write_text(json.dumps(losses), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def losses_of(tmp_path, world, stage, **more):
-    case = {"optimizer": "rmsprop", "out": None, "load": None, "first": 0, "precision": "fp32"}
-    case |= {"kind": "tied"} | more
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = tmp_path / "losses.json"
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(
-            target=_train, args=(r, world, stage), kwargs={"port": port, "results": str(results), **case}
-        )
-        for r in range(world)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    assert [process.exitcode for process in ranks] == [0] * world
-    return json.loads(results.read_text(encoding="utf-8"))
+    return losses
 
 
 def test_stages_agree_and_a_checkpoint_resumes_in_another_layout(tmp_path):
     """One worker without ZeRO is the measure; AdamW has the more state."""
-    whole = losses_of(tmp_path, 1, 0, optimizer="adamw", out=str(tmp_path / "0"))
-    rest = losses_of(tmp_path, 1, 0, optimizer="adamw", load=str(tmp_path / "0"), first=STEPS)
-    for stage in (1, 2, 3):
-        out = str(tmp_path / str(stage))
-        assert losses_of(tmp_path, 2, stage, optimizer="adamw", out=out) == pytest.approx(whole, abs=1e-5)
-    resumed = losses_of(tmp_path, 2, 3, optimizer="adamw", load=str(tmp_path / "1"), first=STEPS)
+    at = {stage: str(tmp_path / str(stage)) for stage in range(4)}
+    adamw = {"optimizer": "adamw"}
+    alone = [
+        {"stage": 0, "out": at[0], **adamw},
+        {"stage": 0, "load": at[0], "first": STEPS, **adamw},
+    ]
+    ((whole, rest),) = in_group(tmp_path, 1, train, alone)
+    together = [{"stage": stage, "out": at[stage], **adamw} for stage in (1, 2, 3)]
+    together.append({"stage": 3, "load": at[1], "first": STEPS, **adamw})
+    *stages, resumed = in_group(tmp_path, 2, train, together)[0]
+    assert len(stages) == 3
+    for losses in stages:
+        assert losses == pytest.approx(whole, abs=1e-5)
     assert resumed == pytest.approx(rest, abs=1e-5)
-    resumed = losses_of(tmp_path, 1, 1, optimizer="adamw", load=str(tmp_path / "3"), first=STEPS)
-    assert resumed == pytest.approx(rest, abs=1e-5)
+    back = [{"stage": 1, "load": at[3], "first": STEPS, **adamw}]
+    assert in_group(tmp_path, 1, train, back)[0][0] == pytest.approx(rest, abs=1e-5)
 
 
 def test_bf16_trains_with_fp32_master_weights(tmp_path):
-    whole = losses_of(tmp_path, 1, 1, out=str(tmp_path / "b"), precision="bf16")
+    ((whole,),) = in_group(
+        tmp_path, 1, train, [{"stage": 1, "out": str(tmp_path / "b"), "precision": "bf16"}]
+    )
     assert whole[0] == pytest.approx(0.25, abs=1e-2)
     from safetensors.torch import load_file
 
@@ -147,67 +167,58 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path):
     assert any((v.bfloat16().float() != v).any() for v in master)
 
 
-@pytest.mark.parametrize("kind", ["untied", "lora"])
-def test_stage_3_sees_a_partitioned_output_layer_and_adapters(tmp_path, kind):
+def test_stage_3_sees_a_partitioned_output_layer_and_adapters(tmp_path):
     """An output layer of its own, and LoRA (on the output layer too) with the adapter-off reference."""
-    whole = losses_of(tmp_path, 1, 0, kind=kind, out=str(tmp_path / "0"))
-    assert len(set(whole)) == STEPS
-    for stage in (2, 3):
-        out = str(tmp_path / str(stage))
-        assert losses_of(tmp_path, 2, stage, kind=kind, out=out) == pytest.approx(whole, abs=1e-5)
-    rest = losses_of(tmp_path, 1, 0, kind=kind, load=str(tmp_path / "0"), first=STEPS)
-    assert losses_of(tmp_path, 2, 3, kind=kind, load=str(tmp_path / "2"), first=STEPS) == pytest.approx(
-        rest, abs=1e-5
+    kinds = ("untied", "lora")
+    at = {(kind, stage): str(tmp_path / f"{kind}-{stage}") for kind in kinds for stage in (0, 2, 3)}
+    go_on = {"first": STEPS}
+    alone = [{"kind": k, "stage": 0, "out": at[k, 0]} for k in kinds]
+    alone += [{"kind": k, "stage": 0, "load": at[k, 0], **go_on} for k in kinds]
+    whole = dict(
+        zip([*kinds, "untied, later", "lora, later"], in_group(tmp_path, 1, train, alone)[0], strict=True)
     )
+    together = [{"kind": k, "stage": s, "out": at[k, s]} for k in kinds for s in (2, 3)]
+    together += [{"kind": k, "stage": 3, "load": at[k, 2], **go_on} for k in kinds]
+    found = in_group(tmp_path, 2, train, together)[0]
+    names = ["untied", "untied", "lora", "lora", "untied, later", "lora, later"]
+    for name, losses in zip(names, found, strict=True):
+        assert len(set(losses)) == STEPS
+        assert losses == pytest.approx(whole[name], abs=1e-5), name
 
 
-def _poisoned(rank, world, stage, port, what, on_nonfinite, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu",
-    )  # fmt: skip
+POISON = {"nan": float("nan"), "inf": float("inf"), "overflow": 3e38, "loss": 1.0}
+
+
+def poisoned(rank, world):
+    """Every case on fresh engines; rank 1's gradient or loss is the bad one."""
     import torch
-    import torch.distributed as dist
 
     from tbpo_ray.configuration import load_config
     from tbpo_ray.training.engine import Engine
     from tbpo_ray.training.optim import NonFiniteGradient
     from tbpo_ray.training.state import copy_fragments
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    settings = [f"training.deepspeed={{stage: {stage}}}", f"training.on_nonfinite={on_nonfinite}"]
-    engine = Engine(torch.nn.Linear(8, 8), load_config(None, settings), torch.device("cpu"))
-    before = copy_fragments(engine)
-    factor = {"nan": float("nan"), "inf": float("inf"), "overflow": 3e38, "loss": 1.0}[what] if rank else 1.0
-    loss = engine(torch.ones(4, 8, dtype=torch.bfloat16)).float().square().sum() * factor
-    engine.backward(loss, last=True)
-    stopped = False
-    try:
-        engine.step(1.0, float("nan") if what == "loss" and rank else 1.0)
-    except NonFiniteGradient:
-        stopped = True
-    after = copy_fragments(engine)
-    moved = any(not torch.equal(after[k], v) for k, v in before.items() if k.endswith("master"))
-    Path(f"{results}-{rank}").write_text(json.dumps([stopped, engine.skipped, moved]), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    found = {}
+    for what, stage, policy in product(POISON, (1, 2, 3), ("stop", "skip")):
+        torch.manual_seed(0)
+        settings = [f"training.deepspeed={{stage: {stage}}}", f"training.on_nonfinite={policy}"]
+        engine = Engine(torch.nn.Linear(8, 8), load_config(None, settings), torch.device("cpu"))
+        before = copy_fragments(engine)
+        out = engine(torch.ones(4, 8, dtype=torch.bfloat16)).float()
+        engine.backward(out.square().sum() * (POISON[what] if rank else 1.0), last=True)
+        stopped = False
+        try:
+            engine.step(1.0, float("nan") if what == "loss" and rank else 1.0)
+        except NonFiniteGradient:
+            stopped = True
+        after = copy_fragments(engine)
+        moved = any(not torch.equal(after[k], v) for k, v in before.items() if k.endswith("master"))
+        found[f"{what} {stage} {policy}"] = [stopped, engine.skipped, moved]
+    return found
 
 
-@pytest.mark.parametrize(("stage", "what"), [(1, "nan"), (1, "loss"), (2, "overflow"), (3, "inf")])
-@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_a_non_finite_step_of_one_rank_moves_no_weight_on_any(tmp_path, stage, what, on_nonfinite):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = str(tmp_path / "result")
-    arguments = (2, stage, port, what, on_nonfinite, results)
-    ranks = [context.Process(target=_poisoned, args=(r, *arguments)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    found = [json.loads(Path(f"{results}-{r}").read_text()) for r in range(2)]
-    assert found == [[on_nonfinite == "stop", int(on_nonfinite == "skip"), False]] * 2
+def test_a_non_finite_step_of_one_rank_moves_no_weight_on_any(tmp_path):
+    for found in in_group(tmp_path, 2, poisoned):
+        assert len(found) == 3 * 2 * len(POISON)
+        for case, outcome in found.items():
+            assert outcome == [case.endswith("stop"), int(case.endswith("skip")), False], case
