@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_live_and_cached_reference_scores_give_the_same_losses(out, small_model)
         losses(run(out, small_model, kind, f"training.reference_scores={kind}", *more))
         for kind in ("live", "cached")
     )
+    assert live[0] == pytest.approx(math.log(2), abs=1e-5)
     assert len(set(live)) == 4
     assert live == pytest.approx(cached, abs=1e-6)
 
