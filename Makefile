@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 EXTRAS ?= cpu,dev
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: install quickstart test test-fast check format lint types bench clean
+.PHONY: install quickstart test test-fast test-slow check format lint types bench clean
 
 install: $(STAMP)
 
@@ -29,6 +29,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not e2e"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 format: $(STAMP)
 	$(BIN)/ruff format --check .

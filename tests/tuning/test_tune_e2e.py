@@ -22,7 +22,7 @@ from tbpo_ray.tuning.ledger import Ledger
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study import tune
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent.parent
 RATE = "training.learning_rate"
 
@@ -167,7 +167,8 @@ def test_a_finished_study_does_nothing(halved):
 def test_more_at_a_time_than_the_cluster_holds(out, small_model):
     config = load_config(None, overrides(out, small_model, "wide", tune__max_concurrent=9))
     with pytest.raises(
-        InputError, match=r"max_concurrent=9: the cluster holds 4 .*4 CPU / \(1 worker\(s\) x 1 CPU\)"
+        InputError,
+        match=r"max_concurrent=9: the cluster holds 4 .*4 CPU.* hold 4 x \(1 CPU\), a trial takes 1",
     ):
         tune(config, Space.parse(GRID))
     assert not (out / "wide" / "run.json").exists()
