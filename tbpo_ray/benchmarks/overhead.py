@@ -20,10 +20,9 @@ from tbpo_ray.benchmarks.turns import (
     Measured,
     against,
     machine,
-    machine_line,
     median,
+    section,
     spread,
-    table,
     take_turns,
 )
 from tbpo_ray.config import Config
@@ -97,11 +96,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{median(ways['worker loop'], 'data_wait_share'):.2%}",
     ]
     head = ["worker loop, s/step", "bare loop, s/step", "ratio", "goal", "CPU-time ratio", "waiting for data"]
-    return (
+    intro = (
         f"One worker, {result['steps']} steps of 8 pairs with HH-RLHF's lengths, "
-        f"{result['parameters'] / 1e6:.0f} M parameters.\n\n"
-        + table(head, [cells])
-        + "\n"
-        + machine_line(result["machine"])
-        + "\n"
+        f"{result['parameters'] / 1e6:.0f} M parameters."
     )
+    return section(intro, head, [cells], result["machine"])

@@ -24,7 +24,7 @@ from tbpo_ray.configuration import stage_config, to_tree
 from tbpo_ray.storage import run_dir
 
 WORKER = "ray::RayTrainWorker"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.05
 
 
 def run_platform(case: Case, name: str, **changes: Any) -> Measured:

@@ -19,11 +19,10 @@ from tbpo_ray.benchmarks.turns import (
     Measured,
     against,
     machine,
-    machine_line,
     median,
     ratio,
+    section,
     spread,
-    table,
     take_turns,
 )
 from tbpo_ray.config import Config
@@ -94,7 +93,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             ]
         )
     head = ["epochs", "scoring + cached, s", "live, s", "live over cached", "goal", "the same in CPU time"]
-    return (
+    intro = (
         f"{result['pairs']} pairs with HH-RLHF's lengths, {result['parameters'] / 1e6:.0f} M parameters, "
-        "TBPO-A with the k3 baseline.\n\n" + table(head, rows) + "\n" + machine_line(result["machine"]) + "\n"
+        "TBPO-A with the k3 baseline."
     )
+    return section(intro, head, rows, result["machine"])

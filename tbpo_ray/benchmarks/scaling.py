@@ -14,11 +14,11 @@ import numpy as np
 from tbpo_ray.benchmarks import pairs as shapes
 from tbpo_ray.benchmarks.pairs import build_case, sample_lengths
 from tbpo_ray.benchmarks.platform_loop import run_platform
-from tbpo_ray.benchmarks.turns import against, machine, machine_line, ratio, spread, table, take_turns
+from tbpo_ray.benchmarks.turns import against, machine, ratio, section, spread, take_turns
 from tbpo_ray.config import Config
 
 GOAL = 1.7
-PAIRS, QUICK_PAIRS, PAIRS_PER_STEP = 128, 64, 32
+PAIRS, QUICK_PAIRS, PAIRS_PER_STEP = 128, 128, 32
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
@@ -65,11 +65,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells.append(f"{result['tokens'] / statistics.median(row['seconds'] for row in rows):,.0f}")
     cells += [spread(result["ratio"]), against(result["ratio"]["ratio"], GOAL), spread(result["cpu_share"])]
     head = [*(f"{way}, tokens/s" for way in result["ways"]), "ratio", "goal", "CPU seconds, 1 over 2 workers"]
-    return (
+    intro = (
         f"{result['steps']} steps of {PAIRS_PER_STEP} pairs with HH-RLHF's lengths, "
-        f"{result['parameters'] / 1e6:.0f} M parameters, ZeRO as configured, a thread for each worker.\n\n"
-        + table(head, [cells])
-        + "\n"
-        + machine_line(result["machine"])
-        + "\n"
+        f"{result['parameters'] / 1e6:.0f} M parameters, ZeRO as configured, a thread for each worker."
     )
+    return section(intro, head, [cells], result["machine"])

@@ -111,6 +111,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def section(intro: str, head: Sequence[str], rows: Sequence[Sequence[str]], about: Mapping[str, Any]) -> str:
+    """What was measured, the table, and the machine it was measured on."""
+    return f"{intro}\n\n{table(head, rows)}\n{machine_line(about)}\n"
+
+
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):

@@ -37,22 +37,15 @@ def run_chunks(job: BuildJob, folder: str, labels: Mapping[str, str] | None = No
     with quiet_data_context() as context:
         context.target_max_block_size = 1  # every chunk is a block of its own, and so a task of its own
         read, work = cast(Any, _read), cast(Any, _prepare)
-        chunks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            read,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=READ_CPUS,
-            label_selector=labels,
-            fn_kwargs={"folder": folder},
-        )
-        results = chunks.map_batches(
-            work,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=TOKENIZE_CPUS,
-            label_selector=labels,
-            fn_kwargs={"folder": folder},
-        )
+        options: dict[str, Any] = {
+            "batch_size": 1,
+            "batch_format": "pyarrow",
+            "label_selector": labels,
+            "fn_kwargs": {"folder": folder},
+        }
+        files = ray.data.from_items(items, override_num_blocks=len(items))
+        chunks = files.map_batches(read, num_cpus=READ_CPUS, **options)
+        results = chunks.map_batches(work, num_cpus=TOKENIZE_CPUS, **options)
         for table in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in cast(pa.Table, table).to_pylist():
                 yield _result(row)
@@ -110,7 +103,6 @@ def _prepare(batch: pa.Table, folder: str) -> pa.Table:
 
 
 def _result(row: dict[str, Any]) -> ChunkResult:
-
     if row["fault"]:
         raise InputError(row["fault"])
     return ChunkResult(lengths=row["lengths"], hashes=row["hashes"], **json.loads(row["result"]))

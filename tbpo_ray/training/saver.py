@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
@@ -113,8 +114,6 @@ class Cadence:
 
     def due(self) -> bool:
         """Whether it is time; every rank must ask equally often."""
-        import torch
-
         flag = torch.tensor([float(self.clock() - self.last >= self.seconds)], device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast(flag, src=0)

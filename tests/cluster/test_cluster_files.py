@@ -104,6 +104,7 @@ def test_all_nodes_have_the_versions_of_the_lock():
 TEXT, NUMBER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 LABELS = {"type": "object", "additionalProperties": TEXT}
 POD: dict[str, Any] = {"type": "object", "required": ["spec"]}
+PODS: dict[str, Any] = {"rayStartParams": LABELS, "resources": LABELS, "labels": LABELS, "template": POD}
 
 
 def fields(required: list[str], **properties: Any) -> dict[str, Any]:
@@ -115,10 +116,7 @@ HEAD = fields(
     serviceType={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     enableIngress=FLAG,
     headService={"type": "object"},
-    rayStartParams=LABELS,
-    resources=LABELS,
-    labels=LABELS,
-    template=POD,
+    **PODS,
 )
 GROUP = fields(
     ["groupName", "template"],
@@ -129,11 +127,8 @@ GROUP = fields(
     numOfHosts=NUMBER,
     idleTimeoutSeconds=NUMBER,
     suspend=FLAG,
-    rayStartParams=LABELS,
-    resources=LABELS,
-    labels=LABELS,
-    template=POD,
     scaleStrategy={"type": "object"},
+    **PODS,
 )
 CLUSTER = fields(
     ["headGroupSpec"],
