@@ -38,6 +38,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 RUN_NOTE = "run.json"
 """File in a run's folder that holds the id of its MLflow run."""
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's page otherwise opens an experiment as one of prompts and agents, without the table of metrics."""
+
 _BAD_METRIC = re.compile(r"[^\w\-. :/]")
 _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 6000, 5000, 36
 _METRICS_PER_CALL, _BUFFER, _FLUSH_SECONDS = 1000, 500, 10.0
@@ -414,7 +417,7 @@ def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.create_experiment(name, artifact_location=artifacts)
+        return client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
     except MlflowException as error:
         found = client.get_experiment_by_name(name)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:

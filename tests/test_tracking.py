@@ -68,6 +68,12 @@ def test_a_run_holds_configuration_metrics_dataset_and_versions(store):
     assert tracker.run_id in tracker.url_hint() and "mlflow.db" in tracker.url_hint()
 
 
+def test_the_page_opens_the_experiment_as_one_of_training(store):
+    with start(store) as tracker:
+        experiment = tracker._client.get_experiment(tracker.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_nothing_of_the_machine_or_its_environment_is_logged(store, monkeypatch):
     monkeypatch.setenv("SOME_SECRET", "tiger-in-the-environment")
     with start(store, config=Config()) as tracker:
