@@ -9,6 +9,7 @@ Shapes: B pairs, T answer tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -117,7 +118,8 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
 def run(quick: bool = False) -> dict[str, dict[str, float]]:
     """Every variant in turns; {variant: {seconds, ratio, cpu_ratio}}, medians over rounds.
 
-    A round times each variant once and divides by its own dpo time; the order turns from round to round.
+    A round times each variant once, after a step that is not counted (the one before may have been of a
+    variant that leaves the allocator in another state), and divides by its own dpo time; its order is random.
     `cpu_ratio` divides CPU seconds of the process, which other programs on the machine disturb less (on
     CUDA it means little).
     """
@@ -125,11 +127,14 @@ def run(quick: bool = False) -> dict[str, dict[str, float]]:
     steps = {name: make_step(config, size) for name, config in VARIANTS.items()}
     for step in steps.values():
         step()
-    names = list(steps)
+    names, rng = list(steps), random.Random(0)
     rounds: list[dict[str, tuple[float, float]]] = []
-    for i in range(4 if quick else 16):
-        turn = names[i % len(names) :] + names[: i % len(names)]
-        rounds.append({name: timed(steps[name]) for name in turn})
+    for _ in range(4 if quick else 24):
+        found = {}
+        for name in rng.sample(names, len(names)):
+            steps[name]()
+            found[name] = timed(steps[name])
+        rounds.append(found)
 
     def over_dpo(name: str, clock: int) -> float:
         return statistics.median(times[name][clock] / times["dpo"][clock] for times in rounds)

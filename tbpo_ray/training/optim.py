@@ -17,6 +17,11 @@ class NonFiniteGradient(RuntimeError):
     """Raised on every rank, in the same step, before any weight moves."""
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass and without a copy."""
+    return not values.numel() or all(math.isfinite(end) for end in torch.stack(values.aminmax()).tolist())
+
+
 class FiniteGuard:
     """Mixed into a torch optimizer: looks at the gradients (in DeepSpeed: this rank's partition, reduced
     and clipped) before the step, and at the numbers that `watched` gives, such as the loss. All ranks
@@ -32,7 +37,7 @@ class FiniteGuard:
         bad += sum(not math.isfinite(value) for value in self.watched())
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                if p.grad is not None and not all_finite(p.grad):
                     bad += 1
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
@@ -109,7 +114,7 @@ class HeadOptimizer:
             for g in gradients:
                 g.copy_(flat[at : at + g.numel()].view_as(g))
                 at += g.numel()
-        if all(bool(torch.isfinite(g).all()) for g in gradients):
+        if all(all_finite(g) for g in gradients):
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 

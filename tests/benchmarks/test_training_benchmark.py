@@ -99,10 +99,15 @@ def test_cached_scores_count_their_cost() -> None:
 
 
 @pytest.mark.e2e
-def test_quick_overhead_and_scaling_run() -> None:
+def test_quick_overhead_run() -> None:
     result = overhead.run(Config(), quick=True)
     assert result["steps"] == 4 and result["ratio"]["ratio"] > 0 and result["cpu_ratio"]["ratio"] > 0
     assert "worker loop" in overhead.markdown(result)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_quick_scaling_run() -> None:
     result = scaling.run(Config(), quick=True)
     assert result["steps"] == 3 and result["ratio"]["ratio"] > 0 and result["cpu_share"]["ratio"] > 0
     assert "2 workers, tokens/s" in scaling.markdown(result)

@@ -1,0 +1,23 @@
+"""The guard's look at a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tbpo_ray.training.optim import all_finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_is_seen_wherever_it_stands(dtype: torch.dtype, size: int, bad: float) -> None:
+    values = torch.randn(size).to(dtype) * (torch.finfo(dtype).max / 100)
+    for place in {0, size // 2, size - 1}:
+        broken = values.clone()
+        broken[place] = bad
+        assert all_finite(values) and not all_finite(broken)
+
+
+def test_nothing_is_finite() -> None:
+    assert all_finite(torch.zeros(0))
