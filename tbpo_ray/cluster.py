@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -38,14 +39,20 @@ def start_ray(**options: Any) -> None:
 
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-            os.environ.pop(_PRIVATE, None)
+            if os.environ.pop(_PRIVATE, None):  # of the process that started this one
+                os.environ.pop("RAY_API_SERVER_ADDRESS", None)
             ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, **options)
         else:
             os.environ[_PRIVATE] = "1"
             folder = tempfile.mkdtemp(prefix="tbpo-ray-")
             os.environ["RAY_TMPDIR"] = folder
+            port = _free_port()
+            # What frees the resources of a trainer that was killed asks the dashboard whether it still lives.
+            # Without an address it looks over the machine for a cluster, and gives up where it finds two.
+            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
             ray.init(
                 address="local",
+                dashboard_port=port,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 _temp_dir=folder,
@@ -58,6 +65,12 @@ def start_ray(**options: Any) -> None:
     context.enable_progress_bars = False
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def is_private() -> bool:

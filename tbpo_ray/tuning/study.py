@@ -211,9 +211,12 @@ class _Study:
         )
         # Trials write to the run's folder and to MLflow, as a driver does: they stay on the driver's node.
         here = f"node:{ray.util.get_node_ip_address()}"
+        # A population takes turns by sharing that node's resource of 1: Tune's own limit counts paused trials
+        # too, and would not begin the next one before the last has ended.
+        share = 0.001 if slots is None else math.floor(1e4 / at_once) / 1e4
         trainable = ray_tune.with_resources(
             ray_tune.with_parameters(run_trial, setup=asdict(setup)),
-            ray_tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}]),
+            ray_tune.PlacementGroupFactory([{"CPU": 0, here: share}]),
         )
         os.environ |= dict.fromkeys(QUIET_TUNE, "1")
         scratch = self.folder / ".tune"
@@ -226,7 +229,7 @@ class _Study:
                 scheduler=make_scheduler(self.space, self.ledger, settings, setup.every, at_once,
                                          start.run.seed),
                 num_samples=left,
-                max_concurrent_trials=at_once,
+                max_concurrent_trials=at_once if slots is None else None,
                 trial_name_creator=str,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),

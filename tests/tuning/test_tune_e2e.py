@@ -65,11 +65,14 @@ def wait_for(what: Callable[[], bool], seconds: float = 90) -> bool:
 
 
 def leftovers() -> list[str]:
-    """Actors and placement groups that are still there, but for Ray's own private ones (`_Stats...`)."""
+    """Actors and placement groups that are still there, but for Ray Data's own: private ones
+    (`_Stats...`), and the one tracker of the cluster, which ends with the driver."""
     from ray.util.state import list_actors, list_placement_groups
 
     actors = [a.class_name for a in list_actors(limit=1000) if a.state != "DEAD"]
     groups = [g.placement_group_id for g in list_placement_groups(limit=1000) if g.state != "REMOVED"]
+    if "ActorLocationTracker" in actors:
+        actors.remove("ActorLocationTracker")
     return [name for name in actors if not name.startswith("_")] + groups
 
 
