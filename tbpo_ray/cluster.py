@@ -46,7 +46,7 @@ def start_ray(**options: Any) -> None:
             os.environ[_PRIVATE] = "1"
             folder = tempfile.mkdtemp(prefix="tbpo-ray-")
             os.environ["RAY_TMPDIR"] = folder
-            port = _free_port()
+            port = free_port()
             # What frees the resources of a trainer that was killed asks the dashboard whether it still lives.
             # Without an address it looks over the machine for a cluster, and gives up where it finds two.
             os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
@@ -67,9 +67,10 @@ def start_ray(**options: Any) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing on this machine listens at now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tbpo_ray.cluster import free_port
 from tbpo_ray.config import Config, TrackingConfig
 from tbpo_ray.configuration import load_config
 from tbpo_ray.errors import InputError
@@ -230,9 +231,7 @@ def test_processes_that_start_together_share_one_new_store(tmp_path):
 
 @pytest.mark.e2e
 def test_a_tracking_server(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mlflow = Path(sys.executable).with_name("mlflow")
     address = f"http://127.0.0.1:{port}"
     command = [

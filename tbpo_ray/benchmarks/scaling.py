@@ -18,7 +18,7 @@ from tbpo_ray.benchmarks.turns import against, machine, ratio, section, spread, 
 from tbpo_ray.config import Config
 
 GOAL = 1.7
-PAIRS, QUICK_PAIRS, PAIRS_PER_STEP = 128, 128, 32
+PAIRS, PAIRS_PER_STEP = 128, 32
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         of one worker over what two take together}`.
     """
     about = machine()
-    lengths = sample_lengths("hh_rlhf", QUICK_PAIRS if quick else PAIRS)
+    lengths = sample_lengths("hh_rlhf", PAIRS)
     with tempfile.TemporaryDirectory(prefix="tbpo-scaling-") as name:
         size = shapes.TINY if quick else shapes.MODEL
         case = build_case(config, Path(name), lengths, size, training__pairs_per_step=PAIRS_PER_STEP)

