@@ -19,6 +19,10 @@ Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 RIDGE = 0.01
 """Precision of the normal prior on a coefficient of the logistic fits: keeps separable data finite."""
+LENGTH_RIDGE = 1.0
+"""The same for the length effect. Where a candidate is always much shorter or longer than the baseline, the
+length term hardly varies and cannot be told from the constant; a standard normal prior keeps the
+extrapolation to equal lengths from running away. It weighs as much as some ten examples."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ def length_controlled_win_rate(
     A logistic regression of the preference on a constant, tanh(d / std(d)) with d the length difference
     candidate minus baseline and, only where given, the instruction's difficulty. The rate is the mean
     prediction with the length term at zero. Two differences to the leaderboard's code: the regularisation
-    is a weak normal prior (:data:`RIDGE`) instead of a cross-validated L1 and verdicts on deliberately
-    long and short baseline answers, which exist for its 805 instructions only. The interval comes from the
+    is a normal prior (:data:`LENGTH_RIDGE` on the length effect, :data:`RIDGE` on the rest) instead of a
+    cross-validated L1 and verdicts on deliberately long and short baseline answers, which exist for its
+    805 instructions only. The interval comes from the
     fit's covariance, scaled by the dispersion that ties leave, by the delta method in log-odds. Where all
     differences are equal there is nothing to control for: the length effect is 0.
 
@@ -114,7 +119,10 @@ def length_controlled_win_rate(
     if difficulty is not None:
         columns.append(_column("difficulty", difficulty, y))
     design = np.stack(columns, axis=1)
-    theta, covariance = _logistic_fit(design, y)
+    penalty = np.full(design.shape[1], RIDGE)
+    if controlled:
+        penalty[1] = LENGTH_RIDGE
+    theta, covariance = _logistic_fit(design, y, penalty)
     neutral = design.copy()
     if controlled:
         neutral[:, 1] = 0.0
@@ -155,18 +163,24 @@ def bradley_terry(names: Sequence[str], comparisons: Sequence[tuple[int, int, fl
     return sorted(ranked, key=lambda s: -s.strength)
 
 
-def _logistic_fit(design: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Penalised quasi-binomial regression: coefficients [K] and their covariance [K, K]."""
+def _logistic_fit(design: Floats, y: Floats, penalty: Floats | None = None) -> tuple[Floats, Floats]:
+    """Penalised quasi-binomial regression: coefficients [K] and their covariance [K, K].
+
+    Args:
+        penalty: [K] precisions of the normal priors; default :data:`RIDGE` for each.
+    """
     from scipy.optimize import minimize
+
+    ridge = np.full(design.shape[1], RIDGE) if penalty is None else penalty
 
     def objective(theta: Floats) -> tuple[float, Floats]:
         eta = design @ theta
-        value = np.logaddexp(0, eta).sum() - y @ eta + RIDGE / 2 * theta @ theta
-        return float(value), design.T @ (_sigmoid(eta) - y) + RIDGE * theta
+        value = np.logaddexp(0, eta).sum() - y @ eta + ridge @ theta**2 / 2
+        return float(value), design.T @ (_sigmoid(eta) - y) + ridge * theta
 
     def curvature(theta: Floats) -> Floats:
         p = _sigmoid(design @ theta)
-        return (design * (p * (1 - p))[:, None]).T @ design + RIDGE * np.eye(design.shape[1])
+        return (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
 
     start = np.zeros(design.shape[1])
     theta = minimize(objective, start, jac=True, hess=curvature, method="trust-exact", tol=1e-9).x

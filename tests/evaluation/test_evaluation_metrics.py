@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation import (
@@ -99,11 +100,28 @@ def test_length_control_agrees_with_an_independent_logistic_regression():
 
     y, candidate, baseline = judge_that_likes_length(np.random.default_rng(3), ties=0.0)
     delta = candidate - baseline
-    x = np.stack([np.ones_like(y), np.tanh(delta / delta.std(ddof=1))], axis=1)
+    # One penalty for all there: a column a tenth as large is penalised a hundred times as much.
+    x = np.stack([np.ones_like(y), 0.1 * np.tanh(delta / delta.std(ddof=1))], axis=1)
     model = LogisticRegression(C=100.0, fit_intercept=False, tol=1e-10, max_iter=1000).fit(x, y)
     got = length_controlled_win_rate(y, candidate, baseline)
-    assert got.length_effect == pytest.approx(model.coef_[0, 1], abs=1e-4)
+    assert got.length_effect == pytest.approx(0.1 * model.coef_[0, 1], abs=1e-4)
     assert got.rate == pytest.approx(1 / (1 + math.exp(-model.coef_[0, 0])), abs=1e-5)
+
+
+def test_always_short_candidates_keep_their_place():
+    rng = np.random.default_rng(5)
+    baseline = 1900 * np.exp(rng.normal(0, 0.35, 805))
+    strength = rng.normal(-1.0, 1.0, 40)
+    rates = []
+    for theta, typical in zip(strength, [350, 2000] * 20, strict=True):
+        candidate = typical * np.exp(rng.normal(0, 0.35, 805))
+        delta = candidate - baseline
+        wins = rng.random(805) < 1 / (1 + np.exp(-theta - 0.8 * np.tanh(delta / delta.std())))
+        rates.append(length_controlled_win_rate(wins.astype(float), candidate, baseline).rate)
+    truth = 1 / (1 + np.exp(-strength))
+    # Without a prior on the length effect: 0.80, and one rate is off by 0.35.
+    assert stats.spearmanr(rates, truth).statistic > 0.87
+    assert np.abs(np.asarray(rates) - truth).max() < 0.25
 
 
 def test_equal_lengths_leave_the_raw_rate():
