@@ -1,4 +1,4 @@
-"""The token credit map: which tokens of preference pairs training raised or lowered, page and number."""
+"""The token credit map: what policies say of each token of preference pairs, as a page."""
 
 from __future__ import annotations
 
@@ -11,29 +11,41 @@ import numpy as np
 from tbpo_ray.data.tokenize import TokenizerSpec
 from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.evaluation.pairs import ScoredPair, damaged_tokens
+from tbpo_ray.evaluation.token_credit import TokenCredit
 from tbpo_ray.evaluation.verdict import show
+
+QUANTITIES = {
+    "advantage": "advantage r + c",
+    "log_ratio": "log-ratio r = log π − log π_ref",
+    "baseline": "state baseline c",
+}
+"""Attribute of TokenCredit and its words; the page colours tokens by the first unless told otherwise."""
 
 
 def write_credit_map(
     file: Path,
     scored: Mapping[str, Sequence[ScoredPair]],
     spec: TokenizerSpec,
-    aucs: Mapping[str, Estimate],
+    aucs: Mapping[str, Sequence[Estimate]],
     pairs: int,
 ) -> None:
-    """Write the self-contained page with the first `pairs` pairs under every policy."""
+    """Write the self-contained page with the first `pairs` pairs under every policy.
+
+    Args:
+        aucs: for each policy the areas under the ROC curve of its log-ratio and of its advantage; empty where
+            the damaged tokens are not known.
+    """
     from jinja2 import Environment, PackageLoader
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(spec.backend)
-    sizes = [abs(v) for group in scored.values() for p in group for v in (*p.chosen, *p.rejected)]
-    scale = max(float(np.quantile(sizes, 0.99)), 1e-6) if sizes else 1.0
+    scales = {name: _scale(scored, name) for name in QUANTITIES}
     first = next(iter(scored.values()))
     shown = [
         {
             "prompt": "\n".join(message["content"] for message in pair.record.prompt)[:2000],
             "policies": [
-                {"name": name, "sides": _sides(group[i], spec, backend, scale)}
+                {"name": name, "sides": _sides(group[i], spec, backend, scales)}
                 for name, group in scored.items()
             ],
         }
@@ -41,35 +53,64 @@ def write_credit_map(
     ]
     environment = Environment(loader=PackageLoader("tbpo_ray.evaluation", "."), autoescape=True)
     page = environment.get_template("credit.html.jinja").render(
-        pairs=shown, scale=scale, aucs=[(name, show(value)) for name, value in aucs.items()]
+        pairs=shown,
+        quantities=[(name, words, f"{scales[name]:.2f}") for name, words in QUANTITIES.items()],
+        aucs=[(name, *(show(value) for value in values)) for name, values in aucs.items()],
     )
     file.write_text(page, encoding="utf-8")
 
 
-def _sides(pair: ScoredPair, spec: TokenizerSpec, backend: Any, scale: float) -> list[dict[str, Any]]:
+def _scale(scored: Mapping[str, Sequence[ScoredPair]], quantity: str) -> float:
+    """The size that gets the full colour: the 99th percentile over all policies and tokens."""
+    sizes = [
+        abs(value)
+        for group in scored.values()
+        for pair in group
+        for side in (pair.chosen, pair.rejected)
+        for value in getattr(side, quantity)
+    ]
+    return max(float(np.quantile(sizes, 0.99)), 1e-6) if sizes else 1.0
+
+
+def _sides(
+    pair: ScoredPair, spec: TokenizerSpec, backend: Any, scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
     known = "damage" in pair.record.metadata
-    marks = damaged_tokens(pair.record, pair.tokens, spec) if known else [False] * len(pair.rejected)
+    rejected = pair.tokens.rejected_ids
+    marks = damaged_tokens(pair.record, pair.tokens, spec) if known else [False] * len(rejected)
     sides = (
-        ("chosen", pair.tokens.chosen_ids, pair.chosen, [False] * len(pair.chosen)),
-        ("rejected", pair.tokens.rejected_ids, pair.rejected, marks),
+        ("chosen", pair.tokens.chosen_ids, pair.chosen, [False] * len(pair.tokens.chosen_ids)),
+        ("rejected", rejected, pair.rejected, marks),
     )
     return [
         {
             "name": name,
             "tokens": [
-                _token(backend.decode([i], skip_special_tokens=False), value, mark, scale)
-                for i, value, mark in zip(ids, values, flags, strict=True)
+                _token(backend.decode([i], skip_special_tokens=False), credit, t, flags[t], scales)
+                for t, i in enumerate(ids)
             ],
         }
-        for name, ids, values, flags in sides
+        for name, ids, credit, flags in sides
     ]
 
 
-def _token(text: str, value: float, damaged: bool, scale: float) -> dict[str, Any]:
+def _token(
+    text: str, credit: TokenCredit, t: int, damaged: bool, scales: Mapping[str, float]
+) -> dict[str, Any]:
+    values = {name: float(getattr(credit, name)[t]) for name in QUANTITIES}
+    words = ", ".join(f"{name.replace('_', '-')} {value:+.4f}" for name, value in values.items())
+    colours = [
+        f"--{name}: rgba(var(--{'up' if value >= 0 else 'down'}), {_strength(value / scales[name])})"
+        for name, value in values.items()
+    ]
     return {
         "text": text,
-        "title": f"{text!r}: {value:+.4f} nats" + (", damaged" if damaged else ""),
+        "title": f"{text!r}: {words} nats" + (", damaged" if damaged else ""),
         "damaged": damaged,
-        "way": "up" if value >= 0 else "down",
-        "strength": f"{min(abs(value) / scale, 1.0) * 0.85:.2f}",
+        "style": "; ".join(colours),
     }
+
+
+def _strength(share: float) -> str:
+    """Opacity of a value that is `share` of the full one."""
+    return f"{min(abs(share), 1.0) * 0.85:.2f}"

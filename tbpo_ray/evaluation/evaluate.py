@@ -255,11 +255,12 @@ def _pair_metrics(
         name: implicit_rewards(group, beta=config.objective.beta or BETA, compared_only=compared_only)
         for name, group in scored.items()
     }
-    aucs = {}
+    aucs: dict[str, list[Estimate]] = {}
     if all("damage" in record.metadata for record in pairs.records):
-        aucs = {name: credit_auc(group, pairs.spec) for name, group in scored.items()}
-        for name, auc in aucs.items():
-            metrics[name]["credit_auc"] = auc
+        for name, group in scored.items():
+            found_by = [credit_auc(group, pairs.spec, signal) for signal in ("log_ratio", "advantage")]
+            metrics[name] |= dict(zip(("credit_auc", "credit_auc_advantage"), found_by, strict=True))
+            aucs[name] = found_by
     if shown:
         write_credit_map(folder / "credit.html", scored, pairs.spec, aucs, shown)
     return metrics

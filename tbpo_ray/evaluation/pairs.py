@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,17 +16,17 @@ from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.measures import Estimate, mean_estimate
 from tbpo_ray.evaluation.metrics import win_rate
-from tbpo_ray.evaluation.reference import score_tokens
+from tbpo_ray.evaluation.token_credit import TokenCredit, token_credit
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """One pair with log pi - log pi_ref of every answer token, in nats."""
+    """One pair with what a policy says of every answer token."""
 
     record: Record
     tokens: TokenizedPair
-    chosen: list[float]
-    rejected: list[float]
+    chosen: TokenCredit
+    rejected: TokenCredit
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,17 @@ def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutP
 def score_pairs(
     pairs: HeldOutPairs, policy: str, reference: str, *, use_gpu: bool = False
 ) -> list[ScoredPair]:
-    """Log-ratios of both answers' tokens; policy and reference run in the same code and precision."""
-    sides = [(t.prompt_ids, ids) for t in pairs.tokens for ids in (t.chosen_ids, t.rejected_ids)]
+    """Token credit of both answers under `policy` (see :func:`token_credit`)."""
     if use_gpu:
         import ray
 
-        remote = ray.remote(num_gpus=1, max_calls=1)(score_tokens)
-        ours, theirs = (ray.get(remote.remote(model, sides, "cuda")) for model in (policy, reference))
+        remote = ray.remote(num_gpus=1, max_calls=1)(token_credit)
+        found = ray.get(remote.remote(pairs.tokens, policy, reference, "cuda"))
     else:
-        ours, theirs = (score_tokens(model, sides, "cpu") for model in (policy, reference))
-    ratios = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(ours, theirs, strict=True)]
+        found = token_credit(pairs.tokens, policy, reference, "cpu")
     return [
-        ScoredPair(record, tokens, ratios[2 * i], ratios[2 * i + 1])
-        for i, (record, tokens) in enumerate(zip(pairs.records, pairs.tokens, strict=True))
+        ScoredPair(record, tokens, chosen, rejected)
+        for record, tokens, (chosen, rejected) in zip(pairs.records, pairs.tokens, found, strict=True)
     ]
 
 
@@ -92,8 +90,9 @@ def implicit_rewards(
     """
     margins = []
     for pair in scored:
-        n = min(len(pair.chosen), len(pair.rejected)) if compared_only else None
-        margins.append(beta * (math.fsum(pair.chosen[:n]) - math.fsum(pair.rejected[:n])))
+        chosen, rejected = pair.chosen.log_ratio, pair.rejected.log_ratio
+        n = min(len(chosen), len(rejected)) if compared_only else None
+        margins.append(beta * (math.fsum(chosen[:n]) - math.fsum(rejected[:n])))
     wins = [0.5 if margin == 0 else float(margin > 0) for margin in margins]
     return {"implicit_accuracy": Estimate.of_rate(win_rate(wins)), "implicit_margin": mean_estimate(margins)}
 
@@ -118,15 +117,21 @@ def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -
     return marks[: len(tokens.rejected_ids)]
 
 
-def credit_auc(scored: Sequence[ScoredPair], spec: TokenizerSpec, *, resamples: int = 300) -> Estimate:
-    """Area under the ROC curve with which a low log-ratio finds the damaged tokens of rejected answers.
+def credit_auc(
+    scored: Sequence[ScoredPair],
+    spec: TokenizerSpec,
+    signal: Literal["log_ratio", "advantage"] = "log_ratio",
+    *,
+    resamples: int = 300,
+) -> Estimate:
+    """Area under the ROC curve with which a low signal finds the damaged tokens of rejected answers.
 
     0.5 is chance. The interval is a bootstrap over pairs, seeded.
 
     Raises:
         InputError: pairs without known damage.
     """
-    signals = [np.asarray([-value for value in pair.rejected]) for pair in scored]
+    signals = [-np.asarray(getattr(pair.rejected, signal)) for pair in scored]
     marks = [np.asarray(damaged_tokens(pair.record, pair.tokens, spec), dtype=bool) for pair in scored]
     if not any(mark.any() for mark in marks) or all(mark.all() for mark in marks):
         raise InputError("evaluation.credit_pairs: there are no damaged tokens beside sound ones")

@@ -19,7 +19,8 @@ COLUMNS = (
     ("win_rate", "win rate", 100),
     ("lc_win_rate", "win rate, length-controlled", 100),
     ("implicit_accuracy", "own reward accuracy", 100),
-    ("credit_auc", "credit AUC", 1),
+    ("credit_auc", "credit AUC, log-ratio", 1),
+    ("credit_auc_advantage", "credit AUC, advantage", 1),
     ("distinct_1", "distinct-1", 1),
     ("kl_k1", "KL from reference", 1),
 )

@@ -9,12 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tbpo_ray.models.state_baseline import save_state_baseline
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def export_policy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, dtype: Any, card: Mapping[str, Any]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: Any,
+    card: Mapping[str, Any],
+    baseline: tuple[Mapping[str, Any], str, int] | None = None,
 ) -> Path:
     """Save weights (safetensors), tokenizer, chat template and a model card; the folder appears at once.
 
@@ -23,6 +31,7 @@ def export_policy(
             and merged into the weights.
         dtype: torch dtype of the saved weights.
         card: facts for the model card, name to value.
+        baseline: weights, kind and width of a learned state baseline, kept under `state_baseline/`.
     """
     target = Path(folder)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -32,6 +41,8 @@ def export_policy(
     model.config.use_cache = True
     model.to(dtype).save_pretrained(partial, safe_serialization=True)
     tokenizer.save_pretrained(partial)
+    if baseline is not None:
+        save_state_baseline(partial, *baseline)
     (partial / "README.md").write_text(_card(card), encoding="utf-8")
     partial.chmod(0o755)
     if target.exists():

@@ -30,9 +30,11 @@ def export_checkpoint(
         ValueError: where the checkpoint does not cover a trained parameter.
     """
     import torch
+    from safetensors.torch import load_file
 
     from tbpo_ray.models.export import export_policy
     from tbpo_ray.models.load import add_lora, load_model, load_tokenizer, quiet_transformers
+    from tbpo_ray.training.optim import head_weights
     from tbpo_ray.training.scorer import PairScorer
     from tbpo_ray.training.state import fill_module
 
@@ -57,4 +59,10 @@ def export_checkpoint(
     fill_module(PairScorer(model), sorted(source.glob("optimizer-*.safetensors")))
     tokenizer = load_tokenizer(at.model, chat_template=config.model.chat_template, **options)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    return str(export_policy(model, tokenizer, target or Path(at.run_dir) / "export", dtype=dtype, card=card))
+    baseline = None
+    if (source / "head.safetensors").is_file():
+        stored = load_file(source / "head.safetensors")
+        section = config.objective.state_baseline
+        baseline = (head_weights(stored), config.objective.baseline_kind, section.hidden)
+    out = target or Path(at.run_dir) / "export"
+    return str(export_policy(model, tokenizer, out, dtype=dtype, card=card, baseline=baseline))

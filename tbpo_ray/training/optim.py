@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ class HeadOptimizer:
         return out
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
+        self.head.load_state_dict(head_weights(tensors))
         current = self.adamw.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -135,3 +135,8 @@ class HeadOptimizer:
                 _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = value
         self.adamw.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def head_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's own state dict out of what `HeadOptimizer.state_dict` saved."""
+    return {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}

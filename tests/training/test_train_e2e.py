@@ -157,6 +157,21 @@ def test_the_export_loads_in_transformers(whole):
     assert (whole / "DONE").is_file()
 
 
+def test_the_export_keeps_the_learned_baseline_aside(whole):
+    import torch
+    from safetensors.torch import load_file
+
+    from tbpo_ray.models.state_baseline import load_state_baseline
+
+    head = load_state_baseline(whole / "export")
+    stored = load_file(sorted(whole.glob("checkpoints/step-*"))[-1] / "head.safetensors")
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, stored[f"head.{name}"]), name
+    assert any(
+        value.abs().max() > 0 for name, value in head.state_dict().items() if name.startswith("head.2")
+    )
+
+
 def test_mlflow_holds_the_run(out, whole):
     from mlflow import MlflowClient
 
