@@ -14,12 +14,16 @@ def work(config: Config) -> None:
 
 def plan(config: Config) -> str:
     from tbpo_ray.configuration import stage_config
+    from tbpo_ray.evaluation.evaluate import check_settings
     from tbpo_ray.training.estimate import plan_text
+
+    prompts = check_settings(config)
 
     text = ""
     if config.sft:
         text = "\n# stage 1: sft" + plan_text(stage_config(config, config.sft, objective__name="sft"))
-    return text + f"\n# stage 2: {config.objective.name}" + plan_text(config)
+    text += f"\n# stage 2: {config.objective.name}" + plan_text(config)
+    return text + f"\n# stage 3: evaluation on {len(prompts.prompts)} prompts of {prompts.source}\n"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import expand_dotted, stage_config
+from tbpo_ray.evaluation.evaluate import check_settings
 from tbpo_ray.evaluation.job import evaluate
 from tbpo_ray.evaluation.report import compare_runs
 from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.models.local import policy_folder
 from tbpo_ray.progress import say
 from tbpo_ray.storage import run_dir
 from tbpo_ray.tracking import Tracker
@@ -44,6 +46,7 @@ def run_pipeline(config: Config) -> Verdict:
         InputError, RunFailed: as the stages do.
     """
     sft, preference = stages(config)
+    check_settings(preference)  # days may lie between here and the evaluation
     folder = run_dir(config)
     folder.mkdir(parents=True, exist_ok=True)
     with Tracker.noted(config, folder / PIPELINE_NOTE, kind="pipeline") as tracker:
@@ -52,7 +55,7 @@ def run_pipeline(config: Config) -> Verdict:
             say("stage 1 of 3: supervised fine-tuning")
             policies["sft"] = str(train(sft, kind="sft", parent_run_id=tracker.run_id).export)
         else:
-            policies["base"] = preference.model.name_or_path
+            policies["base"] = policy_folder(preference)
         say("stage 2 of 3: preference training")
         result = train(preference, kind="train", parent_run_id=tracker.run_id)
         policies[preference.objective.name] = str(result.export)

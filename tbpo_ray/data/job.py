@@ -28,7 +28,7 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
         InputError: bad input, before any worker starts.
     """
     from tbpo_ray.cluster import start_ray
-    from tbpo_ray.models.load import resolve_model
+    from tbpo_ray.models.local import policy_folder
     from tbpo_ray.tracking import Tracker
 
     folder, cache = run_dir(config), cache_dir(config)
@@ -43,7 +43,7 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
             faults += error.faults
     if faults:
         raise InputError(*faults)
-    tokenizer = resolve_model(config.model.name_or_path, cache, seed=config.run.seed)
+    tokenizer = policy_folder(config)
     start_ray()
     done = {role: prepare_role(config, role, tokenizer, cache) for role in roles}
     folder.mkdir(parents=True, exist_ok=True)

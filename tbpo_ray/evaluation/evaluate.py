@@ -120,10 +120,19 @@ def check_evaluation(
             )
     reference = reference or config.model.reference
     anchor = resolve_policy("reference", reference, config).model if reference else base.model
+    return found, base, anchor, check_settings(config)
+
+
+def check_settings(config: Config) -> PromptSet:
+    """What an evaluation needs beside policies: prompts that can be read, a judge, benchmarks.
+
+    Raises:
+        InputError: as :func:`evaluate_policies`.
+    """
     prompts = read_prompts(config)
     make_judge(config, source=prompts.source, output=Path(config.run.output_dir))
     benchmark_settings(config)
-    return found, base, anchor, prompts
+    return prompts
 
 
 def _settle_gpus(config: Config) -> Config:

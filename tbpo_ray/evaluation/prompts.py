@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,11 @@ from tbpo_ray.data.reasons import RecordError
 from tbpo_ray.data.records import BadRecord, Prompt, iter_prompts
 from tbpo_ray.errors import InputError
 from tbpo_ray.generation.samples import PromptTokens
-from tbpo_ray.storage import output_dir
+from tbpo_ray.models.load import BUILTIN
+from tbpo_ray.models.local import local_model
+from tbpo_ray.storage import cache_dir, output_dir
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ def show(prompt: Prompt) -> str:
 
 
 def resolve_policy(name: str, where: str, config: Config) -> Policy:
-    """A policy from a model folder, an adapter folder, or the name of a run that has exported one.
+    """A policy from a model folder, an adapter folder, the name of a run that has exported one, a built-in
+    or a hub name.
 
     Raises:
         InputError: it is none of these.
@@ -117,6 +123,9 @@ def resolve_policy(name: str, where: str, config: Config) -> Policy:
             if not base or not (Path(base) / "config.json").is_file():
                 raise InputError(f"evaluation.policies.{name}={where}: its base model {base!r} is not there")
             return Policy(name, base, str(folder.absolute()))
+    if where.startswith(BUILTIN) or _HUB_NAME.fullmatch(where):
+        key = f"evaluation.policies.{name}"
+        return Policy(name, local_model(where, cache_dir(config), seed=config.run.seed, key=key))
     raise InputError(
         f"evaluation.policies.{name}={where}: no model folder, no adapter folder, and no run in {runs} "
         "with an export; train it first, or give the folder"

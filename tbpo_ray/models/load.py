@@ -57,18 +57,15 @@ def _check_folder(folder: Path, name: str, key: str) -> None:
         raise InputError(f"{key}={name}: no tokenizer in it; save the tokenizer beside the model")
 
 
-def check_same_tokenizer(policy: str, other: str, key: str, *, gguf_file: str | None = None) -> None:
+def check_same_tokenizer(policy: str, other: str, key: str) -> None:
     """Scores of one model's tokens by another mean nothing unless both read the same token ids.
-
-    Args:
-        gguf_file: of the policy.
 
     Raises:
         InputError: naming `key`, when the vocabularies differ.
     """
     if policy == other:
         return
-    own = load_tokenizer(policy, gguf_file=gguf_file).get_vocab()
+    own = load_tokenizer(policy).get_vocab()
     theirs = load_tokenizer(other).get_vocab()
     if own != theirs:
         raise InputError(

@@ -70,11 +70,9 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
     model_options: dict[str, Any] = {
         "dtype": dtype,
         "attention": config.model.attention,
-        "revision": config.model.revision,
-        "gguf_file": config.model.gguf_file,
     }
     policy: Any = load_model(places.model, **model_options)
-    tokenizer = load_tokenizer(places.model, revision=config.model.revision, gguf_file=config.model.gguf_file)
+    tokenizer = load_tokenizer(places.model)
     if config.training.activation_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.lora is not None:
@@ -90,8 +88,7 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
         if config.model.lora is not None and config.model.reference is None:
             reference = "adapter_off"
         else:
-            options = model_options if config.model.reference is None else model_options | {"gguf_file": None}
-            frozen: Any = load_model(places.reference or places.model, **options)
+            frozen: Any = load_model(places.reference or places.model, **model_options)
             reference = PairScorer(frozen.requires_grad_(False).to(device)).eval()
             if (reference.softcap, reference.logit_scale) != (scorer.softcap, scorer.logit_scale):
                 raise InputError(

@@ -17,7 +17,8 @@ from tbpo_ray.data.job import log_prepared, prepare_role
 from tbpo_ray.data.prepare import find_sources
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.errors import InputError, RunFailed
-from tbpo_ray.models.load import check_same_tokenizer, resolve_model
+from tbpo_ray.models.load import check_same_tokenizer
+from tbpo_ray.models.local import local_model, policy_folder
 from tbpo_ray.placement import gather
 from tbpo_ray.progress import say
 from tbpo_ray.storage import cache_dir, file_lock, run_dir, shared_folders, write_atomic
@@ -87,11 +88,11 @@ def resolve_models(config: Config) -> tuple[str, str]:
             model can give.
     """
     cache = cache_dir(config)
-    model = resolve_model(config.model.name_or_path, cache, seed=config.run.seed)
+    model = policy_folder(config)
     reference = model
     if config.model.reference is not None:
-        reference = resolve_model(config.model.reference, cache, key="model.reference")
-        check_same_tokenizer(model, reference, "model.reference", gguf_file=config.model.gguf_file)
+        reference = local_model(config.model.reference, cache, key="model.reference")
+        check_same_tokenizer(model, reference, "model.reference")
     check_token_weights(config, objective_of(config))
     return model, reference
 

@@ -52,12 +52,11 @@ def export_checkpoint(
         raise ValueError(
             f"{at.checkpoints}: no whole checkpoint to export (training.export={training.export})"
         )
-    options: dict[str, Any] = {"revision": config.model.revision, "gguf_file": config.model.gguf_file}
-    model: Any = load_model(at.model, dtype=torch.float32, **options)
+    model: Any = load_model(at.model, dtype=torch.float32)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora)
     fill_module(PairScorer(model), sorted(source.glob("optimizer-*.safetensors")))
-    tokenizer = load_tokenizer(at.model, chat_template=config.model.chat_template, **options)
+    tokenizer = load_tokenizer(at.model, chat_template=config.model.chat_template)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     baseline = None
     if (source / "head.safetensors").is_file():

@@ -75,8 +75,6 @@ def reference_scores(
         "version": VERSION,
         "pairs": prepared.fingerprint,
         "model": model_digest(model),
-        "revision": config.model.revision,
-        "gguf": _gguf(config),
         "cut": cut,
         "precision": config.training.precision,
         "attention": config.model.attention,
@@ -173,11 +171,9 @@ class ReferenceScorer:
         self.device = torch.device("cuda" if config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-        gguf = _gguf(config)
-        options: dict[str, Any] = {"revision": config.model.revision, "gguf_file": gguf}
-        frozen = load_model(model, dtype=dtype, attention=config.model.attention, **options)
+        frozen = load_model(model, dtype=dtype, attention=config.model.attention)
         self.scorer = PairScorer(frozen.requires_grad_(False).to(self.device)).eval()  # type: ignore[arg-type]
-        tokenizer = load_tokenizer(model, **options)
+        tokenizer = load_tokenizer(model)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.bos = tokenizer.bos_token_id
         self.shared = uses_shared_prompt(config)
@@ -248,7 +244,3 @@ def _assemble(folder: Path, file: str, pairs: int) -> None:
 
 def _part(file: str, start: int) -> str:
     return f"scored-{Path(file).stem}-{start:08d}.parquet"
-
-
-def _gguf(config: Config) -> str | None:
-    return config.model.gguf_file if config.model.reference is None else None

@@ -22,7 +22,8 @@ from tbpo_ray.config import Config
 from tbpo_ray.configuration import digest
 from tbpo_ray.data.shards import ROWS_PER_GROUP, Prepared
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer, resolve_model
+from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer
+from tbpo_ray.models.local import local_model, policy_folder
 from tbpo_ray.objectives import Objective, contrastive_weights, oracle_scores, self_rewards
 from tbpo_ray.storage import cache_dir, file_lock, write_atomic
 from tbpo_ray.training.reference import reference_scores
@@ -39,11 +40,9 @@ T_REG_INSTRUCTIONS = (
 def check_token_weights(config: Config, objective: Objective) -> None:
     """Raises InputError for models that cannot give the weights this objective reads."""
     if objective.needs_weights and config.objective.token_weights.source == "models":
-        policy = resolve_model(config.model.name_or_path, cache_dir(config), seed=config.run.seed)
+        policy = policy_folder(config)
         for key, (model, _) in zip(("positive", "negative"), weight_models(config), strict=True):
-            check_same_tokenizer(
-                policy, model, f"objective.token_weights.{key}", gguf_file=config.model.gguf_file
-            )
+            check_same_tokenizer(policy, model, f"objective.token_weights.{key}")
 
 
 def weight_models(config: Config) -> list[tuple[str, str]]:
@@ -73,7 +72,9 @@ def weight_models(config: Config) -> list[tuple[str, str]]:
     keys = ("positive", "negative")
     return [
         (
-            resolve_model(
+            policy_folder(config)
+            if model == own
+            else local_model(
                 model, cache_dir(config), seed=config.run.seed, key=f"objective.token_weights.{key}"
             ),
             instruction,
@@ -177,7 +178,7 @@ def _checked(row: dict[str, Any], metadata: dict[str, Any], side: str) -> np.nda
 def _instruction_tokens(config: Config, model: str, instruction: str) -> list[int]:
     if not instruction:
         return []
-    tokenizer = load_tokenizer(model, revision=config.model.revision)
+    tokenizer = load_tokenizer(model)
     return list(tokenizer(instruction.strip() + "\n\n", add_special_tokens=False)["input_ids"])
 
 
