@@ -42,6 +42,7 @@ class Size:
     layers: int = 8
     heads: int = 6
     intermediate: int = 1024
+    positions: int = 2048
 
 
 MODEL = Size()
@@ -163,7 +164,7 @@ def build_model(folder: Path, size: Size, seed: int = 0) -> int:
                 num_hidden_layers=size.layers,
                 num_attention_heads=size.heads,
                 num_key_value_heads=size.heads,
-                max_position_embeddings=2048,
+                max_position_embeddings=size.positions,
                 tie_word_embeddings=True,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,

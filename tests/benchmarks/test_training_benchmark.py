@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tbpo_ray.benchmarks import overhead, reference, scaling, training
+from tbpo_ray.benchmarks import growth, overhead, reference, scaling, training
 from tbpo_ray.benchmarks.bare_loop import FullLogitsScorer
 from tbpo_ray.benchmarks.pairs import TINY, build_case, build_model, sample_lengths
 from tbpo_ray.benchmarks.turns import against, ratio, take_turns
@@ -32,6 +32,23 @@ def test_quick_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert off["speed"]["ratio"] == both["all off"][0]["seconds"] / both["TBPO-A"][0]["seconds"]
     text = training.markdown(result)
     assert "| all off |" in text and "TRL was not measured" in text and result["trl"] is None
+
+
+@pytest.mark.slow
+def test_quick_growth_run() -> None:
+    result = json.loads(json.dumps(growth.run(Config(), quick=True)))
+    assert [row["size"] for row in result["length"]] == list(growth.QUICK_ANSWERS)
+    for row in (*result["length"], *result["vocabulary"]):
+        for way in (growth.OURS, growth.PLAIN):
+            assert row["ways"][way][0]["seconds"] > 0
+    small, large = (row["ways"][growth.PLAIN][0]["peak_bytes"] for row in result["vocabulary"])
+    assert large > small
+    text = growth.markdown(result)
+    assert "| tokens of each answer |" in text and "| 4,096 |" in text
+
+
+def test_an_exponent_is_the_slope() -> None:
+    assert growth.exponent([1, 2, 4], [5, 7, 28]) == pytest.approx(2)
 
 
 def test_an_unknown_case_is_named() -> None:
