@@ -119,6 +119,10 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
     if kind == "llm":
         from tbpo_ray.evaluation.llm_judge import LlmJudge
 
+        if "pool" in settings:
+            from tbpo_ray.evaluation.pool_judge import PoolJudge
+
+            return PoolJudge.on_cluster(settings, config, output)
         return LlmJudge.from_settings(settings, cache=output / "judge_cache.jsonl")
     if kind == "implicit":
         refuse_unknown(settings, ("kind",))

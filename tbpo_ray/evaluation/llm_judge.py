@@ -1,8 +1,8 @@
-"""A language model as judge: pairwise, both orders, through any OpenAI-compatible endpoint.
+"""A language model as judge: pairwise, both orders, at an OpenAI-compatible endpoint or by a pool of engines.
 
-The endpoint may be a hosted one or `vllm serve FOLDER` on this cluster. Each pair is asked twice with the
-answers swapped; two verdicts for the same answer make a win, contradicting ones a tie. What cannot be parsed
-is counted and gives no verdict.
+The endpoint may be a hosted one or `vllm serve FOLDER`; a pool (`pool_judge`) runs on this cluster. Each pair
+is asked twice with the answers swapped; two verdicts for the same answer make a win, contradicting ones a
+tie. What cannot be parsed is counted and gives no verdict.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tbpo_ray.errors import InputError, RunFailed
 from tbpo_ray.evaluation.judges import Judge
@@ -38,10 +38,12 @@ class LlmSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    url: str
+    url: str | None = None
     """Base address of the endpoint, `http://host:8000/v1`."""
-    model: str
+    model: str | None = None
     """The judge's name at the endpoint."""
+    pool: str | None = None
+    """Instead of `url` and `model`: a model folder or hub name, asked by vLLM engines on this cluster."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself is never written anywhere."""
     prompt_file: str | None = None
@@ -65,10 +67,18 @@ class LlmSettings(BaseModel):
 
     @field_validator("url")
     @classmethod
-    def _http(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
+    def _http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("give an http(s) address such as http://127.0.0.1:8000/v1")
-        return value.rstrip("/")
+        return value and value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.pool is None and (self.url is None or self.model is None):
+            raise ValueError("give `url` and `model` of an endpoint, or `pool`, a model folder")
+        if self.pool is not None and (self.url is not None or self.model is not None):
+            raise ValueError("`pool` is asked on this cluster; leave out `url` and `model`")
+        return self
 
 
 class LlmJudge(Judge):
@@ -102,7 +112,8 @@ class LlmJudge(Judge):
         except ValidationError as error:
             raise InputError(
                 *(
-                    f"evaluation.judge.{'.'.join(map(str, item['loc']))}: "
+                    ".".join(["evaluation.judge", *map(str, item["loc"])])
+                    + ": "
                     + item["msg"].removeprefix("Value error, ")
                     for item in error.errors()
                 )
@@ -111,40 +122,45 @@ class LlmJudge(Judge):
     def preferences(self, candidate: Sequence[Sample], baseline: Sequence[Sample]) -> list[float | None]:
         """Raises RunFailed when the endpoint stays away; verdicts reached so far are kept in the cache."""
         pairs = list(zip(candidate, baseline, strict=True))
-        orders = (False, True) if self.settings.both_orders else (False,)
-        asked = [(a, b, swapped) for a, b in pairs for swapped in orders]
+        orders = (1, -1) if self.settings.both_orders else (1,)
+        replies = self.ask(
+            [
+                fill(self.template, pair[0].prompt_text, *(sample.answer for sample in pair[::order]))
+                for pair in pairs
+                for order in orders
+            ]
+        )
+        return [
+            self._combine([parse_verdict(reply) for reply in replies[i : i + len(orders)]])
+            for i in range(0, len(replies), len(orders))
+        ]
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """The judge's replies, in order."""
         with (
             httpx.Client(timeout=self.settings.timeout_s, headers=self._headers()) as client,
             ThreadPoolExecutor(self.settings.concurrency) as pool,
         ):
-            futures = [pool.submit(self._ask, client, *item) for item in asked]
+            futures = [pool.submit(self._ask, client, question) for question in questions]
             replies: list[str] = []
             try:
                 for done, future in enumerate(futures, start=1):
                     replies.append(future.result())
                     if done % 200 == 0:
-                        say(f"judged {done} of {len(asked)} questions")
+                        say(f"judged {done} of {len(questions)} questions")
             except RunFailed:
                 for future in futures:
                     future.cancel()
                 raise
-        return [
-            self._combine([parse_verdict(reply) for reply in replies[i : i + len(orders)]])
-            for i in range(0, len(replies), len(orders))
-        ]
+        return replies
 
     def report(self) -> dict[str, Any]:
         s = self.settings
         cost = (
             self.counts["prompt_tokens"] * s.price_input + self.counts["completion_tokens"] * s.price_output
         ) / 1e6
-        return {
-            "kind": self.kind,
-            "model": s.model,
-            "url": without_user(s.url),
-            **self.counts,
-            "cost": round(cost, 6),
-        }
+        where = {"pool": s.pool} if s.url is None else {"model": s.model, "url": without_user(s.url)}
+        return {"kind": self.kind, **where, **self.counts, "cost": round(cost, 6)}
 
     def _combine(self, verdicts: Sequence[float | None]) -> float | None:
         """One preference from the verdicts of both orders, each as seen by the first-named answer."""
@@ -158,12 +174,10 @@ class LlmJudge(Judge):
         self.counts["verdicts"] += 1
         return preference
 
-    def _ask(self, client: httpx.Client, candidate: Sample, baseline: Sample, swapped: bool) -> str:
-        first, second = (baseline, candidate) if swapped else (candidate, baseline)
-        text = fill(self.template, candidate.prompt_text, first.answer, second.answer)
+    def _ask(self, client: httpx.Client, question: str) -> str:
         body = {
             "model": self.settings.model,
-            "messages": [{"role": "user", "content": text}],
+            "messages": [{"role": "user", "content": question}],
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
         }
@@ -183,6 +197,7 @@ class LlmJudge(Judge):
         return reply
 
     def _request(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        assert self.settings.url is not None
         address, problem = f"{self.settings.url}/chat/completions", ""
         for attempt in range(self.settings.retries + 1):
             if attempt:

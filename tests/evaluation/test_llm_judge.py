@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tbpo_ray.configuration import load_config
 from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.evaluation.judges import make_judge
 from tbpo_ray.evaluation.llm_judge import LlmJudge, fill, parse_verdict
 
 
@@ -157,7 +159,7 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(endpoint, make_sample, tm
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"evaluation\.judge\.url"),
+        ({}, r"evaluation\.judge: give `url` and `model`"),
         ({"url": "ftp://x", "model": "m"}, "http"),
         ({"url": "http://x", "model": "m", "speed": 1}, r"evaluation\.judge\.speed"),
         ({"url": "http://x", "model": "m", "prompt_file": "/none"}, "no such file"),
@@ -226,3 +228,39 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 40
         except OSError:
             time.sleep(1)
     raise AssertionError(f"{url} does not answer")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({}, "evaluation.judge: give `url` and `model`"),
+        ({"url": "http://127.0.0.1:1/v1"}, "evaluation.judge: give `url` and `model`"),
+        ({"pool": "x", "model": "y"}, "evaluation.judge: `pool` is asked on this cluster"),
+    ],
+)
+def test_an_endpoint_or_a_pool(tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        LlmJudge.from_settings(words, tmp_path / "cache.jsonl")
+
+
+def test_a_pool_that_is_no_model_is_named(tmp_path):
+    config = load_config(None, [f"evaluation.judge={{kind: llm, pool: {tmp_path / 'none'}}}"])
+    with pytest.raises(InputError, match=r"evaluation\.judge\.pool=.*none"):
+        make_judge(config, source="x", output=tmp_path)
+
+
+@pytest.mark.e2e
+def test_a_pool_of_engines_as_judge(ray_session, make_sample, tiny_model, tmp_path):
+    settings = f"evaluation.judge={{kind: llm, pool: {tiny_model}, max_tokens: 4}}"
+    config = load_config(None, [settings, f"run.output_dir={tmp_path}"])
+    ours = [make_sample(i, word) for i, word in enumerate(("cat", "dog"))]
+    theirs = [make_sample(0, "tree"), make_sample(1, "dog " * 3000)]  # longer than the judge reads
+    judge = make_judge(config, source="x", output=tmp_path / "out")
+    assert judge.preferences(ours, theirs) == [None, None]  # an untrained model gives no verdict
+    report = judge.report()
+    assert (report["calls"], report["failed"], report["unparsable"]) == (4, 2, 4)
+    assert report["prompt_tokens"] > 0 and report["completion_tokens"] == 8 and report["pool"] == tiny_model
+    parts = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("part-*.parquet")}
+    again = make_judge(config, source="x", output=tmp_path / "out")
+    assert again.preferences(ours, theirs) == [None, None]
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("part-*.parquet")} == parts
