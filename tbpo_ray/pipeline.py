@@ -53,7 +53,7 @@ def run_pipeline(config: Config) -> Verdict:
         policies = {}
         if sft is not None:
             say("stage 1 of 3: supervised fine-tuning")
-            policies["sft"] = str(train(sft, kind="sft", parent_run_id=tracker.run_id).export)
+            policies["sft"] = str(train(sft, kind="sft", parent_run_id=tracker.run_id, wait=True).export)
         else:
             policies["base"] = policy_folder(preference)
         say("stage 2 of 3: preference training")

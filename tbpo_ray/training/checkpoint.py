@@ -1,5 +1,7 @@
 """Checkpoints: one self-describing folder per step, whole when its manifest is there and true.
 
+A folder is written aside, under a hidden name of its writer's own, and renamed when it is sealed.
+
 checkpoints/step-00000200/
     optimizer-0000.safetensors ...   master weights and optimizer state, a slice per rank
     head.safetensors                 learned baseline and its AdamW
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -54,6 +57,23 @@ def seal(folder: Path, state: Mapping[str, Any]) -> None:
         if f.is_file() and f.name != MANIFEST and not f.name.startswith(".")
     }
     write_atomic(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
+
+
+def partial_folder(checkpoints: Path, step: int, owner: str) -> Path:
+    """Where `owner` writes a checkpoint until it is whole; nobody else writes there."""
+    return checkpoints / f".step-{step:08d}-{owner}"
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Put a sealed folder in its place, for one that is left there of an earlier attempt."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def remove_partial(checkpoints: Path) -> None:
+    """Delete what earlier attempts left unsealed."""
+    for partial in checkpoints.glob(".step-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def fault(folder: Path) -> str | None:

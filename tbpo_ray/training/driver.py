@@ -21,13 +21,14 @@ from tbpo_ray.models.load import check_same_tokenizer
 from tbpo_ray.models.local import local_model, policy_folder
 from tbpo_ray.placement import gather
 from tbpo_ray.progress import say
-from tbpo_ray.storage import cache_dir, file_lock, run_dir, shared_folders, write_atomic
+from tbpo_ray.storage import cache_dir, run_dir, shared_folders, write_atomic
 from tbpo_ray.tracking import RUN_NOTE, Tracker, noted_run
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
 from tbpo_ray.training.causes import root_cause
 from tbpo_ray.training.follow import Follower
 from tbpo_ray.training.metrics import read_metrics
+from tbpo_ray.training.ownership import Claim
 from tbpo_ray.training.plan import Places, make_schedule, refuse_changes
 from tbpo_ray.training.token_weights import check_token_weights, token_weights
 
@@ -133,6 +134,7 @@ def train(
     parent_run_id: str | None = None,
     export: bool = True,
     on_row: Callable[[dict[str, Any]], None] | None = None,
+    wait: bool = False,
 ) -> RunResult:
     """Prepare, score the reference, train, export; go on with an unfinished run of the same name.
 
@@ -140,6 +142,7 @@ def train(
         kind: the MLflow run's kind.
         export: write `export/`; a run that is finished without it gets it in a later call.
         on_row: gets every new row of `metrics.jsonl` with the `total` of steps, in a thread of its own.
+        wait: for another driver that is at work on the same run, instead of refusing.
 
     Raises:
         InputError: bad configuration or input, before any worker starts.
@@ -149,7 +152,7 @@ def train(
     refuse_changes(config, folder)
     objective_of(config)
     _writable(folder)
-    with file_lock(folder / ".lock"):
+    with Claim(folder, wait=wait) as permit:
         finished = _finished(config, folder, export)
         if finished is not None:
             say(f"run {config.run.name} is finished: {folder}")
@@ -180,6 +183,7 @@ def train(
                 checkpoints=str(folder / "checkpoints"),
                 model=inputs.model,
                 prepared=data.path,
+                owner=permit.token,
                 prepared_eval=held_out.path if held_out else None,
                 reference=inputs.reference if config.model.reference is not None else None,
                 extra=columns,
@@ -191,6 +195,7 @@ def train(
                 _export(config, places, tracker, result)
             rows = read_metrics(folder)
             last = rows[-1] if rows else {}
+            permit.check()
             write_atomic(folder / "DONE", json.dumps({"step": result["step"]}))
             tracker.log_artifact(folder / "metrics.jsonl")
     return RunResult(folder, folder / "export", tracker.run_id, last)
@@ -258,7 +263,7 @@ def _fit(
             name=checkpoints.name,
             storage_path=str(checkpoints.parent),
             worker_runtime_env={} if config.cluster.gpus else {"env_vars": KEEP_MEMORY},
-            callbacks=[FailureLog(places.run_dir)],  # type: ignore[list-item]
+            callbacks=[FailureLog(places.permit)],  # type: ignore[list-item]
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=config.cluster.max_failures,
                 max_preemption_failures=config.cluster.max_preemption_failures,

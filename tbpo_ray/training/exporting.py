@@ -28,6 +28,7 @@ def export_checkpoint(
 
     Raises:
         ValueError: where the checkpoint does not cover a trained parameter.
+        NotOursError: the run has passed to another driver.
     """
     import torch
     from safetensors.torch import load_file
@@ -57,6 +58,7 @@ def export_checkpoint(
         model = add_lora(model, config.model.lora)
     fill_module(PairScorer(model), sorted(source.glob("optimizer-*.safetensors")))
     tokenizer = load_tokenizer(at.model, chat_template=config.model.chat_template)
+    at.permit.check()
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     baseline = None
     if (source / "head.safetensors").is_file():

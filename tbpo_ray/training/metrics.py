@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tbpo_ray.training.ownership import Permit
+
 VALIDATION = "validation.jsonl"
 
 
@@ -55,22 +57,27 @@ class MetricSums:
 
 
 class MetricsFile:
-    """The three files of a run, written by rank 0."""
+    """The three files of a run, written by rank 0.
 
-    def __init__(self, run_dir: Path, *, enabled: bool = True):
-        self.enabled = enabled
+    Writing raises NotOursError once the run has passed to others than the holder of `permit`.
+    """
+
+    def __init__(self, run_dir: Path, permit: Permit, *, enabled: bool = True):
+        self.permit, self.enabled = permit, enabled
         self.metrics_path = run_dir / "metrics.jsonl"
         self.timings_path = run_dir / "timings.jsonl"
         self.events_path = run_dir / "events.log"
 
     def write(self, row: Mapping[str, float], timing: Mapping[str, float]) -> None:
         if self.enabled:
+            self.permit.check()
             # Timings first: whoever follows the metrics finds the timing of each of its lines.
             append_line(self.timings_path, json.dumps(timing))
             append_line(self.metrics_path, json.dumps(row))
 
     def say(self, sentence: str) -> None:
         if self.enabled:
+            self.permit.check()
             append_line(self.events_path, sentence)
 
     def offset(self) -> int:
@@ -79,6 +86,7 @@ class MetricsFile:
     def rewind(self, offset: int) -> None:
         """Drop the lines behind `offset` bytes: steps that will be done again."""
         if self.enabled and self.metrics_path.exists():
+            self.permit.check()
             os.truncate(self.metrics_path, min(offset, self.offset()))
 
 

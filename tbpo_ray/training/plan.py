@@ -14,6 +14,7 @@ from tbpo_ray.configuration import flatten, to_yaml
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import build_objective
+from tbpo_ray.training.ownership import Permit
 
 NO_EFFECT = (
     "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft",
@@ -45,12 +46,19 @@ class Places:
     checkpoints: str
     model: str
     prepared: str
+    owner: str = ""
+    """Token of the driver's claim on the run."""
     prepared_eval: str | None = None
     reference: str | None = None
     """Folder of the frozen reference, where it is held live and is not the policy itself."""
     extra: list[str] = field(default_factory=list)
     """Folders with columns that go beside the prepared pairs: reference scores, token weights."""
     extra_eval: list[str] = field(default_factory=list)
+
+    @property
+    def permit(self) -> Permit:
+        """The driver's right to write into the run's folder, for those who work for it."""
+        return Permit(self.run_dir, self.owner)
 
 
 def cuts_tail(config: Config) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tbpo_ray.config import TrainingConfig
 from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.ownership import Permit
 
 WRITTEN = ".written-"
 _PEERS_SECONDS = 1800.0
@@ -24,41 +26,56 @@ _PEERS_SECONDS = 1800.0
 class Saver:
     """Writes one rank's part of each checkpoint into storage that all ranks share.
 
+    A folder gets its name when it is whole and `permit` still holds; if not, NotOursError is raised.
     With `training.async_checkpoints` a thread writes what `save` was given while training goes on; the folder
     is sealed when all ranks have written theirs, and the next `save` waits for that.
     """
 
-    def __init__(self, checkpoints: Path, rank: int, world: int, training: TrainingConfig):
+    def __init__(self, checkpoints: Path, rank: int, world: int, training: TrainingConfig, permit: Permit):
         self.checkpoints, self.rank, self.world, self.training = checkpoints, rank, world, training
+        self.permit = permit
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, files: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        files: Mapping[str, dict[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        pending: bool = False,
+    ) -> Path:
         """Write `files` of this rank and, on rank 0, the seal over everybody's.
 
         Args:
             files: file name to tensors, which nothing else changes from now on.
             state: goes into `state.json`; `metrics` in it decides which checkpoints are the best.
+            pending: validation is going to read the folder.
 
         Returns:
-            The folder; whole only after `wait` with `training.async_checkpoints`.
+            The folder; there only after `wait` with `training.async_checkpoints`.
         """
         self.wait()
         folder = ckpt.step_folder(self.checkpoints, step)
-        folder.mkdir(parents=True, exist_ok=True)
+        partial = ckpt.partial_folder(self.checkpoints, step, self.permit.gang)
         if self.rank == 0:
-            for stale in folder.iterdir():
-                stale.unlink()
+            self.permit.check()
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            if pending:
+                (partial / ckpt.PENDING).touch()
         barrier()
         if self.training.async_checkpoints:
-            self._thread = threading.Thread(target=self._guarded, args=(folder, dict(files), dict(state)))
+            self._thread = threading.Thread(
+                target=self._guarded, args=(partial, folder, dict(files), dict(state))
+            )
             self._thread.daemon = True
             self._thread.start()
             return folder
-        self._write(folder, files)
+        self._write(partial, files)
         barrier()
         if self.rank == 0:
-            self._seal(folder, state)
+            self._seal(partial, folder, state)
         barrier()
         return folder
 
@@ -75,19 +92,23 @@ class Saver:
         for name, tensors in files.items():
             save_file(tensors, folder / name)
 
-    def _seal(self, folder: Path, state: Mapping[str, Any]) -> None:
-        ckpt.seal(folder, state)
+    def _seal(self, partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
+        ckpt.seal(partial, state)
+        self.permit.check()
+        ckpt.publish(partial, folder)
         training = self.training
         best = ckpt.best(self.checkpoints, training.best_metric, training.best_mode, training.keep_best)
         ckpt.prune(self.checkpoints, training.keep_checkpoints, protected={b.name for b in best})
 
-    def _guarded(self, folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _guarded(
+        self, partial: Path, folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    ) -> None:
         try:
-            self._write(folder, files)
-            (folder / f"{WRITTEN}{self.rank:04d}").touch()
+            self._write(partial, files)
+            (partial / f"{WRITTEN}{self.rank:04d}").touch()
             if self.rank == 0:
-                self._await_peers(folder)
-                self._seal(folder, state)
+                self._await_peers(partial)
+                self._seal(partial, folder, state)
         except BaseException as error:  # raised by the next `wait`
             self._error = error
 

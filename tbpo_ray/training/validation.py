@@ -13,6 +13,7 @@ from tbpo_ray.configuration import stage_config
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.causes import root_cause
 from tbpo_ray.training.metrics import VALIDATION, MetricsFile, append_line
+from tbpo_ray.training.ownership import NotOursError
 from tbpo_ray.training.plan import Places
 
 TASK_CPUS = 0.05
@@ -35,11 +36,15 @@ def validate_checkpoint(
     Returns:
         `validation/<metric>` of `evaluation.prompts`; also a line of `validation.jsonl`.
     """
-    folder, run = Path(checkpoint.path), Path(places["run_dir"])
+    folder, at = Path(checkpoint.path), Places(**places)
+    run = Path(at.run_dir)
     try:
-        metrics = _validate(folder, run, tree, Places(**places), step)
+        metrics = _validate(folder, run, tree, at, step)
+        at.permit.check()
+    except NotOursError:
+        return {}
     except Exception as error:  # a policy that cannot be sampled must not end its training
-        MetricsFile(run).say(f"sampling the policy of step {step} failed: {root_cause(error)}")
+        MetricsFile(run, at.permit).say(f"sampling the policy of step {step} failed: {root_cause(error)}")
         return {}
     finally:
         (folder / ckpt.PENDING).unlink(missing_ok=True)

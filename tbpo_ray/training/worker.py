@@ -22,6 +22,7 @@ from tbpo_ray.training.build import Parts, build_parts
 from tbpo_ray.training.engine import Engine
 from tbpo_ray.training.metrics import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradient, learning_rate
+from tbpo_ray.training.ownership import NotOursError, Permit
 from tbpo_ray.training.plan import Places, make_schedule
 from tbpo_ray.training.saver import Cadence, Saver, finite
 from tbpo_ray.training.state import copy_fragments, load_fragments
@@ -34,7 +35,11 @@ def train_loop(payload: dict[str, Any]) -> dict[str, Any]:
     """Entry point of a Ray Train worker. `payload`: `config` (a tree) and `places` (paths)."""
     config = Config.model_validate(payload["config"])
     places = Places(**payload["places"])
-    return Worker(config, places).run()
+    try:
+        worker = Worker(config, places)
+    except NotOursError as error:  # on all ranks
+        return {"failed": str(error)}
+    return worker.run()
 
 
 class UnknownMetric(ValueError):
@@ -48,9 +53,11 @@ class Worker:
         import ray.train
 
         self.config, self.places = config, places
+        self.checkpoints = Path(places.checkpoints)
         self.context = ray.train.get_context()
         self.rank, self.world = self.context.get_world_rank(), self.context.get_world_size()
         self.device = _device(config)
+        permit = _gang_permit(places, self.rank, self.world)
         _threads(config, self.context.get_local_world_size())
         quiet_transformers()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
@@ -67,10 +74,10 @@ class Worker:
         )
         self.step = 0
         self.pairs_seen = 0
-        self.saver = Saver(Path(places.checkpoints), self.rank, self.world, config.training)
+        self.saver = Saver(self.checkpoints, self.rank, self.world, config.training, permit)
         self.preemption = Cadence(PREEMPTION_SECONDS, self.device)
         self.notice: Any = None
-        self.metrics = MetricsFile(Path(places.run_dir), enabled=self.rank == 0)
+        self.metrics = MetricsFile(Path(places.run_dir), permit, enabled=self.rank == 0)
         # Dropout differs between ranks; weights do not.
         torch.manual_seed(config.run.seed * 1_000_003 + self.rank)
 
@@ -268,13 +275,10 @@ class Worker:
             "skipped": self.engine.skipped,
             "data": self.prepared.fingerprint,
         }
-        folder = self.saver.save(self.step, files, state)
+        validates = self._validates()
+        folder = self.saver.save(self.step, files, state, pending=validates)
         numbers = {k: float(v) for k, v in row.items()} or {"step": float(self.step)}
-        validation: Any = False
-        if self._validates():
-            if self.rank == 0:
-                (folder / ckpt.PENDING).touch()
-            validation = ValidationTaskConfig(fn_kwargs={"step": self.step})
+        validation: Any = ValidationTaskConfig(fn_kwargs={"step": self.step}) if validates else False
         ray.train.report(
             numbers,
             checkpoint=Checkpoint.from_directory(str(folder)),
@@ -288,7 +292,9 @@ class Worker:
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one; the same one on every rank."""
-        found = [ckpt.newest(Path(self.places.checkpoints)) if self.rank == 0 else None]
+        if self.rank == 0:
+            ckpt.remove_partial(self.checkpoints)
+        found = [ckpt.newest(self.checkpoints) if self.rank == 0 else None]
         if self.world > 1:
             dist.broadcast_object_list(found, src=0)
         newest = found[0]
@@ -327,6 +333,27 @@ class Worker:
             f"data.max_length={length}: lower either, or set training.activation_checkpointing=true "
             f"({str(error).splitlines()[0]})"
         )
+
+
+def _gang_permit(places: Places, rank: int, world: int) -> Permit:
+    """The right to write of all ranks that start together.
+
+    Raises:
+        NotOursError: on all ranks, where the driver has lost the run.
+    """
+    found: list[Permit | str | None] = [None]
+    if rank == 0:
+        try:
+            found = [places.permit.for_new_gang()]
+        except NotOursError as error:
+            found = [str(error)]
+    if world > 1:
+        dist.broadcast_object_list(found, src=0)
+    (permit,) = found
+    if isinstance(permit, str):
+        raise NotOursError(permit)
+    assert permit is not None
+    return permit
 
 
 def _device(config: Config) -> torch.device:

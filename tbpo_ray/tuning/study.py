@@ -142,7 +142,7 @@ class _Study:
         sft, start = stages(self.config)
         if sft is not None:
             say("supervised fine-tuning: what all trials start from")
-            result = train(sft, kind="sft")
+            result = train(sft, kind="sft", wait=True)
             self.tracker.set_tags({"start.run": result.mlflow_run_id})
         policy, reference = resolve_models(start)
         fixed: dict[str, Any] = {"model__name_or_path": policy, "sft": {}}
@@ -321,7 +321,7 @@ class _Study:
         name = best.name if not best.generation else f"{best.name}-x{best.generation}"
         result = train(
             trial_config(start, self.trials_dir, name, best.params, start.run.seed),
-            kind="trial", parent_run_id=self.tracker.run_id,
+            kind="trial", parent_run_id=self.tracker.run_id, wait=True,
         )  # fmt: skip
         model = stages(self.config)[1].model.name_or_path
         settled = stage_config(

@@ -143,6 +143,7 @@ class _Trial:
                 parent_run_id=parent,
                 export=judged,
                 on_row=self._report if repeat == 0 else None,
+                wait=True,  # an earlier session of the trial may be just ending
             )
             if repeat == 0:
                 parent = result.mlflow_run_id

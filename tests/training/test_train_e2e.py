@@ -111,7 +111,11 @@ def test_a_killed_worker_changes_nothing(out, small_model, whole):
 
 
 def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
-    """Kill -9 the job, run it again: bit for bit the same; a third time does nothing."""
+    """Kill -9 the job, run it again: bit for bit the same; a third time does nothing.
+
+    The workers of the first time are frozen before the driver dies, and wake up when those of the second are
+    beyond the step that they froze in: they find the run in other hands and leave it alone.
+    """
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(whole / "config.yaml")]
     command += ["run.name=driver"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
@@ -124,13 +128,32 @@ def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
         assert first.poll() is None, first.stderr.read() if first.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    # The workers too: left alone they would live a moment longer, and might reach the end.
-    for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    orphans = [
+        process
+        for process in psutil.Process(first.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    assert len(orphans) == 2
+    for process in orphans:
+        process.suspend()
+    first.kill()
     first.wait()
     known = json.loads((folder / "run.json").read_text())
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    try:
+        job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        while (
+            job.poll() is None and not (folder / "checkpoints" / "step-00000010" / "manifest.json").exists()
+        ):
+            time.sleep(0.02)
+        for process in orphans:
+            assert process.status() == psutil.STATUS_STOPPED
+            process.resume()
+        said = job.communicate(timeout=300)[1]
+    finally:
+        for process in orphans:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    second = subprocess.CompletedProcess(command, job.returncode, "", said)
     assert second.returncode == 0, second.stderr
     assert "continuing from step-" in second.stderr
     assert json.loads((folder / "run.json").read_text()) == known
