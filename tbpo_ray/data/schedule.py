@@ -13,6 +13,14 @@ from typing import Any
 
 import numpy as np
 
+ORDER = 2
+"""Which order this code makes of its arguments; every checkpoint holds the number.
+
+Raise it with any change after which some arguments give other pairs in a step, or other micro-batches: the
+seed's use, the windows, how lengths are counted, how a step is dealt out. A run that is under way is then
+refused instead of going on with some pairs twice and others never. 1, which older checkpoints do not name,
+counted the tail that is cut off as length, in smaller windows.
+"""
 _WINDOW_STEPS = 16
 """Pairs are sorted by length within windows of this many steps, or of four times as many micro-batches,
 whichever are more pairs."""

@@ -6,7 +6,7 @@ checkpoints/step-00000200/
     optimizer-0000.safetensors ...   master weights and optimizer state, a slice per rank
     head.safetensors                 learned baseline and its AdamW
     rng-0000.safetensors ...         torch random state per rank
-    state.json                       step, pairs seen, metrics offset, fingerprints
+    state.json                       step, pairs seen, order of the batches, metrics offset, fingerprints
     manifest.json                    size and SHA-256 of each of the above, written last
 """
 
@@ -109,6 +109,16 @@ def newest(checkpoints: Path) -> Found:
             return Found(folder, state, tuple(rejected))
         rejected.append(f"checkpoint {folder.name} is not used: {why}")
     return Found(None, {}, tuple(rejected))
+
+
+def last_state(checkpoints: Path) -> dict[str, Any]:
+    """State of the newest checkpoint that has a readable one, not verified otherwise; empty without any."""
+    for folder in sorted(_folders(checkpoints), reverse=True):
+        try:
+            return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+    return {}
 
 
 def best(checkpoints: Path, metric: str, mode: str, count: int) -> list[Path]:

@@ -29,7 +29,7 @@ from tbpo_ray.training.causes import root_cause
 from tbpo_ray.training.follow import Follower
 from tbpo_ray.training.metrics import read_metrics
 from tbpo_ray.training.ownership import Claim
-from tbpo_ray.training.plan import Places, make_schedule, refuse_changes
+from tbpo_ray.training.plan import Places, make_schedule, refuse_changes, refuse_other_order
 from tbpo_ray.training.token_weights import check_token_weights, token_weights
 
 KEEP_MEMORY = {
@@ -338,15 +338,17 @@ def _export(config: Config, places: Places, tracker: Tracker, result: dict[str, 
 
 
 def _finished(config: Config, folder: Path, export: bool) -> RunResult | None:
-    """The result of a run that has nothing left to do."""
-    done = folder / "DONE"
+    """The result of a run that has nothing left to do.
+
+    Raises:
+        InputError: it has, and cannot go on with this code.
+    """
+    done, extended = folder / "DONE", _extended(config, folder)
+    if extended or not done.is_file():
+        refuse_other_order(config, folder, extended=extended)
     if not done.is_file():
         return None
-    import yaml
-
-    old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["training"]
-    new = config.training
-    if (old["max_steps"], old["epochs"]) != (new.max_steps, new.epochs):
+    if extended:
         done.unlink()
         say(f"run {config.run.name} is extended")
         return None
@@ -354,6 +356,17 @@ def _finished(config: Config, folder: Path, export: bool) -> RunResult | None:
         return None
     rows = read_metrics(folder)
     return RunResult(folder, folder / "export", noted_run(folder / RUN_NOTE), rows[-1] if rows else {}, True)
+
+
+def _extended(config: Config, folder: Path) -> bool:
+    """Whether the run was started with another number of steps."""
+    import yaml
+
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return False
+    old, new = yaml.safe_load(file.read_text(encoding="utf-8"))["training"], config.training
+    return (old["max_steps"], old["epochs"]) != (new.max_steps, new.epochs)
 
 
 def _writable(folder: Path) -> None:

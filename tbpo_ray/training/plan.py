@@ -11,9 +11,10 @@ import yaml
 
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import flatten, to_yaml
-from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.schedule import ORDER, Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import build_objective
+from tbpo_ray.training.checkpoint import last_state
 from tbpo_ray.training.ownership import Permit
 
 NO_EFFECT = (
@@ -108,6 +109,26 @@ def refuse_changes(config: Config, folder: Path) -> None:
         )
     if faults:
         raise InputError(*faults)
+
+
+def refuse_other_order(config: Config, folder: Path, *, extended: bool) -> None:
+    """Compare the order of the batches with the one that a run's checkpoints were trained in.
+
+    Args:
+        extended: whether steps come behind those that the run had.
+
+    Raises:
+        InputError: there are steps left, and this code would take them in another order.
+    """
+    state = last_state(folder / "checkpoints")
+    was = state.get("order", 1)
+    if not state or was == ORDER or (state["step"] == state.get("steps_total") and not extended):
+        return
+    raise InputError(
+        f"run.name={config.run.name}: its steps up to {state['step']} took the pairs in order {was}, of "
+        f"{'older' if was < ORDER else 'newer'} code; this code has order {ORDER}: it would repeat some "
+        "pairs and leave others out; go on with the code that began it, or use another run.name"
+    )
 
 
 def _under(key: str, beginning: str) -> bool:

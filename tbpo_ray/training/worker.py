@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tbpo_ray.config import Config
-from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.schedule import ORDER, Schedule
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.data.stream import MicroBatch, iter_micro_batches, local_micro_batches
 from tbpo_ray.models.load import quiet_transformers
@@ -274,6 +274,7 @@ class Worker:
             "metrics": finite(row),
             "skipped": self.engine.skipped,
             "data": self.prepared.fingerprint,
+            "order": ORDER,
         }
         validates = self._validates()
         folder = self.saver.save(self.step, files, state, pending=validates)

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tbpo_ray.data.schedule import Schedule, pair_tokens
+from tbpo_ray.data.schedule import ORDER, Schedule, pair_tokens
 
 
 def lengths(n, seed=0):
@@ -54,6 +55,19 @@ def test_the_same_pairs_in_every_step_on_1_2_and_4_workers(by_length):
             for world in (1, 2, 4)
         ]
         assert sets[0] == sets[1] == sets[2]
+
+
+def test_the_order_is_the_one_that_its_number_stands_for():
+    """Where this fails, the order has changed: raise ORDER, and write the new digest beside it."""
+    digest = hashlib.sha256()
+    for micro, by_length, cut in ((4, True, True), (4, True, False), (3, False, False), (24, True, False)):
+        order = schedule(1003, 16, micro, length_batches=by_length, cut_tail=cut, epochs=2)
+        for step in range(order.steps_total):
+            for world in (1, 3):
+                for rank in range(world):
+                    for part in order.micro_batches(step, rank, world):
+                        digest.update(part.astype("<i8").tobytes() + b"|")
+    assert (ORDER, digest.hexdigest()[:16]) == (2, "6e711112a74c47fb")
 
 
 def test_epochs_differ_seeds_differ_and_more_steps_only_extend():

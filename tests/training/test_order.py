@@ -1,0 +1,78 @@
+"""A run goes on only in the order that it was begun in."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from tbpo_ray.configuration import load_config, to_yaml
+from tbpo_ray.data.schedule import ORDER
+from tbpo_ray.errors import InputError
+from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.driver import train
+from tbpo_ray.training.plan import refuse_other_order
+
+STEPS = 10
+
+
+def begun(tmp_path, step, **state):
+    """Configuration and folder of a run that has reached `step` of ten."""
+    config = load_config(None, [f"run.output_dir={tmp_path}", "run.name=old", f"training.max_steps={STEPS}"])
+    folder = tmp_path / "old"
+    checkpoint = ckpt.step_folder(folder / "checkpoints", step)
+    checkpoint.mkdir(parents=True)
+    ckpt.seal(checkpoint, {"step": step, "steps_total": STEPS, **state})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
+    return config, folder
+
+
+@pytest.mark.parametrize(
+    ("state", "words"), [({}, "order 1, of older code"), ({"order": 99}, "order 99, of newer code")]
+)
+def test_an_unfinished_run_of_another_order_is_refused_before_anything_starts(tmp_path, state, words):
+    config, folder = begun(tmp_path, 5, **state)
+    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    with pytest.raises(InputError) as refusal:
+        train(config)
+    (fault,) = refusal.value.faults
+    assert fault.startswith("run.name=old: its steps up to 5") and words in fault
+    assert f"this code has order {ORDER}" in fault and "use another run.name" in fault
+    assert {f: f.read_bytes() for f in before} == before
+
+
+def test_the_same_order_goes_on(tmp_path):
+    config, folder = begun(tmp_path, 5, order=ORDER)
+    refuse_other_order(config, folder, extended=False)
+    refuse_other_order(config, tmp_path / "none", extended=False)
+
+
+def test_a_run_at_its_last_step_may_still_be_exported(tmp_path):
+    config, folder = begun(tmp_path, STEPS)
+    refuse_other_order(config, folder, extended=False)
+    with pytest.raises(InputError):
+        refuse_other_order(config, folder, extended=True)
+
+
+def test_a_finished_run_of_another_order_can_be_read_but_not_extended(tmp_path):
+    config, folder = begun(tmp_path, STEPS)
+    (folder / "DONE").write_text("{}")
+    (folder / "export").mkdir()
+    (folder / "export" / "config.json").write_text("{}")
+    result = train(config)
+    assert (result.already_finished, result.metrics) == (True, {"step": 10, "loss": 0.5})
+    more = load_config(None, [f"run.output_dir={tmp_path}", "run.name=old", "training.max_steps=20"])
+    with pytest.raises(InputError, match="steps up to 10"):
+        train(more)
+    assert (folder / "DONE").is_file()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["max_steps"] == STEPS
+    assert train(config).already_finished
+
+
+def test_the_newest_readable_state_counts(tmp_path):
+    config, folder = begun(tmp_path, 5, order=ORDER)
+    begun(tmp_path, 8)
+    with pytest.raises(InputError, match="up to 8"):
+        refuse_other_order(config, folder, extended=False)
+    (ckpt.step_folder(folder / "checkpoints", 8) / "state.json").write_text("")
+    refuse_other_order(config, folder, extended=False)
