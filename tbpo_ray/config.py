@@ -161,7 +161,8 @@ class TrainingConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do, on all workers, with a step whose loss or gradient is not finite."""
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"stage": 1})
-    """`{stage: N}`, or any DeepSpeed mapping, passed through."""
+    """`{stage: N}`, or any DeepSpeed mapping, passed through; with the optimizer's state on the CPU:
+    `{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}`."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -172,6 +173,11 @@ class TrainingConfig(Section):
             raise ValueError("the ZeRO stage must be 0, 1, 2 or 3")
         if "stage" in value and len(value) > 1 and "zero_optimization" in value:
             raise ValueError("give either `stage` or `zero_optimization`, not both")
+        for part, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+            offload = zero.get(part) if isinstance(zero, dict) else None
+            if offload and stage not in stages and offload.get("device") in ("cpu", "nvme"):
+                use = " or ".join(map(str, stages))
+                raise ValueError(f"{part} does nothing with ZeRO stage {stage}; leave it out, or use {use}")
         return value
 
     @model_validator(mode="after")

@@ -33,6 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
         ("data.max_prompt_length=2048", ["data.max_prompt_length=2048", "data.max_length=2048"]),
         ("data.quarantine_limit=2", ["data.quarantine_limit=2", "less than or equal to 1"]),
         ("training.deepspeed={stage: 7}", ["ZeRO stage must be 0, 1, 2 or 3"]),
+        (
+            "training.deepspeed={zero_optimization: {stage: 2, offload_param: {device: cpu}}}",
+            ["offload_param does nothing with ZeRO stage 2", "use 3"],
+        ),
+        (
+            "training.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}",
+            ["offload_optimizer does nothing with ZeRO stage 0", "use 1 or 2 or 3"],
+        ),
         ("generation.engine={trust_remote_code: true}", ["trust_remote_code"]),
         ("model=3", ["model=3"]),
     ],

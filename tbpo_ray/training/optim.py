@@ -22,6 +22,14 @@ def all_finite(values: Tensor) -> bool:
     return not values.numel() or all(math.isfinite(end) for end in torch.stack(values.aminmax()).tolist())
 
 
+def collective_device() -> torch.device:
+    """Where tensors have to be for the ranks to reduce them: with NCCL on the GPU, also where an offloaded
+    optimizer holds its own on the CPU."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 class FiniteGuard:
     """Mixed into a torch optimizer: looks at the gradients (in DeepSpeed: this rank's partition, reduced
     and clipped) before the step, and at the numbers that `watched` gives, such as the loss. All ranks
@@ -40,8 +48,7 @@ class FiniteGuard:
                 if p.grad is not None and not all_finite(p.grad):
                     bad += 1
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
-            bad = bad.to(device)
+            bad = bad.to(collective_device())
             dist.all_reduce(bad)
         return float(bad) == 0.0
 

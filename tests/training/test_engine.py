@@ -56,7 +56,17 @@ def train(rank, world, cases):
 
 
 def train_case(
-    rank, world, *, stage, optimizer="rmsprop", out=None, load=None, first=0, precision="fp32", kind="tied"
+    rank,
+    world,
+    *,
+    stage,
+    offload=None,
+    optimizer="rmsprop",
+    out=None,
+    load=None,
+    first=0,
+    precision="fp32",
+    kind="tied",
 ):
     import torch
     import torch.distributed as dist
@@ -83,7 +93,7 @@ def train_case(
     config = load_config(
         None,
         [
-            f"training.deepspeed={{stage: {stage}}}",
+            f"training.deepspeed={{zero_optimization: {json.dumps({'stage': stage, **(offload or {})})}}}",
             f"training.optimizer={optimizer}",
             f"training.precision={precision}",
         ],
@@ -94,6 +104,9 @@ def train_case(
         frozen, baseline = "adapter_off", "exact_kl"
     scorer = PairScorer(policy).train()
     engine = Engine(scorer, config, torch.device("cpu"))
+    if offload:
+        zero = engine.optimizer
+        assert zero.offload_optimizer if stage == 3 else zero.cpu_offload
     step = PreferenceStep(
         build_objective({"name": "tbpo_a", "state_baseline": {"kind": baseline}}), None, frozen
     )
@@ -148,6 +161,31 @@ def test_stages_agree_and_a_checkpoint_resumes_in_another_layout(tmp_path):
     assert resumed == pytest.approx(rest, abs=1e-5)
     back = [{"stage": 1, "load": at[3], "first": STEPS, **adamw}]
     assert in_group(tmp_path, 1, train, back)[0][0] == pytest.approx(rest, abs=1e-5)
+
+
+def test_offload_to_the_cpu_changes_nothing(tmp_path):
+    """Neither the losses nor what a checkpoint holds: one of either kind resumes in the other."""
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    pinned = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    at = {name: str(tmp_path / name) for name in ("plain", "two", "three")}
+    adamw = {"optimizer": "adamw"}
+    go_on = {"first": STEPS, **adamw}
+    cases = [
+        {"stage": 2, "out": at["plain"], **adamw},
+        {"stage": 2, "load": at["plain"], **go_on},
+        {"stage": 2, "offload": offload, "out": at["two"], **adamw},
+        {"stage": 3, "offload": pinned | {"offload_param": {"device": "cpu"}}, "out": at["three"], **adamw},
+        {"stage": 2, "offload": pinned, "load": at["plain"], **go_on},
+        {"stage": 2, "load": at["three"], **go_on},
+        {"stage": 3, "offload": offload, "load": at["two"], **go_on},
+    ]
+    first, later, two, three, *resumed = in_group(tmp_path, 2, train, cases)[0]
+    assert len(set(first)) == STEPS
+    for losses in (two, three):
+        assert losses == pytest.approx(first, abs=1e-5)
+    assert len(resumed) == 3
+    for losses in resumed:
+        assert losses == pytest.approx(later, abs=1e-5)
 
 
 def test_bf16_trains_with_fp32_master_weights(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tbpo_ray.training.optim import all_finite
+from tbpo_ray.training.optim import all_finite, collective_device
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -17,6 +17,13 @@ def test_one_bad_value_is_seen_wherever_it_stands(dtype: torch.dtype, size: int,
         broken = values.clone()
         broken[place] = bad
         assert all_finite(values) and not all_finite(broken)
+
+
+def test_with_nccl_the_ranks_reduce_on_the_gpu_whatever_is_offloaded(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for backend, device in (("gloo", "cpu"), ("nccl", "cuda:1")):
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
+        assert collective_device() == torch.device(device)
 
 
 def test_nothing_is_finite() -> None:
