@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -119,7 +120,8 @@ class ScalingCluster:
         """End every process of this cluster, known by its temporary folder, and no other."""
         for kind in (signal.SIGTERM, signal.SIGKILL):
             for process in self.processes():
-                process.send_signal(kind)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(kind)
             psutil.wait_procs(self.processes(), timeout=5)
         shutil.rmtree(self.folder, ignore_errors=True)
 
