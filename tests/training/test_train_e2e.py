@@ -58,6 +58,15 @@ def final_state(folder: Path) -> dict[str, bytes]:
     }
 
 
+def until_step(folder: Path, step: int, job: subprocess.Popen[str]) -> None:
+    """Wait for the checkpoint of a step."""
+    end = time.monotonic() + 400
+    while not (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists():
+        assert job.poll() is None, job.stderr.read() if job.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, ray_session) -> Path:
     return tmp_path_factory.mktemp("runs")
@@ -119,43 +128,34 @@ def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(whole / "config.yaml")]
     command += ["run.name=driver"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    first = subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
     folder = out / "driver"
-    deadline = time.monotonic() + 240
-    while not (folder / "checkpoints" / "step-00000005" / "manifest.json").exists():
-        assert first.poll() is None, first.stderr.read() if first.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    orphans = [
-        process
-        for process in psutil.Process(first.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(process.cmdline())
-    ]
-    assert len(orphans) == 2
-    for process in orphans:
-        process.suspend()
-    first.kill()
-    first.wait()
-    known = json.loads((folder / "run.json").read_text())
+    first, orphans = subprocess.Popen(command, env=environment, start_new_session=True), []
     try:
-        job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        while (
-            job.poll() is None and not (folder / "checkpoints" / "step-00000010" / "manifest.json").exists()
-        ):
-            time.sleep(0.02)
+        until_step(folder, 5, first)
+        orphans = [
+            process
+            for process in psutil.Process(first.pid).children(recursive=True)
+            if "RayTrainWorker" in " ".join(process.cmdline())
+        ]
+        assert len(orphans) == 2
+        for process in orphans:
+            process.suspend()
+        first.kill()
+        first.wait()
+        known = json.loads((folder / "run.json").read_text())
+        second = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        until_step(folder, 10, second)
         for process in orphans:
             assert process.status() == psutil.STATUS_STOPPED
             process.resume()
-        said = job.communicate(timeout=300)[1]
+        said = second.communicate(timeout=400)[1]
     finally:
+        first.kill()
         for process in orphans:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-    second = subprocess.CompletedProcess(command, job.returncode, "", said)
-    assert second.returncode == 0, second.stderr
-    assert "continuing from step-" in second.stderr
+    assert second.returncode == 0, said
+    assert "continuing from step-" in said
     assert json.loads((folder / "run.json").read_text()) == known
     assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert final_state(folder) == final_state(whole)
