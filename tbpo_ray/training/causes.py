@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b[^:]*:")
-_FIELD = re.compile(r"(class_name|actor_id|pid|name|namespace|ip|node_id): ")
+_FIELD = re.compile(r"(class_name|actor_id|pid|name|namespace|ip|node_id):( |$)")
 """What Ray lists below the sentence of an actor that died."""
 _WRAPPERS = ("UserCodeException", "RayTaskError", "TrainingFailedError", "WorkerGroupError")
 

@@ -25,6 +25,7 @@ SETTINGS = {
     "training.eval_every": "null",
     "training.checkpoint_every": EVERY,
     "cluster.num_workers": 1,
+    "cluster.max_failures": 0,
     "cluster.resources_per_worker": "{CPU: 1}",
     "run.name": "spot",
 }

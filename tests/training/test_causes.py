@@ -12,7 +12,7 @@ def test_of_an_actor_that_died_the_reason_is_told_and_not_its_number():
     error = ActorDiedError()
     assert str(error).startswith("The actor died")
     assert root_cause(error) == str(error).splitlines()[0]
-    listed = RuntimeError(f"{told}\n\tclass_name: RayTrainWorker\n\tactor_id: 5ac2\n\tpid: 4\n\tip: 10.0.0.1")
+    listed = RuntimeError(f"{told}\n\tclass_name: \n\tactor_id: 5ac2\n\tpid: 4\n\tip: 10.0.0.1")
     assert root_cause(listed) == told
 
 
