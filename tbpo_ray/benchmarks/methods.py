@@ -5,22 +5,32 @@ Run by `jobs/benchmark.py --only methods`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tbpo_ray.benchmarks.turns import table
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 
-PLAIN = {"objective.state_baseline.center": False}
+LOGISTIC = {"objective.bregman.generator": "logistic"}
 METHODS: dict[str, dict[str, Any]] = {
-    "tbpo_q": {"objective.name": "tbpo_q", "objective.state_baseline.center": True},
-    "tbpo_a exact": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "exact_kl", **PLAIN},
-    "no baseline": {"objective.name": "tbpo_q", "objective.state_baseline.kind": "none", **PLAIN},
+    "tbpo_q": {"objective.name": "tbpo_q"},
+    "tbpo_q logistic": {"objective.name": "tbpo_q", **LOGISTIC},
+    "tbpo_a exact": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "exact_kl"},
+    "no baseline": {"objective.name": "tbpo_q", "objective.state_baseline.kind": "none"},
+    "tdpo2": {"objective.name": "tdpo2"},
     "dpo": {"objective.name": "dpo"},
 }
-LEARNING_RATES = {"tbpo_q": 5e-6, "tbpo_a exact": 2e-5, "no baseline": 5e-6, "dpo": 8e-6}
-"""Each method's best of those tried on seed 0 with 800 prompts: TBPO-Q 3e-6, 5e-6, 8e-6; TBPO-A 8e-6, 2e-5;
-no baseline 1e-6, 3e-6, 5e-6, 8e-6; DPO 1e-6, 3e-6, 8e-6, 1.2e-5, 2e-5."""
+LEARNING_RATES = {
+    "tbpo_q": 5e-6,
+    "tbpo_q logistic": 8e-6,
+    "tbpo_a exact": 4e-5,
+    "no baseline": 5e-6,
+    "tdpo2": 8e-6,
+    "dpo": 8e-6,
+}
+CREDIT_PAIRS = 4
+"""Pairs that the token credit map of each seed shows; its areas under the curve are over all."""
 
 
 def run(
@@ -65,7 +75,8 @@ def run(
             policies[label] = str(train(stage_config(config, changes)).export)
             used[label] = rate
         start_ray()
-        settled = fit_to_cluster(stage_config(config, {"run.seed": seed, "run.name": f"{name}-{seed}"}))
+        changes = {"run.seed": seed, "run.name": f"{name}-{seed}", "evaluation.credit_pairs": CREDIT_PAIRS}
+        settled = fit_to_cluster(stage_config(config, changes))
         verdict = evaluate_policies(settled, policies, output=run_dir(settled) / "evaluation")
         for label, rate in used.items():
             metrics = {key: estimate.to_json() for key, estimate in verdict[label].metrics.items()}
@@ -78,16 +89,30 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     seeds = sorted({row["seed"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    head = ["policy", *(f"exact match, seed {seed}" for seed in seeds), "distinct-1", "KL from SFT"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = ["policy", *(f"exact match, seed {seed}" for seed in seeds), *MEANS.values()]
+    lines = []
     for method in methods:
         mine = {row["seed"]: row["metrics"] for row in rows if row["method"] == method}
         cells = [_share(mine[seed].get("exact_match")) if seed in mine else "" for seed in seeds]
-        for key in ("distinct_1", "kl"):
-            values = [m[key]["value"] for m in mine.values() if key in m]
-            cells.append(f"{sum(values) / len(values):.3f}" if values else "-")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([method, *cells, *(_mean(mine.values(), key) for key in MEANS)])
+    return table(head, lines)
+
+
+MEANS = {
+    "distinct_1": "distinct-1",
+    "kl_k1": "KL from SFT",
+    "credit_auc": "credit AUC, log-ratio",
+    "credit_auc_advantage": "credit AUC, advantage",
+}
+
+
+def _mean(found: Iterable[Mapping[str, Any]], key: str) -> str:
+    """Mean over the seeds and, of several, the least and the largest."""
+    values = [metrics[key]["value"] for metrics in found if key in metrics]
+    if not values:
+        return "-"
+    span = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{span}"
 
 
 def _share(estimate: Mapping[str, float] | None) -> str:
