@@ -11,7 +11,18 @@ from tbpo_ray.cli import run_job
 from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
 
-PARTS = ("objectives", "data", "methods", "training", "overhead", "scaling", "reference", "growth")
+PARTS = (
+    "objectives",
+    "data",
+    "methods",
+    "training",
+    "overhead",
+    "scaling",
+    "reference",
+    "growth",
+    "generation",
+    "search",
+)
 
 
 def options(parser: argparse.ArgumentParser) -> None:

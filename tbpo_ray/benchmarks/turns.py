@@ -9,10 +9,14 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import psutil
 
 Measured = dict[str, Any]
 """What one measurement of one way found: numbers by name."""
@@ -59,6 +63,44 @@ def child(arguments: Sequence[str], payload: Mapping[str, Any], python: str = sy
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{(done.stdout + done.stderr)[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class TreeClock(threading.Thread):
+    """Adds up, while it is open, the CPU seconds of this process and of all that came and went below it.
+
+    It looks at them a few times a second: what a process does between the last look and its end is missed.
+    """
+
+    POLL_SECONDS = 0.2
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._done = threading.Event()
+        self._seen: dict[tuple[int, float], float] = {}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._seen.values())
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+        self._look()
+
+    def run(self) -> None:
+        while not self._done.wait(self.POLL_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                self._seen[process.pid, process.create_time()] = times.user + times.system
 
 
 def trim_memory() -> None:
