@@ -24,7 +24,9 @@ def engine_arguments(generation: GenerationConfig, *, use_gpu: bool, adapter: st
         "disable_log_stats": True,
     }
     if not use_gpu:
-        arguments |= {"enforce_eager": True, "dtype": "float32"}
+        # A seeded request whose prompt is read in two steps ends vLLM's engine on the CPU: it takes back the
+        # draw of the first step, which a CPU generator cannot do. So no prompt is cut into chunks.
+        arguments |= {"enforce_eager": True, "dtype": "float32", "enable_chunked_prefill": False}
     if generation.tensor_parallel > 1:
         # One engine stays on one node. Ray's executor would hold a placement group that nobody removes.
         arguments["distributed_executor_backend"] = "mp"

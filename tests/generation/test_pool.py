@@ -121,3 +121,11 @@ def test_tensor_parallelism_needs_no_placement_group(
     samples = generate(tiny_model, prompts, generation, output=tmp_path / "out")
     assert samples.manifest["failed"] == 0 and len(list(samples)) == 12
     assert engines_left() == []
+
+
+@pytest.mark.timeout(300)
+def test_prompts_that_do_not_fit_into_one_step_of_the_engine(ray_session, tiny_model, tmp_path):
+    """More prompt tokens than an engine reads at once; a seeded prompt must not be read in two steps."""
+    many = [PromptTokens(f"p{i}", [1, *[5 + i] * (100 + i), 4], "") for i in range(64)]
+    samples = generate(tiny_model, many, GenerationConfig(max_tokens=2), output=tmp_path / "out")
+    assert samples.manifest["failed"] == 0 and len(samples.answered()) == 64
