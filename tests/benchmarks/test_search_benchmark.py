@@ -1,0 +1,45 @@
+"""The benchmark of the search runs, and its figures make sense."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tbpo_ray.benchmarks import search
+from tbpo_ray.benchmarks.search import BY_HAND, LIVE, QUICK_SPACE, SPACE, STUDY
+from tbpo_ray.config import Config
+from tbpo_ray.tuning.space import Space
+
+MACHINE = {"processor": "p", "cores": 2, "load": 0.0, "versions": {}}
+
+
+def test_the_space_has_eight_points() -> None:
+    assert len(list(Space.parse(SPACE).points())) == 8 and len(list(Space.parse(QUICK_SPACE).points())) == 2
+
+
+def test_ratios_and_the_table() -> None:
+    ways = {
+        STUDY: [{"seconds": 100.0, "cpu_seconds": 150.0, "scorings": 2}],
+        BY_HAND: [{"seconds": 250.0, "cpu_seconds": 300.0, "scorings": 16}],
+        LIVE: [{"seconds": 120.0, "cpu_seconds": 200.0, "scorings": 0}],
+    }
+    ratios = search.ratios(ways)
+    assert ratios["by_hand"]["time"]["ratio"] == 2.5 and ratios["cached"]["cpu_time"]["ratio"] == 0.75
+    sizes = {"trials": 8, "pairs": 256, "held_out": 128, "epochs": 2, "parameters": 5_300_000}
+    text = search.markdown({"machine": MACHINE, **sizes, "ways": ways, **ratios})
+    assert "2.50 [2.50, 2.50] of the study | at least 1.3: reached" in text
+    assert "cached over live 0.83 [0.83, 0.83] | at most 0.8: missed | 0.75" in text
+    assert "8 trials, 2 at a time" in text and "5.3 M parameters" in text
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_quick_search_run() -> None:
+    result = json.loads(json.dumps(search.run(Config(), quick=True)))
+    (study,), (by_hand,), (live,) = (result["ways"][way] for way in (STUDY, BY_HAND, LIVE))
+    assert study["trials"] == by_hand["trials"] == result["trials"] == 2
+    # Of training and of held-out pairs: by the study once, by each run by hand, never beside a live model.
+    assert (study["scorings"], by_hand["scorings"], live["scorings"]) == (2, 4, 0)
+    assert study["cpu_seconds"] > 0 and result["by_hand"]["time"]["ratio"] > 0
+    assert "runs by hand" in search.markdown(result)
