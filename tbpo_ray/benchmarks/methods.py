@@ -12,10 +12,8 @@ from tbpo_ray.benchmarks.turns import table
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
 
-LOGISTIC = {"objective.bregman.generator": "logistic"}
 METHODS: dict[str, dict[str, Any]] = {
     "tbpo_q": {"objective.name": "tbpo_q"},
-    "tbpo_q logistic": {"objective.name": "tbpo_q", **LOGISTIC},
     "tbpo_a exact": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "exact_kl"},
     "no baseline": {"objective.name": "tbpo_q", "objective.state_baseline.kind": "none"},
     "tdpo2": {"objective.name": "tdpo2"},
@@ -23,7 +21,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LEARNING_RATES = {
     "tbpo_q": 5e-6,
-    "tbpo_q logistic": 8e-6,
     "tbpo_a exact": 4e-5,
     "no baseline": 5e-6,
     "tdpo2": 8e-6,
