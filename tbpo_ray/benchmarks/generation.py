@@ -8,7 +8,6 @@ and loading the model are left out of the ratio that has a goal; the times with 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -131,7 +130,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             cells = [
                 spread(against_it["speed"]),
                 against(against_it["speed"]["ratio"], GOALS[way]),
-                spread(cpu) if math.isfinite((cpu := against_it["cpu_speed"])["ratio"]) else "not measurable",
+                # In a short run two starts differ by more than sampling costs.
+                spread(against_it["cpu_speed"]) if against_it["cpu_speed"]["low"] > 0 else "-",
                 spread(against_it["whole"]),
             ]
         rows.append(
@@ -168,9 +168,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _per_cpu(row: Measured) -> Measured:
-    """NaN where nothing is left once the start, a run of its own, is taken off: too little was sampled."""
-    seconds = row["cpu_seconds"]
-    return {"tokens_per_cpu_second": row["tokens"] / seconds if seconds > 0 else math.nan}
+    return {"tokens_per_cpu_second": row["tokens"] / row["cpu_seconds"]}
 
 
 def _with(job: Job, batch: int) -> Job:

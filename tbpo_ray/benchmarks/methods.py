@@ -23,7 +23,7 @@ LEARNING_RATES = {
     "tbpo_q": 5e-6,
     "tbpo_a exact": 4e-5,
     "no baseline": 5e-6,
-    "tdpo2": 8e-6,
+    "tdpo2": 4e-5,
     "dpo": 8e-6,
 }
 CREDIT_PAIRS = 4

@@ -83,5 +83,6 @@ def test_quick_generation_run() -> None:
     assert 0.8 < ours["tokens"] / (result["prompts"] * result["answer"]) <= 1
     assert one["tokens"] == one["prompts"] * result["answer"]
     assert 0 < ours["seconds"] < ours["manifest_seconds"] < ours["process_seconds"]
-    assert result["ratios"][BEST]["speed"]["ratio"] > 0 and ours["cpu_seconds"] > 0
+    # No word of CPU seconds: two starts of an engine differ by more than so few tokens cost.
+    assert result["ratios"][BEST]["speed"]["ratio"] > 0
     assert f"({result['best']})" in generation.markdown(result)
