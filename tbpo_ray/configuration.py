@@ -83,12 +83,27 @@ def expand_dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid onto `base`, mapping by mapping; neither is changed."""
+    """`over` laid onto `base`, mapping by mapping; neither is changed.
+
+    An empty mapping clears what was there, and a judge of another kind takes the place of the whole section.
+    """
     out = dict(base)
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = merge(out[key], value) if both else value
+        old = out.get(key)
+        if (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value
+            and not _other_judge(key, old, value)
+        ):
+            out[key] = merge(old, value)
+        else:
+            out[key] = value
     return out
+
+
+def _other_judge(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return key == "judge" and new.get("kind", old.get("kind")) != old.get("kind")
 
 
 def validate(tree: Mapping[str, Any]) -> Config:

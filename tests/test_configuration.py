@@ -122,3 +122,13 @@ def test_importing_the_configuration_pulls_in_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_empty_mapping_clears_and_a_judge_of_another_kind_replaces(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("sft: {training.max_steps: 5}\nevaluation: {judge: {kind: checker, function: 'a:b'}}\n")
+    config = load_config(file, ["sft={}", "evaluation.judge={kind: implicit}"])
+    assert config.sft == {} and config.evaluation.judge == {"kind": "implicit"}
+    assert stage_config(load_config(file), {}, sft={}).sft == {}
+    kept = load_config(file, ["evaluation.judge.function=c:d"])
+    assert kept.evaluation.judge == {"kind": "checker", "function": "c:d"}
