@@ -12,6 +12,7 @@ from tbpo_ray.evaluation.evaluate import check_evaluation, evaluate_policies
 from tbpo_ray.evaluation.job import policies_of
 from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.models.tiny import build_tiny
+from tbpo_ray.pipeline import run_pipeline
 from tbpo_ray.tracking import Tracker
 
 
@@ -56,6 +57,15 @@ def test_faults_are_found_before_an_engine_starts(tmp_path, policies, words, mes
     named = {name: folder if where == "TINY" else where for name, where in policies.items()}
     with pytest.raises(InputError, match=message):
         check_evaluation(config_for(tmp_path, *words), named)
+
+
+def test_a_pipeline_that_could_not_evaluate_does_not_start_to_train(tmp_path):
+    words = ["sft={training.max_steps: 1}", "evaluation.prompts=/none.jsonl", "run.name=p"]
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        run_pipeline(config_for(tmp_path, *words))
+    with pytest.raises(InputError, match=r"evaluation\.judge\.kind='oracle'"):
+        run_pipeline(config_for(tmp_path, "evaluation.judge={kind: oracle}", "run.name=p"))
+    assert not list(tmp_path.rglob("p-sft")) and not list(tmp_path.rglob("mlflow.db"))
 
 
 @pytest.mark.e2e
