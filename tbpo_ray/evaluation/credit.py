@@ -39,13 +39,13 @@ def write_credit_map(
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(spec.backend)
-    scales = {name: _scale(scored, name) for name in QUANTITIES}
+    scales = {policy: {name: _scale(group, name) for name in QUANTITIES} for policy, group in scored.items()}
     first = next(iter(scored.values()))
     shown = [
         {
             "prompt": "\n".join(message["content"] for message in pair.record.prompt)[:2000],
             "policies": [
-                {"name": name, "sides": _sides(group[i], spec, backend, scales)}
+                {"name": name, "sides": _sides(group[i], spec, backend, scales[name])}
                 for name, group in scored.items()
             ],
         }
@@ -54,17 +54,16 @@ def write_credit_map(
     environment = Environment(loader=PackageLoader("tbpo_ray.evaluation", "."), autoescape=True)
     page = environment.get_template("credit.html.jinja").render(
         pairs=shown,
-        quantities=[(name, words, f"{scales[name]:.2f}") for name, words in QUANTITIES.items()],
+        quantities=list(QUANTITIES.items()),
         aucs=[(name, *(show(value) for value in values)) for name, values in aucs.items()],
     )
     file.write_text(page, encoding="utf-8")
 
 
-def _scale(scored: Mapping[str, Sequence[ScoredPair]], quantity: str) -> float:
-    """The size that gets the full colour: the 99th percentile over all policies and tokens."""
+def _scale(group: Sequence[ScoredPair], quantity: str) -> float:
+    """The size that gets the full colour: the 99th percentile over a policy's tokens."""
     sizes = [
         abs(value)
-        for group in scored.values()
         for pair in group
         for side in (pair.chosen, pair.rejected)
         for value in getattr(side, quantity)
@@ -86,12 +85,24 @@ def _sides(
         {
             "name": name,
             "tokens": [
-                _token(backend.decode([i], skip_special_tokens=False), credit, t, flags[t], scales)
-                for t, i in enumerate(ids)
+                _token(text, credit, t, flags[t], scales) for t, text in enumerate(_texts(ids, backend))
             ],
         }
         for name, ids, credit, flags in sides
     ]
+
+
+def _texts(ids: Sequence[int], backend: Any) -> list[str]:
+    """What each token adds to the text; alone, many would lose the space before them."""
+    texts, before = [], ""
+    for t, token in enumerate(ids):
+        after = backend.decode(list(ids[: t + 1]), skip_special_tokens=False)
+        if after.startswith(before):
+            texts.append(after[len(before) :])
+        else:  # a character of several tokens that is only now whole
+            texts.append(backend.decode([token], skip_special_tokens=False))
+        before = after
+    return texts
 
 
 def _token(
