@@ -35,9 +35,9 @@ from tbpo_ray.configuration import to_tree
 
 POOL, ONE, BEST = "vLLM pool", "transformers, batch 1", "transformers, its best batch"
 GOALS = {ONE: 10.0, BEST: 3.0}
-PROMPTS, ANSWER, BATCHES = 512, 96, (8, 32, 128, 256)
+PROMPTS, ANSWER, BATCHES = 256, 64, (8, 32, 128)
 QUICK_PROMPTS, QUICK_ANSWER, QUICK_BATCHES = 64, 32, (8, 32)
-MOST_BATCHES = 16
+MOST_BATCHES = 6
 """Of the batches of one size so many are measured, evenly spread over the lengths."""
 
 
