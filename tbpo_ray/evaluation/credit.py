@@ -11,7 +11,6 @@ import numpy as np
 from tbpo_ray.data.tokenize import TokenizerSpec
 from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.evaluation.pairs import ScoredPair, damaged_tokens
-from tbpo_ray.evaluation.token_credit import TokenCredit
 from tbpo_ray.evaluation.verdict import show
 
 QUANTITIES = {
@@ -85,7 +84,10 @@ def _sides(
         {
             "name": name,
             "tokens": [
-                _token(text, credit, t, flags[t], scales) for t, text in enumerate(_texts(ids, backend))
+                _token(text, dict(zip(QUANTITIES, values, strict=True)), mark, scales)
+                for text, mark, *values in zip(
+                    _texts(ids, backend), flags, *(getattr(credit, q) for q in QUANTITIES), strict=True
+                )
             ],
         }
         for name, ids, credit, flags in sides
@@ -106,9 +108,8 @@ def _texts(ids: Sequence[int], backend: Any) -> list[str]:
 
 
 def _token(
-    text: str, credit: TokenCredit, t: int, damaged: bool, scales: Mapping[str, float]
+    text: str, values: Mapping[str, float], damaged: bool, scales: Mapping[str, float]
 ) -> dict[str, Any]:
-    values = {name: float(getattr(credit, name)[t]) for name in QUANTITIES}
     words = ", ".join(f"{name.replace('_', '-')} {value:+.4f}" for name, value in values.items())
     colours = [
         f"--{name}: rgba(var(--{'up' if value >= 0 else 'down'}), {_strength(value / scales[name])})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -106,15 +107,21 @@ def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -
     spans: Any = record.metadata.get("damage")
     if spans is None:
         raise InputError("evaluation.credit_pairs: these pairs have no known damage; use builtin:copyedit")
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(spec.backend)
-    backend.encode_special_tokens = True
-    offsets = backend.encode(record.rejected, add_special_tokens=False).offsets
+    offsets = _backend(spec.backend).encode(record.rejected, add_special_tokens=False).offsets
     end = len(record.rejected)
     marks = [any(start < e and stop > s for s, e in spans) for start, stop in offsets]
     marks.append(any(s == e == end for s, e in spans))  # EOS
     return marks[: len(tokens.rejected_ids)]
+
+
+@lru_cache(maxsize=2)
+def _backend(text: str) -> Any:
+    """Parsed once: every pair is marked for every policy and signal."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(text)
+    backend.encode_special_tokens = True
+    return backend
 
 
 def credit_auc(

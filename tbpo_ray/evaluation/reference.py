@@ -43,11 +43,11 @@ def score_tokens(model: str, pairs: Sequence[tuple[list[int], list[int]]], devic
     policy = load_model(model, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     policy.to(torch.device(device))  # type: ignore[arg-type]
     batch_tokens = min(8192, max(1, _LOGITS // policy.config.get_text_config().vocab_size))
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
     out: list[list[float]] = [[] for _ in pairs]
     with torch.inference_mode():
-        for batch in _batches(order, pairs, batch_tokens):
-            width = max(len(pairs[i][0]) + len(pairs[i][1]) for i in batch)
+        for batch in length_batches(sizes, batch_tokens):
+            width = max(sizes[i] for i in batch)
             first = min(len(pairs[i][0]) for i in batch) - 1
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -65,16 +65,14 @@ def score_tokens(model: str, pairs: Sequence[tuple[list[int], list[int]]], devic
     return out
 
 
-def _batches(
-    order: Sequence[int], pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int
-) -> list[list[int]]:
-    """Indices, sorted by length, cut into batches whose padded size stays within `batch_tokens`."""
+def length_batches(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of sequences, sorted by size, in batches whose padded size stays within `most` where one alone
+    does; those of size 0 are left out."""
     batches: list[list[int]] = []
-    for i in order:
-        width = len(pairs[i][0]) + len(pairs[i][1])
-        if not width:
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if not sizes[i]:
             continue
-        if batches and width * (len(batches[-1]) + 1) <= batch_tokens:
+        if batches and sizes[i] * (len(batches[-1]) + 1) <= most:
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tbpo_ray.data.tokenize import TokenizedPair
+from tbpo_ray.evaluation.reference import length_batches
 
 _BATCH_TOKENS = 8192
 
@@ -61,9 +62,10 @@ def token_credit(
     head = load_state_baseline(policy)
     if head is not None:
         head.to(device).eval()
+    sizes = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
     out: list[tuple[TokenCredit, TokenCredit]] = [(TokenCredit([], []),) * 2] * len(pairs)
     with torch.inference_mode():
-        for batch in _batches(pairs):
+        for batch in length_batches(sizes, _BATCH_TOKENS):
             answers = [[np.array(ids) for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)] for i in batch]
             tensors = collate(
                 [np.array(pairs[i].prompt_ids) for i in batch],
@@ -84,15 +86,3 @@ def token_credit(
                 ]
                 out[i] = (sides[0], sides[1])
     return out
-
-
-def _batches(pairs: Sequence[TokenizedPair]) -> list[list[int]]:
-    """Indices, sorted by length, cut into batches whose padded size stays within `_BATCH_TOKENS`."""
-    sizes = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-    batches: list[list[int]] = []
-    for i in sorted(range(len(pairs)), key=sizes.__getitem__):
-        if batches and 2 * sizes[i] * (len(batches[-1]) + 1) <= _BATCH_TOKENS:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

@@ -106,7 +106,6 @@ def load_model(
     *,
     dtype: torch.dtype,
     attention: str = "sdpa",
-    revision: str | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """A causal model in `dtype`, in eval mode, on the CPU (or the default device)."""
@@ -118,7 +117,6 @@ def load_model(
             path,
             dtype=dtype,
             attn_implementation=attention,
-            revision=revision,
             trust_remote_code=False,
             **extra,
         )

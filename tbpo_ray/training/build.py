@@ -67,10 +67,7 @@ def build_parts(config: Config, places: Places, device: torch.device) -> Parts:
     """Load models and build the step. The same seed gives the same head on every rank."""
     objective = objective_of(config)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    model_options: dict[str, Any] = {
-        "dtype": dtype,
-        "attention": config.model.attention,
-    }
+    model_options: dict[str, Any] = {"dtype": dtype, "attention": config.model.attention}
     policy: Any = load_model(places.model, **model_options)
     tokenizer = load_tokenizer(places.model)
     if config.training.activation_checkpointing:

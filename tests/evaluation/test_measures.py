@@ -19,7 +19,7 @@ from tbpo_ray.evaluation.measures import (
     slices,
 )
 from tbpo_ray.evaluation.prompts import read_prompts, resolve_policy, tokenize_prompts
-from tbpo_ray.evaluation.reference import _batches, kl_k1, score_tokens
+from tbpo_ray.evaluation.reference import kl_k1, length_batches, score_tokens
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
 
 
@@ -118,8 +118,7 @@ def test_reference_scores_agree_with_one_sequence_at_a_time(tmp_path):
 
 
 def test_batches_stay_within_their_size():
-    pairs = [([1] * n, [2] * n) for n in range(1, 30)]
-    batches = _batches(list(range(29)), pairs, 64)
+    batches = length_batches([2 * n for n in range(1, 30)], 64)
     assert sorted(i for batch in batches for i in batch) == list(range(29))
     assert all(len(b) == 1 or len(b) * max(2 * (i + 1) for i in b) <= 64 for b in batches)
 
