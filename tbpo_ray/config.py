@@ -133,7 +133,7 @@ class TrainingConfig(Section):
     cut_dead_tail: bool = True
     """Drop answer tokens that the objective cannot see."""
     length_batches: bool = True
-    """Put pairs of like length into the same micro-batch."""
+    """Draw steps from pairs of like length; within a step micro-batches hold like lengths anyway."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints; default: ten in a run."""
     keep_checkpoints: Count = 2
@@ -325,6 +325,8 @@ class TuneConfig(Section):
     """What stops or changes trials in the middle, by the first metric."""
     max_concurrent: Count | None = None
     """Trials at a time; default: as many as the cluster holds."""
+    num_workers: Count | None = None
+    """Workers of a trial; default: `cluster.num_workers`. The pairs of a step stay the same."""
     repeats: Count = 1
     """Runs of each trial with other seeds; the metric is their mean."""
     grace_steps: Count | None = None

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-ORDER = 2
+ORDER = 3
 """Which order this code makes of its arguments; every checkpoint holds the number.
 
 Raise it with any change after which some arguments give other pairs in a step, or other micro-batches: the
 seed's use, the windows, how lengths are counted, how a step is dealt out. A run that is under way is then
 refused instead of going on with some pairs twice and others never. 1, which older checkpoints do not name,
-counted the tail that is cut off as length, in smaller windows.
+counted the tail that is cut off as length, in smaller windows; 2 sorted the pairs of a step by length only
+where the steps themselves were made of like lengths.
 """
 _WINDOW_STEPS = 16
 """Pairs are sorted by length within windows of this many steps, or of four times as many micro-batches,
@@ -47,7 +48,8 @@ class Schedule:
         seed: of the permutations.
         pairs_per_step: pairs in an optimizer step, over all workers.
         micro_batch_pairs: most pairs in a micro-batch.
-        length_batches: put pairs of like length into the same step's micro-batches.
+        length_batches: make steps of groups of like length; otherwise their pairs are drawn without regard
+            to it. Within a step micro-batches hold like lengths either way.
         cut_tail: tokens behind the shorter answer of a pair are cut, and do not count as its length.
         epochs: passes over the data, a part of one allowed.
         max_steps: number of steps instead of `epochs`.
@@ -112,8 +114,7 @@ class Schedule:
         micro-batches with the same index hold pairs of like length on all ranks.
         """
         ids = self.step_pairs(step)
-        if self._length_batches:
-            ids = ids[np.lexsort((ids, self._tokens[ids]))]
+        ids = ids[np.lexsort((ids, self._tokens[ids]))]
         shares = [len(ids) // world + (r < len(ids) % world) for r in range(world)]
         count = -(-shares[0] // self.micro_batch_pairs)
         out, at = [], 0

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from ray.data import Dataset
 
+ENGINE_RESTARTS = 3
+"""How often one engine that died is started again."""
+
 
 def generate(
     model: str | Path,
@@ -70,7 +73,7 @@ def generate(
 
     Raises:
         InputError: no prompts, a folder that is no model, an adapter of another model, a foreign `output`.
-        RunFailed: the engines could not start, or answered nothing at all.
+        RunFailed: the engines could not start, died again and again, or answered nothing at all.
     """
     model, adapter = str(model), str(adapter) if adapter is not None else None
     if not prompts:
@@ -201,16 +204,24 @@ def _run(
             preprocess_map_kwargs={"num_cpus": TASK_CPUS},
             postprocess_map_kwargs={"num_cpus": TASK_CPUS},
         )
+        asked = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs
+        asked["max_restarts"] = ENGINE_RESTARTS  # without end if not said; a node that is taken away is none
         if labels:
-            processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["label_selector"] = dict(labels)
+            asked["label_selector"] = dict(labels)
         written = processor(ray.data.from_blocks(blocks)).map_batches(
             partial(_write_block, folder=folder), batch_size=None, batch_format="pandas", num_cpus=TASK_CPUS
         )
         try:
             _follow(written, total - len(rows), total)
         except (ray.exceptions.RayError, RuntimeError) as error:
+            dead = isinstance(error, ray.exceptions.ActorDiedError)
+            reason = (
+                f"an engine died {ENGINE_RESTARTS + 1} times; its own words are in Ray's worker logs"
+                if dead
+                else _reason(error)
+            )
             raise RunFailed(
-                f"sampling from {model} failed, what is done is kept in {folder}: {_reason(error)}"
+                f"sampling from {model} failed, what is done is kept in {folder}: {reason}"
             ) from error
         finally:
             # The pool's actors end with the iteration; a reference held by a frame must not keep them.

@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tbpo_ray.imports import absent
+
 VOCAB_SIZE = 1024
 """Entries of the tokenizer, specials included: 256 bytes, then merges."""
 LAYERS, WIDTH, HEADS, INTERMEDIATE, POSITIONS = 4, 192, 6, 512, 2048
@@ -93,7 +95,9 @@ def build_tokenizer():
 
 def _save(folder: Path, seed: int) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with absent("sklearn"):
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = build_tokenizer()
     config = LlamaConfig(

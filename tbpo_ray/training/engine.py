@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tbpo_ray.config import Config
+from tbpo_ray.imports import absent
 from tbpo_ray.training.optim import build_optimizer, set_learning_rate
 
 
@@ -42,6 +43,20 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return base | given
 
 
+def without_partitions(config: Config, world: int) -> Config:
+    """Stage 0 where ZeRO has nothing to partition and would only copy: one worker, fp32, no offload."""
+    zero = deepspeed_config(config)["zero_optimization"]
+    offloads = any((zero.get(key) or {}).get("device", "none") != "none" for key in _OFFLOADS)
+    if world > 1 or config.training.precision != "fp32" or offloads or zero.get("cpu_offload"):
+        return config
+    kept = {k: v for k, v in config.training.deepspeed.items() if k != "zero_optimization"}
+    training = config.training.model_copy(update={"deepspeed": kept | {"stage": 0}})
+    return config.model_copy(update={"training": training})
+
+
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
+
 class Engine:
     """A DeepSpeed engine around a module whose forward returns token scores."""
 
@@ -52,7 +67,8 @@ class Engine:
         # two environments that share one cache would build it again and again.
         if os.access(sys.prefix, os.W_OK):
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-        import deepspeed
+        with absent("mlflow"):
+            import deepspeed
 
         optimizer = build_optimizer(module.parameters(), config.training)
         self.client_optimizer = optimizer
@@ -65,6 +81,8 @@ class Engine:
         self.loss = 0.0
         optimizer.watched = lambda: [self.loss]  # type: ignore[attr-defined]
         self.stage = self.engine.zero_optimization_stage()
+        if not self.stage and self.engine.dp_world_size == 1:
+            self.engine.enable_backward_allreduce = False  # would copy all gradients there and back
         self.names = {id(p): n for n, p in module.named_parameters()}
 
     @property

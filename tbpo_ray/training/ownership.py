@@ -122,7 +122,7 @@ class Claim:
             InputError: its driver lives.
         """
         began = moved = time.monotonic()
-        first = seen = self._read_beat()
+        seen, beats = self._read_beat(), 0
         told = False
         while True:
             locked, owner = self._try_lock(), _owner(self.folder)
@@ -130,13 +130,13 @@ class Claim:
                 return
             now = time.monotonic()
             beat = self._read_beat()
-            if beat != seen:
-                seen, moved = beat, now
+            if beat and beat != seen:  # empty: read in the middle of a write
+                seen, moved, beats = beat, now, beats + 1
             silent = now - moved >= SILENCE_SECONDS
             if locked and silent:
                 return
             waited = now - began
-            lives = seen != first and not silent
+            lives = beats >= 2 and not silent  # the last one of a driver that died may show late
             if not self.wait and ((lives and waited >= PATIENCE_SECONDS) or waited >= LEASE_SECONDS):
                 raise InputError(
                     f"run.name={self.folder.name}: {_who(owner)} is at work on this run; wait for it or end "

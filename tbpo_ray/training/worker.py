@@ -19,7 +19,7 @@ from tbpo_ray.models.load import quiet_transformers
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.batch import PairBatch, collate_columns
 from tbpo_ray.training.build import Parts, build_parts
-from tbpo_ray.training.engine import Engine
+from tbpo_ray.training.engine import Engine, without_partitions
 from tbpo_ray.training.metrics import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradient, learning_rate
 from tbpo_ray.training.ownership import NotOursError, Permit
@@ -67,7 +67,7 @@ class Worker:
         self.schedule = make_schedule(config, self.prepared.lengths())
         self.eval_data = Prepared.load(places.prepared_eval) if places.prepared_eval else None
         self.parts: Parts = build_parts(config, places, self.device)
-        self.engine = Engine(self.parts.scorer, config, self.device)
+        self.engine = Engine(self.parts.scorer, without_partitions(config, self.world), self.device)
         head = self.parts.head
         self.head_optimizer = (
             HeadOptimizer(head, config.objective.state_baseline.lr) if head is not None else None

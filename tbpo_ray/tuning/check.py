@@ -23,9 +23,15 @@ OF_EVALUATION = (
 )  # fmt: skip
 MAY_CHANGE = (
     "run.output_dir", "tracking.", "cluster.", "compare.", "sft", "runs", "tune.trials",
-    "tune.max_concurrent", "tune.confirm", "data.cache_dir",
+    "tune.max_concurrent", "tune.num_workers", "tune.confirm", "data.cache_dir",
 )  # fmt: skip
 """Keys (or beginnings of keys) that may be otherwise when a study goes on."""
+
+
+def of_a_trial(config: Config) -> Config:
+    """The study's configuration with a trial's workers."""
+    workers = config.tune.num_workers
+    return config if workers is None else stage_config(config, {}, cluster__num_workers=workers)
 
 
 def trial_probes(config: Config, space: Space) -> list[Config]:
@@ -36,6 +42,7 @@ def trial_probes(config: Config, space: Space) -> list[Config]:
     """
     from tbpo_ray.training.driver import check_run
 
+    config = of_a_trial(config)
     configs: list[Config] = []
     faults: list[str] = []
     for params in [{}, *space.samples(PROBES, config.run.seed)]:
@@ -127,12 +134,26 @@ def concurrency(config: Config, probes: Sequence[Config]) -> int:
     fits = min(rooms, default=config.tune.trials)
     asked = config.tune.max_concurrent
     if fits < 1 or (asked is not None and asked > fits):
-        what = f"tune.max_concurrent={asked}" if fits else f"cluster.num_workers={config.cluster.num_workers}"
+        key = "cluster.num_workers" if config.tune.num_workers is None else "tune.num_workers"
+        count = config.tune.num_workers or config.cluster.num_workers
+        what = f"tune.max_concurrent={asked}" if fits else f"{key}={count}"
         raise InputError(
             f"{what}: the cluster holds {fits} trial(s) at a time ({rooms[fits]}); lower it, "
-            "cluster.num_workers or cluster.resources_per_worker, or add nodes"
+            f"{key} or cluster.resources_per_worker, or add nodes"
         )
     return min(asked or fits, config.tune.trials)
+
+
+def share_cores(config: Config, at_once: int) -> Config:
+    """Without GPUs: threads of a worker such that those of all trials at a time share the cluster's cores."""
+    import ray
+
+    cluster = config.cluster
+    if cluster.gpus or cluster.threads_per_worker is not None:
+        return config
+    cores = ray.cluster_resources().get("CPU", 1.0)
+    threads = max(1, int(cores / (at_once * cluster.max_workers)))
+    return stage_config(config, {}, cluster__threads_per_worker=threads)
 
 
 def refuse_other_study(name: str, facts: Mapping[str, Any], config: Config, space: Space) -> None:

@@ -26,7 +26,9 @@ from tbpo_ray.training.reference import scorings
 from tbpo_ray.tuning.check import (
     check_metrics,
     concurrency,
+    of_a_trial,
     refuse_other_study,
+    share_cores,
     trial_probes,
 )
 from tbpo_ray.tuning.ledger import Ledger, Trial, interval, pareto
@@ -119,7 +121,7 @@ class _Study:
         before = self.ledger.facts.setdefault("scorings_before", len(scorings(scored)))
         self.ledger.facts.setdefault("search_seconds", 0.0)
         self.ledger.save()
-        start = self._prepare(start)
+        start = share_cores(self._prepare(of_a_trial(start)), at_once)
         self._search(start, at_once)
         self._settle(start)
         front = pareto(self.ledger.trials, self.config.tune)

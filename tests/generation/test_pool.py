@@ -8,6 +8,7 @@ import pytest
 
 from tbpo_ray.config import GenerationConfig
 from tbpo_ray.errors import RunFailed
+from tbpo_ray.generation import pool
 from tbpo_ray.generation.pool import generate
 from tbpo_ray.generation.samples import MANIFEST, PromptTokens, read_parts
 
@@ -129,3 +130,17 @@ def test_prompts_that_do_not_fit_into_one_step_of_the_engine(ray_session, tiny_m
     many = [PromptTokens(f"p{i}", [1, *[5 + i] * (100 + i), 4], "") for i in range(64)]
     samples = generate(tiny_model, many, GenerationConfig(max_tokens=2), output=tmp_path / "out")
     assert samples.manifest["failed"] == 0 and len(samples.answered()) == 64
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_that_dies_again_and_again_is_given_up(
+    ray_session, engines_left, tiny_model, tmp_path, monkeypatch
+):
+    """A seeded prompt that is read in two steps kills vLLM's engine on the CPU every time."""
+    monkeypatch.setattr(pool, "ENGINE_RESTARTS", 1)
+    engine = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}
+    long = [PromptTokens("long", [1, *[5] * 150, 4], "")]
+    with pytest.raises(RunFailed, match="an engine died 2 times"):
+        generate(tiny_model, long, GenerationConfig(max_tokens=2, engine=engine), output=tmp_path / "out")
+    assert engines_left() == []

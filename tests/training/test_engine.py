@@ -259,3 +259,23 @@ def test_a_non_finite_step_of_one_rank_moves_no_weight_on_any(tmp_path):
         assert len(found) == 3 * 2 * len(POISON)
         for case, outcome in found.items():
             assert outcome == [case.endswith("stop"), int(case.endswith("skip")), False], case
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "precision", "stage"),
+    [
+        ({"stage": 2}, 1, "fp32", 0),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}, 1, "fp32", 0),
+        ({"stage": 2}, 2, "fp32", 2),
+        ({"stage": 2}, 1, "bf16", 2),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, 1, "fp32", 2),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, 1, "fp32", 0),
+    ],
+)
+def test_one_worker_partitions_nothing(given, world, precision, stage):
+    from tbpo_ray.configuration import load_config
+    from tbpo_ray.training.engine import deepspeed_config, without_partitions
+
+    settings = [f"training.deepspeed={json.dumps(given)}", f"training.precision={precision}"]
+    config = without_partitions(load_config(None, settings), world)
+    assert deepspeed_config(config)["zero_optimization"]["stage"] == stage

@@ -106,6 +106,9 @@ def test_on_another_machine_the_beat_tells_life_from_death(tmp_path, quick, monk
     with pytest.raises(InputError, match="on another is at work"):
         Claim(tmp_path).__enter__()
     lives._stop.set()  # as kill -9: no beat any more, and nothing tidied up
+    lives._thread.join()
+    last = threading.Timer(0.5, (tmp_path / ownership.BEAT).write_text, (f"{lives.permit.token} 999",))
+    last.start()  # shows late, as over a network, and is no sign of life
     began = time.monotonic()
     with Claim(tmp_path) as permit:
         assert time.monotonic() - began >= ownership.SILENCE_SECONDS

@@ -129,30 +129,27 @@ def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
     command += ["run.name=driver"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     folder = out / "driver"
-    first, orphans = subprocess.Popen(command, env=environment, start_new_session=True), []
+    first, cluster = subprocess.Popen(command, env=environment, start_new_session=True), []
     try:
         until_step(folder, 5, first)
-        orphans = [
-            process
-            for process in psutil.Process(first.pid).children(recursive=True)
-            if "RayTrainWorker" in " ".join(process.cmdline())
-        ]
+        cluster = psutil.Process(first.pid).children(recursive=True)
+        orphans = [process for process in cluster if "RayTrainWorker" in " ".join(process.cmdline())]
         assert len(orphans) == 2
-        for process in orphans:
+        for process in cluster:  # Ray's own processes too, or they may end the workers that lost their driver
             process.suspend()
         first.kill()
         first.wait()
         known = json.loads((folder / "run.json").read_text())
         second = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         until_step(folder, 10, second)
-        assert [process.status() for process in orphans] == [psutil.STATUS_STOPPED] * 2
         for process in orphans:
             with contextlib.suppress(psutil.NoSuchProcess):  # the end of one can end the other
+                assert process.status() == psutil.STATUS_STOPPED
                 process.resume()
         said = second.communicate(timeout=400)[1]
     finally:
         first.kill()
-        for process in orphans:
+        for process in cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
     assert second.returncode == 0, said

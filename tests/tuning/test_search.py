@@ -10,7 +10,13 @@ import pytest
 from tbpo_ray.config import TuneConfig
 from tbpo_ray.configuration import load_config
 from tbpo_ray.errors import InputError
-from tbpo_ray.tuning.check import check_metrics, logged_metrics, refuse_other_study
+from tbpo_ray.tuning.check import (
+    check_metrics,
+    logged_metrics,
+    of_a_trial,
+    refuse_other_study,
+    share_cores,
+)
 from tbpo_ray.tuning.ledger import Ledger, Trial, interval, pareto
 from tbpo_ray.tuning.schedule import Asha, Proposals
 from tbpo_ray.tuning.search import propose, size
@@ -173,3 +179,19 @@ def test_another_study_under_the_same_name_is_refused():
             refuse_other_study("s", facts, load_config("jobs/configs/tiny.yaml", overrides), SPACE)
     with pytest.raises(InputError, match=rf"--space: {X}"):
         refuse_other_study("s", facts, CONFIG, Space.parse({X: {"uniform": [0.2, 1]}}))
+
+
+def test_a_trial_s_workers_and_threads(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    config = load_config(None, ["cluster.num_workers=2", "cluster.use_gpu=false"])
+    assert of_a_trial(config).cluster.num_workers == 2
+    one = of_a_trial(load_config(None, ["cluster.num_workers=2", "tune.num_workers=1"]))
+    assert one.cluster.num_workers == 1
+    for at_once, threads in ((1, 4), (2, 2), (3, 1), (8, 1)):
+        assert share_cores(config, at_once).cluster.threads_per_worker == threads
+    own = load_config(None, ["cluster.threads_per_worker=3", "cluster.use_gpu=false"])
+    assert share_cores(own, 2).cluster.threads_per_worker == 3
+    gpus = load_config(None, ["cluster.use_gpu=true"])
+    assert share_cores(gpus, 2).cluster.threads_per_worker is None
