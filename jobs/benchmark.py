@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from tbpo_ray.benchmarks.page import check_places, put
 from tbpo_ray.cli import run_job
 from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
@@ -31,6 +32,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--trl-python", metavar="PYTHON", help="an environment with trl, for `training` (or TBPO_TRL_PYTHON)"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument(
+        "--into", metavar="FILE.md", help="write each table there, between `<!-- PART -->` and `<!-- end -->`"
+    )
     parser.add_argument("--quick", action="store_true", help="smaller sizes, to see that it runs")
 
 
@@ -39,6 +43,9 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
     unknown = [part for part in parts if part.partition(":")[0] not in PARTS]
     if unknown:
         raise InputError(f"--only {arguments.only}: {unknown[0]} is no part; use {' '.join(PARTS)}")
+    page = Path(arguments.into) if arguments.into else None
+    if page is not None:
+        check_places(page, parts)
     if arguments.trl_python:
         os.environ["TBPO_TRL_PYTHON"] = arguments.trl_python
     results = {}
@@ -47,7 +54,10 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
         module = importlib.import_module(f"tbpo_ray.benchmarks.{name}")
         result = module.run(config, quick=arguments.quick, **({"only": case} if case else {}))
         results[part] = result
-        print(module.markdown(result), flush=True)
+        text = module.markdown(result)
+        print(text, flush=True)
+        if page is not None:
+            put(page, part, text)
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
