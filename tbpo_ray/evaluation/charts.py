@@ -66,7 +66,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
 
 
 def lines(curves: Sequence[Line], x_label: str, y_label: str) -> str:
-    """Curves over a common axis; values that are not finite interrupt a curve."""
+    """Curves over a common axis; values that are not finite interrupt a curve, a single one is a dot."""
     finite = [(x, y) for c in curves for x, y in zip(c.xs, c.ys, strict=True) if math.isfinite(y)]
     axes = _Axes([x for x, _ in finite], [y for _, y in finite], x_label, y_label)
     parts = []
@@ -78,8 +78,11 @@ def lines(curves: Sequence[Line], x_label: str, y_label: str) -> str:
                 pen = "L"
             else:
                 pen = "M"
-        title = f"<title>{escape(curve.label)}</title>"
-        parts.append(f'<path class="line s{curve.series % SERIES}" d="{" ".join(path)}">{title}</path>')
+        title, colour = f"<title>{escape(curve.label)}</title>", f"s{curve.series % SERIES}"
+        parts.append(f'<path class="line {colour}" d="{" ".join(path)}">{title}</path>')
+        if len(path) == 1:  # of one point nothing would show
+            x, y = path[0].removeprefix("M").split()
+            parts.append(f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="3">{title}</circle>')
     return axes.frame("".join(parts), f"{y_label} over {x_label}")
 
 

@@ -29,7 +29,8 @@ def bars(items: Sequence[tuple[str, float, str]]) -> str:
     parts = []
     for i, (name, share, remark) in enumerate(items):
         middle = i * ROW + ROW / 2
-        short = name if len(name) <= 26 else "…" + name[-25:]
+        short = ".".join(name.split(".")[-2:])
+        short = short if len(short) <= 26 else "…" + short[-25:]
         parts.append(
             f'<text class="name" x="{NAME - 6}" y="{middle + 3.5:.1f}" text-anchor="end">{escape(short)}'
             f"<title>{escape(name)}</title></text>"
@@ -38,7 +39,8 @@ def bars(items: Sequence[tuple[str, float, str]]) -> str:
             f'<text x="{NAME + max(1.0, BAR * share) + 5:.1f}" y="{middle + 3.5:.1f}">{escape(remark)}</text>'
         )
     return (
-        f'<svg viewBox="0 0 {NAME + BAR + TAIL} {height}" role="img" aria-label="parameter importance">'
+        f'<svg viewBox="0 0 {NAME + BAR + TAIL} {height}" style="max-width:{2 * (NAME + BAR + TAIL)}px" '
+        f'role="img" aria-label="parameter importance">'
         f"{''.join(parts)}</svg>"
     )
 

@@ -167,3 +167,9 @@ def test_charts_stay_inside_their_frame():
         for y in map(float, re.findall(r'(?:cy|y1|y2|y)="([-\d.]+)"', svg)):
             assert 0 <= y <= 250
     assert "nan" not in lines(curve, "step", "y")
+
+
+def test_a_curve_of_one_point_shows():
+    several = lines([Line("c", [1, 2], [0.0, 2.0], 0)], "step", "y")
+    one = lines([Line("c", [1, 2], [0.0, 2.0], 0), Line("d", [1], [1.0], 1)], "step", "y")
+    assert several.count("<circle") == 0 and one.count("<circle") == 1
