@@ -81,8 +81,8 @@ def lines(curves: Sequence[Line], x_label: str, y_label: str) -> str:
         title, colour = f"<title>{escape(curve.label)}</title>", f"s{curve.series % SERIES}"
         parts.append(f'<path class="line {colour}" d="{" ".join(path)}">{title}</path>')
         if len(path) == 1:  # of one point nothing would show
-            x, y = path[0].removeprefix("M").split()
-            parts.append(f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="3">{title}</circle>')
+            at = path[0].removeprefix("M").split()
+            parts.append(f'<circle class="dot {colour}" cx="{at[0]}" cy="{at[1]}" r="3">{title}</circle>')
     return axes.frame("".join(parts), f"{y_label} over {x_label}")
 
 
