@@ -173,9 +173,8 @@ class TrainingConfig(Section):
             raise ValueError("the ZeRO stage must be 0, 1, 2 or 3")
         if "stage" in value and len(value) > 1 and "zero_optimization" in value:
             raise ValueError("give either `stage` or `zero_optimization`, not both")
-        for part, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
-            offload = zero.get(part) if isinstance(zero, dict) else None
-            if offload and stage not in stages and offload.get("device") in ("cpu", "nvme"):
+        for part, stages in _OFFLOADS.items():
+            if stage not in stages and isinstance(zero, dict) and _is_offloaded(zero, part):
                 use = " or ".join(map(str, stages))
                 raise ValueError(f"{part} does nothing with ZeRO stage {stage}; leave it out, or use {use}")
         return value
@@ -192,6 +191,20 @@ class TrainingConfig(Section):
     def zero_stage(self) -> int:
         zero = self.deepspeed.get("zero_optimization") or {}
         return int(self.deepspeed.get("stage", zero.get("stage", 0)))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether DeepSpeed keeps the optimizer's state or the weights off the device."""
+        zero = self.deepspeed.get("zero_optimization") or {}
+        return any(_is_offloaded(zero, part) for part in _OFFLOADS)
+
+
+_OFFLOADS = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+"""Parts of DeepSpeed's `zero_optimization`, and the stages in which they do something."""
+
+
+def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
+    return bool(zero.get(part)) and zero[part].get("device") in ("cpu", "nvme")
 
 
 class PoolLabels(Section):

@@ -72,17 +72,19 @@ def lines(curves: Sequence[Line], x_label: str, y_label: str) -> str:
     parts = []
     for curve in curves:
         path, pen = [], "M"
+        at = (0.0, 0.0)
         for x, y in zip(curve.xs, curve.ys, strict=True):
             if math.isfinite(y):
-                path.append(f"{pen}{axes.x(x):.1f} {axes.y(y):.1f}")
+                at = axes.x(x), axes.y(y)
+                path.append(f"{pen}{at[0]:.1f} {at[1]:.1f}")
                 pen = "L"
             else:
                 pen = "M"
         title, colour = f"<title>{escape(curve.label)}</title>", f"s{curve.series % SERIES}"
         parts.append(f'<path class="line {colour}" d="{" ".join(path)}">{title}</path>')
         if len(path) == 1:  # of one point nothing would show
-            at = path[0].removeprefix("M").split()
-            parts.append(f'<circle class="dot {colour}" cx="{at[0]}" cy="{at[1]}" r="3">{title}</circle>')
+            dot = f'cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="3"'
+            parts.append(f'<circle class="dot {colour}" {dot}>{title}</circle>')
     return axes.frame("".join(parts), f"{y_label} over {x_label}")
 
 

@@ -214,14 +214,8 @@ def _run(
         try:
             _follow(written, total - len(rows), total)
         except (ray.exceptions.RayError, RuntimeError) as error:
-            dead = isinstance(error, ray.exceptions.ActorDiedError)
-            reason = (
-                f"an engine died {ENGINE_RESTARTS + 1} times; its own words are in Ray's worker logs"
-                if dead
-                else _reason(error)
-            )
             raise RunFailed(
-                f"sampling from {model} failed, what is done is kept in {folder}: {reason}"
+                f"sampling from {model} failed, what is done is kept in {folder}: {_reason(error)}"
             ) from error
         finally:
             # The pool's actors end with the iteration; a reference held by a frame must not keep them.
@@ -380,6 +374,10 @@ def _engines(smallest: int, largest: int) -> str:
 
 def _reason(error: Exception) -> str:
     """The last line of an error that says what happened."""
+    from ray.exceptions import ActorDiedError
+
+    if isinstance(error, ActorDiedError) and not error.actor_init_failed:
+        return f"an engine died {ENGINE_RESTARTS + 1} times; its own words are in Ray's worker logs"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "Error" in line and not line.startswith("File ")]
     last = (telling or lines or [type(error).__name__])[-1][:400]

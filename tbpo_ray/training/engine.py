@@ -45,16 +45,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 def without_partitions(config: Config, world: int) -> Config:
     """Stage 0 where ZeRO has nothing to partition and would only copy: one worker, fp32, no offload."""
-    zero = deepspeed_config(config)["zero_optimization"]
-    offloads = any((zero.get(key) or {}).get("device", "none") != "none" for key in _OFFLOADS)
-    if world > 1 or config.training.precision != "fp32" or offloads or zero.get("cpu_offload"):
+    if world > 1 or config.training.precision != "fp32" or config.training.offloads:
         return config
     kept = {k: v for k, v in config.training.deepspeed.items() if k != "zero_optimization"}
     training = config.training.model_copy(update={"deepspeed": kept | {"stage": 0}})
     return config.model_copy(update={"training": training})
-
-
-_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 class Engine:

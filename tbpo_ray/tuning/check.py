@@ -42,7 +42,6 @@ def trial_probes(config: Config, space: Space) -> list[Config]:
     """
     from tbpo_ray.training.driver import check_run
 
-    config = of_a_trial(config)
     configs: list[Config] = []
     faults: list[str] = []
     for params in [{}, *space.samples(PROBES, config.run.seed)]:

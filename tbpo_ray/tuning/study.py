@@ -70,7 +70,7 @@ def check_study(config: Config, space: Space) -> list[Config]:
     if config.tune.scheduler == "pbt":
         space.check_changeable()
     size(space, config.tune)
-    probes = trial_probes(config, space)
+    probes = trial_probes(of_a_trial(config), space)
     check_metrics(config, probes)
     return probes
 

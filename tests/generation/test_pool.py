@@ -109,8 +109,9 @@ def test_an_engine_that_cannot_start_fails_clearly_and_leaves_nothing(
     ray_session, engines_left, tiny_model, prompts, tmp_path
 ):
     generation = GenerationConfig(engine={"block_size": 7777})
-    with pytest.raises(RunFailed, match="sampling from"):
+    with pytest.raises(RunFailed, match="sampling from") as caught:
         generate(tiny_model, prompts, generation, output=tmp_path / "out")
+    assert "an engine died" not in str(caught.value)  # it never lived: what it said itself is told
     assert engines_left() == []
 
 
