@@ -65,11 +65,14 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
 def step_ratio(platform: list[Measured], bare: list[Measured]) -> dict[str, float]:
     """Median over the steps of a step's time over the same step's in the bare loop; a value a turn."""
     each = []
-    for over, under in zip(platform, bare, strict=True):
-        # The platform's times start with the second step.
-        steps = zip(over["step_seconds"][1:], under["step_seconds"][2:], strict=True)
-        each.append(statistics.median(a / b for a, b in steps))
+    for over, under in zip(_compared(platform, 1), _compared(bare, 2), strict=True):
+        each.append(statistics.median(a / b for a, b in zip(over, under, strict=True)))
     return {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
+
+
+def _compared(rows: list[Measured], first: int) -> list[list[float]]:
+    """Seconds of the steps from the third one on; the platform's times start with the second step."""
+    return [row["step_seconds"][first:] for row in rows]
 
 
 def cpu_ratio(platform: list[Measured], bare: list[Measured]) -> dict[str, float]:
@@ -84,12 +87,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     """A table."""
     ways = result["ways"]
 
-    def step(way: str) -> str:
-        return f"{statistics.median(s for row in ways[way] for s in row['step_seconds']):.2f}"
+    def step(way: str, first: int) -> str:
+        return f"{statistics.median(s for row in _compared(ways[way], first) for s in row):.2f}"
 
     cells = [
-        step("worker loop"),
-        step("bare loop"),
+        step("worker loop", 1),
+        step("bare loop", 2),
         spread(result["ratio"], 3),
         against(result["ratio"]["ratio"], GOAL, at_most=True),
         spread(result["cpu_ratio"], 3),

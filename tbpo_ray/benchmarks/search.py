@@ -1,15 +1,17 @@
 """A study of eight trials over the same eight runs by hand, and over the same study with a live reference.
 
 The runs by hand prepare the pairs, score the reference and start Ray each for itself; the study does so once.
-Both go two at a time, a thread each.
+Both go two at a time, a thread each. With answers of UltraFeedback's lengths, and evaluated as a scheduler
+needs it, the two studies are compared alone.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -30,6 +32,7 @@ from tbpo_ray.benchmarks.turns import (
 )
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import stage_config
+from tbpo_ray.errors import InputError
 from tbpo_ray.tuning.space import Space
 
 STUDY, BY_HAND, LIVE = "study, cached scores", "runs by hand", "study, live reference"
@@ -41,25 +44,52 @@ QUICK_SPACE: dict[str, Any] = {"training.learning_rate": {"grid": [1.0e-6, 2.0e-
 AT_ONCE = 2
 GOAL_BY_HAND, GOAL_LIVE = 1.3, 0.8
 MODEL = Size(vocabulary=8192, width=256, layers=4, heads=4, intermediate=704)
-PAIRS, HELD_OUT, EPOCHS = 256, 128, 2
-QUICK_PAIRS, QUICK_HELD_OUT, QUICK_EPOCHS = 32, 16, 1
 
 
-def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
-    """Measure all three, once.
+@dataclass(frozen=True)
+class Trials:
+    """What each trial does.
+
+    Attributes:
+        lengths: of whose pairs, as :func:`tbpo_ray.benchmarks.pairs.sample_lengths` names them.
+        eval_every: steps between evaluations on the held-out pairs; None: at the end alone.
+    """
+
+    lengths: str
+    pairs: int
+    held_out: int
+    epochs: int
+    eval_every: int | None = None
+
+
+CASES = {
+    "hh_rlhf": Trials("hh_rlhf", pairs=256, held_out=128, epochs=2),
+    "ultrafeedback": Trials("ultrafeedback", pairs=96, held_out=48, epochs=2, eval_every=6),
+}
+NAMES = {"hh_rlhf": "HH-RLHF's", "ultrafeedback": "UltraFeedback-like"}
+QUICK = Trials("hh_rlhf", pairs=32, held_out=16, epochs=1)
+
+
+def run(config: Config, *, quick: bool = False, only: str = "hh_rlhf") -> dict[str, Any]:
+    """Measure each way once.
 
     Args:
         quick: a tiny model, few pairs and two trials, to see that it runs; its figures mean little.
+        only: `hh_rlhf`, all three ways; `ultrafeedback`, the two studies.
 
     Returns:
-        `{"machine", "trials", "pairs", "held_out", "epochs", "parameters", "ways": {way: rows}, "by_hand":
-        {"time", "cpu_time": {ratio, low, high} of the runs by hand over the study}, "cached": the same of
-        the study with cached scores over the one with a live reference}`.
+        `{"machine", "trials", "lengths", "pairs", "held_out", "epochs", "eval_every", "parameters", "ways":
+        {way: rows}, "by_hand": {"time", "cpu_time": {ratio, low, high} of the runs by hand over the study},
+        "cached": the same of the study with cached scores over the one with a live reference}`; `by_hand` is
+        not there where that was not measured.
+
+    Raises:
+        InputError: for an unknown case.
     """
+    if only not in CASES:
+        raise InputError(f"--only search:{only}: no such case; use {' or '.join(CASES)}")
     about = machine()
-    count, held_out, epochs = (
-        (QUICK_PAIRS, QUICK_HELD_OUT, QUICK_EPOCHS) if quick else (PAIRS, HELD_OUT, EPOCHS)
-    )
+    trials = QUICK if quick else CASES[only]
     space = QUICK_SPACE if quick else SPACE
     points = list(Space.parse(space).points())
     with tempfile.TemporaryDirectory(prefix="tbpo-search-") as name:
@@ -67,15 +97,17 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         case = build_case(
             config.model_copy(update={"sft": {}}),
             folder,
-            sample_lengths("hh_rlhf", count),
+            sample_lengths(trials.lengths, trials.pairs),
             shapes.TINY if quick else MODEL,
         )
-        write_pairs(folder / "held_out.jsonl", sample_lengths("hh_rlhf", held_out, seed=1), seed=1)
+        held_out = sample_lengths(trials.lengths, trials.held_out, seed=1)
+        write_pairs(folder / "held_out.jsonl", held_out, seed=1)
         settled = stage_config(
             case.config,
             {
                 "data.eval": str(folder / "held_out.jsonl"),
-                "training.epochs": epochs,
+                "training.epochs": trials.epochs,
+                "training.eval_every": trials.eval_every,
                 "training.checkpoint_every": None,
                 "cluster.num_workers": 1,
                 "cluster.use_gpu": False,
@@ -92,23 +124,18 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
                 "tune.confirm": 0,
             },
         )
-        ways = {
+        live = stage_config(settled, {"training.reference_scores": "live"})
+        ways: dict[str, Callable[[], Measured]] = {
             STUDY: partial(measure_study, settled, space, folder / "study"),
-            BY_HAND: partial(measure_by_hand, settled, points, folder / "by-hand"),
-            LIVE: partial(
-                measure_study,
-                stage_config(settled, {"training.reference_scores": "live"}),
-                space,
-                folder / "live",
-            ),
+            LIVE: partial(measure_study, live, space, folder / "live"),
         }
+        if only == "hh_rlhf":
+            ways[BY_HAND] = partial(measure_by_hand, settled, points, folder / "by-hand")
         found = take_turns(ways, 1)  # each is eight runs
     return {
         "machine": about,
         "trials": len(points),
-        "pairs": count,
-        "held_out": held_out,
-        "epochs": epochs,
+        **asdict(trials),
         "parameters": case.parameters,
         "ways": found,
         **ratios(found),
@@ -137,30 +164,34 @@ def measure_by_hand(config: Config, points: Sequence[Mapping[str, Any]], folder:
 
 
 def ratios(found: Mapping[str, list[Measured]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The runs by hand over the study, and cached scores over a live reference."""
+    """The runs by hand over the study, where they were measured, and cached scores over a live reference."""
     keys = {"time": "seconds", "cpu_time": "cpu_seconds"}
+    compared = {"by_hand": (BY_HAND, STUDY), "cached": (STUDY, LIVE)}
     return {
-        "by_hand": {name: ratio(found[BY_HAND], found[STUDY], key) for name, key in keys.items()},
-        "cached": {name: ratio(found[STUDY], found[LIVE], key) for name, key in keys.items()},
+        what: {name: ratio(found[over], found[under], key) for name, key in keys.items()}
+        for what, (over, under) in compared.items()
+        if over in found
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A table."""
-    ways, by_hand, cached = result["ways"], result["by_hand"], result["cached"]
+    ways, cached = result["ways"], result["cached"]
     compared = {
         STUDY: ["-", "-", "-"],
-        BY_HAND: [
-            f"{spread(by_hand['time'])} of the study",
-            against(by_hand["time"]["ratio"], GOAL_BY_HAND),
-            spread(by_hand["cpu_time"]),
-        ],
         LIVE: [
             f"cached over live {spread(cached['time'])}",
             against(cached["time"]["ratio"], GOAL_LIVE, at_most=True),
             spread(cached["cpu_time"]),
         ],
     }
+    by_hand = result.get("by_hand")
+    if by_hand:
+        compared[BY_HAND] = [
+            f"{spread(by_hand['time'])} of the study",
+            against(by_hand["time"]["ratio"], GOAL_BY_HAND),
+            spread(by_hand["cpu_time"]),
+        ]
     rows = [
         [
             way,
@@ -172,12 +203,19 @@ def markdown(result: Mapping[str, Any]) -> str:
         for way, measured in ways.items()
     ]
     head = ["way", "seconds", "CPU s", "reference scorings", "ratio", "goal", "the same in CPU time"]
+    steps = result["eval_every"]
     intro = (
         f"{result['trials']} trials, {AT_ONCE} at a time, a thread each: {result['pairs']} pairs with "
-        f"HH-RLHF's lengths, {result['held_out']} held out, {result['epochs']} epoch(s) in steps of 8, "
-        f"{result['parameters'] / 1e6:.1f} M parameters, TBPO-A with the k3 baseline. The runs by hand are "
-        f"processes of their own, also {AT_ONCE} at a time, each with its own folder and cache."
+        f"{NAMES[result['lengths']]} lengths, {result['epochs']} epochs in steps of 8, evaluated "
+        f"{f'every {steps} steps' if steps else 'at the end'} on {result['held_out']} held-out pairs; "
+        f"{result['parameters'] / 1e6:.1f} M parameters, TBPO-A with the k3 baseline. One turn of each: the "
+        "brackets hold that one."
     )
+    if by_hand:
+        intro += (
+            f" The runs by hand are processes of their own, also {AT_ONCE} at a time, each with its own "
+            "folder and cache."
+        )
     return section(intro, head, rows, result["machine"])
 
 

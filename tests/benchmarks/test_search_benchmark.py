@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from tbpo_ray.benchmarks import search
-from tbpo_ray.benchmarks.search import BY_HAND, LIVE, QUICK_SPACE, SPACE, STUDY
+from tbpo_ray.benchmarks.search import BY_HAND, CASES, LIVE, QUICK_SPACE, SPACE, STUDY
 from tbpo_ray.config import Config
+from tbpo_ray.errors import InputError
 from tbpo_ray.tuning.space import Space
 
 MACHINE = {"processor": "p", "cores": 2, "load": 0.0, "versions": {}}
@@ -26,11 +28,28 @@ def test_ratios_and_the_table() -> None:
     }
     ratios = search.ratios(ways)
     assert ratios["by_hand"]["time"]["ratio"] == 2.5 and ratios["cached"]["cpu_time"]["ratio"] == 0.75
-    sizes = {"trials": 8, "pairs": 256, "held_out": 128, "epochs": 2, "parameters": 5_300_000}
+    sizes = {"trials": 8, **asdict(CASES["hh_rlhf"]), "parameters": 5_300_000}
     text = search.markdown({"machine": MACHINE, **sizes, "ways": ways, **ratios})
     assert "2.50 [2.50, 2.50] of the study | at least 1.3: reached" in text
     assert "cached over live 0.83 [0.83, 0.83] | at most 0.8: missed | 0.75" in text
     assert "8 trials, 2 at a time" in text and "5.3 M parameters" in text
+    assert "evaluated at the end" in text and "runs by hand are" in text
+
+
+def test_two_studies_alone() -> None:
+    ways = {
+        STUDY: [{"seconds": 70.0, "cpu_seconds": 100.0, "scorings": 2}],
+        LIVE: [{"seconds": 100.0, "cpu_seconds": 200.0, "scorings": 0}],
+    }
+    sizes = {"trials": 8, **asdict(CASES["ultrafeedback"]), "parameters": 5_300_000}
+    text = search.markdown({"machine": MACHINE, **sizes, "ways": ways, **search.ratios(ways)})
+    assert "cached over live 0.70 [0.70, 0.70] | at most 0.8: reached | 0.50" in text
+    assert "evaluated every 6 steps" in text and "by hand" not in text
+
+
+def test_an_unknown_case_is_named() -> None:
+    with pytest.raises(InputError, match="search:ultra"):
+        search.run(Config(), only="ultra")
 
 
 @pytest.mark.e2e

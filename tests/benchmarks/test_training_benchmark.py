@@ -18,6 +18,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.training.batch import collate
 
 
+@pytest.mark.e2e
 def test_quick_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(training.TRL_PYTHON, raising=False)
     result = training.run(Config(), quick=True)
@@ -34,6 +35,7 @@ def test_quick_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "| all off |" in text and "TRL was not measured" in text and result["trl"] is None
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_quick_growth_run() -> None:
     result = json.loads(json.dumps(growth.run(Config(), quick=True)))

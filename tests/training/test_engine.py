@@ -189,10 +189,14 @@ def test_offload_to_the_cpu_changes_nothing(tmp_path):
 
 
 def test_bf16_trains_with_fp32_master_weights(tmp_path):
-    ((whole,),) = in_group(
-        tmp_path, 1, train, [{"stage": 1, "out": str(tmp_path / "b"), "precision": "bf16"}]
-    )
+    cases = [
+        {"stage": 1, "out": str(tmp_path / "b"), "precision": "bf16"},
+        {"stage": 0, "precision": "bf16"},
+    ]
+    ((whole, undivided),) = in_group(tmp_path, 1, train, cases)
     assert whole[0] == pytest.approx(0.25, abs=1e-2)
+    assert len(set(whole)) == STEPS
+    assert undivided == pytest.approx(whole, abs=1e-3)
     from safetensors.torch import load_file
 
     master = [
