@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
@@ -66,25 +67,19 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
 
 
 def lines(curves: Sequence[Line], x_label: str, y_label: str) -> str:
-    """Curves over a common axis; values that are not finite interrupt a curve, a single one is a dot."""
+    """Curves over a common axis; values that are not finite interrupt a curve, a lone one is a dot."""
     finite = [(x, y) for c in curves for x, y in zip(c.xs, c.ys, strict=True) if math.isfinite(y)]
     axes = _Axes([x for x, _ in finite], [y for _, y in finite], x_label, y_label)
     parts = []
     for curve in curves:
-        path, pen = [], "M"
-        at = (0.0, 0.0)
-        for x, y in zip(curve.xs, curve.ys, strict=True):
-            if math.isfinite(y):
-                at = axes.x(x), axes.y(y)
-                path.append(f"{pen}{at[0]:.1f} {at[1]:.1f}")
-                pen = "L"
-            else:
-                pen = "M"
         title, colour = f"<title>{escape(curve.label)}</title>", f"s{curve.series % SERIES}"
-        parts.append(f'<path class="line {colour}" d="{" ".join(path)}">{title}</path>')
-        if len(path) == 1:  # of one point nothing would show
-            dot = f'cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="3"'
-            parts.append(f'<circle class="dot {colour}" {dot}>{title}</circle>')
+        points = [(axes.x(x), axes.y(y)) for x, y in zip(curve.xs, curve.ys, strict=True)]
+        stretches = [list(s) for finite, s in groupby(points, lambda at: math.isfinite(at[1])) if finite]
+        path = " ".join("M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in s) for s in stretches)
+        parts.append(f'<path class="line {colour}" d="{path}">{title}</path>')
+        for (x, y), *more in stretches:
+            if not more:  # of one point nothing would show
+                parts.append(f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>')
     return axes.frame("".join(parts), f"{y_label} over {x_label}")
 
 
@@ -156,7 +151,7 @@ def _label(text: str, x: float, y: float, taken: list[tuple[float, float]]) -> s
     """The dot's name beside it, moved down while another name is in the way."""
     short = text if len(text) <= 22 else text[:21] + "…"
     right = x < WIDTH * 0.6
-    at = y - 8
+    at = max(y - 8, TOP)
     while (
         any(abs(at - other) < 11 and abs(x - where) < 110 for where, other in taken)
         and at < HEIGHT - BOTTOM - 12

@@ -173,3 +173,11 @@ def test_a_curve_of_one_point_shows():
     several = lines([Line("c", [1, 2], [0.0, 2.0], 0)], "step", "y")
     one = lines([Line("c", [1, 2], [0.0, 2.0], 0), Line("d", [1], [1.0], 1)], "step", "y")
     assert several.count("<circle") == 0 and one.count("<circle") == 1
+    torn = lines([Line("c", [1, 2, 3, 4], [0.0, float("nan"), 2.0, 1.0], 0)], "step", "y")
+    assert torn.count("<circle") == 1 and torn.count("M") == 2
+
+
+def test_a_name_at_the_top_is_not_cut_off():
+    svg = scatter([Point("top", 1.0, 1.0, 0), Point("below", 0.0, 0.0, 0)], "x", "y")
+    (y,) = re.findall(r'y="([\d.]+)"[^>]*class="name">top<', svg)
+    assert float(y) >= 12
