@@ -64,7 +64,7 @@ def run(config: Config | None = None, *, quick: bool = False) -> dict[str, Any]:
         for pairs in QUICK_SIZES if quick else SIZES:
             file = folder / f"pairs-{pairs}.jsonl"
             write_file(file, pairs)
-            sizes.append(_prepare(file, tokenizer, folder / "cache"))
+            sizes.append(timed_prepare(file, tokenizer, folder / "cache"))
         prepared: Prepared = sizes[-1].pop("prepared")
         sizes[0].pop("prepared")
         records = QUICK_BASELINE if quick else BASELINE_RECORDS
@@ -154,7 +154,9 @@ def stream(prepared: Prepared, quick: bool = False) -> dict[str, float]:
     return out
 
 
-def write_file(file: Path, pairs: int, seed: int = 0) -> None:
+def write_file(
+    file: Path, pairs: int, seed: int = 0, *, sentences_an_answer: tuple[int, int] = (4, 30)
+) -> None:
     """A generated file shaped like UltraFeedback: message lists, a prompt, scores, about 3 kB a pair."""
     rng = random.Random(seed)
     sentences = list(_sentences(rng, 4_000))
@@ -167,7 +169,7 @@ def write_file(file: Path, pairs: int, seed: int = 0) -> None:
             prompt = [{"role": "user", "content": text(2, 12)}]
             raw: dict[str, Any] = {"prompt": prompt[0]["content"], "prompt_id": f"{row:08x}"}
             for side, score in (("chosen", 8.5), ("rejected", 6.0)):
-                raw[side] = [*prompt, {"role": "assistant", "content": f"{text(4, 30)} {row}"}]
+                raw[side] = [*prompt, {"role": "assistant", "content": f"{text(*sentences_an_answer)} {row}"}]
                 raw[f"score_{side}"] = score
             out.write(json.dumps(raw) + "\n")
 
@@ -201,7 +203,13 @@ def _sentences(rng: random.Random, count: int) -> Iterator[str]:
         yield " ".join(rng.choices(words, weights, k=rng.randint(5, 18))).capitalize() + "."
 
 
-def _prepare(file: Path, tokenizer: str, cache: Path) -> dict[str, Any]:
+def timed_prepare(file: Path, tokenizer: str, cache: Path) -> dict[str, Any]:
+    """Prepare `file` on this cluster.
+
+    Returns:
+        pairs, bytes of the file, tokens, seconds by the clock, cpu_seconds and peak_worker_bytes of the
+        workers, and `prepared` itself.
+    """
     began = time.perf_counter()
     prepared = prepare(str(file), DataConfig(), tokenizer, cache_dir=cache, distributed=True)
     seconds = time.perf_counter() - began

@@ -49,6 +49,16 @@ def test_quick_growth_run() -> None:
     assert "| tokens of each answer |" in text and "| 4,096 |" in text
 
 
+@pytest.mark.e2e
+def test_quick_growth_of_pairs(ray_session) -> None:
+    result = json.loads(json.dumps(growth.run(Config(), quick=True, only="pairs")))
+    assert [row["pairs"] for row in result["pairs"]] == list(growth.QUICK_FILES)
+    for row in result["pairs"]:
+        assert row["cpu_seconds"] > 0 and row["order_seconds"] > 0 and row["peak_worker_bytes"] > 2**20
+    text = growth.markdown(result)
+    assert "| 400 |" in text and "time grows with the power" in text
+
+
 def test_an_exponent_is_the_slope() -> None:
     assert growth.exponent([1, 2, 4], [5, 7, 28]) == pytest.approx(2)
 
@@ -56,6 +66,8 @@ def test_an_exponent_is_the_slope() -> None:
 def test_an_unknown_case_is_named() -> None:
     with pytest.raises(InputError, match="training:hh_rlfh"):
         training.run(Config(), only="hh_rlfh")
+    with pytest.raises(InputError, match="growth:pair"):
+        growth.run(Config(), only="pair")
 
 
 def test_lengths_follow_the_measured_ones() -> None:
