@@ -11,6 +11,9 @@ from pathlib import Path
 from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
 
+LEDGER = "study.json"
+"""What a study knows of its trials; the folder that holds it is a study's, not a run's."""
+
 
 def output_dir(config: Config) -> Path:
     """`run.output_dir`, absolute.

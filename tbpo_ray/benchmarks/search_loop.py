@@ -14,7 +14,7 @@ from typing import Any
 from tbpo_ray.benchmarks.turns import Measured, TreeClock, child
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import to_tree
-from tbpo_ray.storage import cache_dir
+from tbpo_ray.storage import LEDGER, cache_dir
 
 
 def run_study(config: Config, space: Mapping[str, Any]) -> Measured:
@@ -60,7 +60,7 @@ def study(config: Config, source: Mapping[str, Any]) -> Measured:
     """Search; every trial must be finished."""
     from tbpo_ray.tuning.ledger import Ledger
     from tbpo_ray.tuning.space import Space
-    from tbpo_ray.tuning.study import LEDGER, tune
+    from tbpo_ray.tuning.study import tune
 
     result = tune(config, Space.parse(source))
     ledger = Ledger.open(result.folder / LEDGER)

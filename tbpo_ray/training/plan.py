@@ -14,6 +14,7 @@ from tbpo_ray.configuration import flatten, to_yaml
 from tbpo_ray.data.schedule import ORDER, Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import build_objective
+from tbpo_ray.storage import LEDGER
 from tbpo_ray.training.checkpoint import last_state
 from tbpo_ray.training.ownership import Permit
 
@@ -87,8 +88,12 @@ def refuse_changes(config: Config, folder: Path) -> None:
     """Compare with the configuration that a run was started with.
 
     Raises:
-        InputError: one sentence for each change that would alter the run's result.
+        InputError: one sentence for each change that would alter the run's result; a study of that name.
     """
+    if (folder / LEDGER).is_file():
+        raise InputError(
+            f"run.name={config.run.name}: {folder} holds a study; use another run.name for the run"
+        )
     file = folder / "config.yaml"
     if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
         return

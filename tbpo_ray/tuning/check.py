@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from tbpo_ray.cluster import capacities
@@ -11,19 +13,25 @@ from tbpo_ray.config import Config
 from tbpo_ray.configuration import flatten, stage_config, to_tree
 from tbpo_ray.errors import InputError
 from tbpo_ray.placement import in_words
+from tbpo_ray.storage import LEDGER
+from tbpo_ray.tracking import RUN_NOTE
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.trial import EVALUATION
 
 PROBES = 64
 """Proposals tried against the configuration before a study starts."""
 EVERY_ROW = ("loss", "grad_norm", "learning_rate", "epoch", "pairs_seen")
-OF_EVALUATION = (
-    "exact_match", "score", "win_rate", "lc_win_rate", "distinct_1", "distinct_2", "self_bleu",
-    "predictive_entropy", "kl_k1", "length_tokens", "truncated",
-)  # fmt: skip
+OF_SAMPLES = ("distinct_1", "distinct_2", "predictive_entropy", "kl_k1", "length_tokens", "truncated")
+OF_JUDGE = {
+    "checker": ("exact_match", "win_rate", "lc_win_rate"),
+    "reward_model": ("score", "win_rate", "lc_win_rate"),
+    "llm": ("win_rate", "lc_win_rate"),
+    "implicit": ("implicit_accuracy", "implicit_margin"),
+}
+"""What an evaluation measures, by the kind of its judge."""
 MAY_CHANGE = (
-    "run.output_dir", "tracking.", "cluster.", "compare.", "sft", "runs", "tune.trials",
-    "tune.max_concurrent", "tune.num_workers", "tune.confirm", "data.cache_dir",
+    "tracking.", "cluster.", "compare.", "sft.cluster", "sft.tracking", "runs", "tune.trials",
+    "tune.max_concurrent", "tune.num_workers", "tune.confirm",
 )  # fmt: skip
 """Keys (or beginnings of keys) that may be otherwise when a study goes on."""
 
@@ -35,7 +43,8 @@ def of_a_trial(config: Config) -> Config:
 
 
 def trial_probes(config: Config, space: Space) -> list[Config]:
-    """Configurations that stand for the study's trials: without the search, and with proposals at random.
+    """Configurations that stand for the study's trials: without the search, and with proposals at random, or
+    with all those of a grid.
 
     Raises:
         InputError: values of the space that do not go together, or that no run can do.
@@ -44,7 +53,11 @@ def trial_probes(config: Config, space: Space) -> list[Config]:
 
     configs: list[Config] = []
     faults: list[str] = []
-    for params in [{}, *space.samples(PROBES, config.run.seed)]:
+    if config.tune.algorithm == "grid":
+        proposals = list(islice(space.points(), config.tune.trials))
+    else:
+        proposals = space.samples(PROBES, config.run.seed)
+    for params in [{}, *proposals]:
         try:
             probe = stage_config(config, params)
             check_run(probe)
@@ -66,13 +79,28 @@ def logged_metrics(config: Config) -> set[str]:
 
     objective = objective_of(config)
     zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    sides = {f"{side}_{part}": zeros for side in ("chosen", "rejected") for part in
-             ("logps", "ref_logps", "baseline")}  # fmt: skip
+    given = ["logps", "baseline"]
+    given += ["ref_logps"] * objective.needs_reference + ["weights"] * objective.needs_weights
+    sides = {f"{side}_{part}": zeros for side in ("chosen", "rejected") for part in given}
     names = set(objective(TokenScores(**sides, chosen_mask=mask, rejected_mask=mask)).metrics)
     if objective.needs_kl:
         names |= {"entropy", "kl/exact"}
     held_out = {f"eval/{name}" for name in {*names, "loss"}} if config.data.eval is not None else set()
     return names | set(EVERY_ROW) | held_out
+
+
+def evaluated_metrics(config: Config) -> list[str]:
+    """Names of what the evaluation of a trial's policy measures."""
+    names = [*OF_JUDGE.get(_judge_kind(config), ()), *OF_SAMPLES]
+    if config.generation.samples > 1:
+        names.append("self_bleu")
+    if config.evaluation.credit_pairs:
+        names += OF_JUDGE["implicit"]
+    return list(dict.fromkeys(names))
+
+
+def _judge_kind(config: Config) -> str:
+    return str(config.evaluation.judge.get("kind", "checker"))
 
 
 def check_metrics(config: Config, probes: Sequence[Config]) -> None:
@@ -88,9 +116,13 @@ def check_metrics(config: Config, probes: Sequence[Config]) -> None:
     faults = []
     for metric in tune.metrics:
         if metric.startswith(EVALUATION):
-            if metric.removeprefix(EVALUATION) not in OF_EVALUATION:
-                known = " ".join(EVALUATION + name for name in OF_EVALUATION)
-                faults.append(f"tune.metric={metric}: no evaluation measures it; one of {known}")
+            measures = evaluated_metrics(config)
+            if metric.removeprefix(EVALUATION) not in measures:
+                known = " ".join(EVALUATION + name for name in measures)
+                faults.append(
+                    f"tune.metric={metric}: not measured with evaluation.judge.kind={_judge_kind(config)} "
+                    f"and generation.samples={config.generation.samples}; one of {known}"
+                )
             elif metric == tune.metrics[0] and tune.scheduler != "none":
                 faults.append(
                     f"tune.metric={metric}: known at the end only, and tune.scheduler={tune.scheduler} "
@@ -114,6 +146,33 @@ def check_metrics(config: Config, probes: Sequence[Config]) -> None:
         faults.append(f"tune.repeats={tune.repeats}: tune.scheduler=pbt trains each trial once; use 1")
     if faults:
         raise InputError(*faults)
+
+
+def check_grace(config: Config, total: int | None) -> None:
+    """Refuse a first look at trials that comes when they have ended.
+
+    Args:
+        total: steps of a trial, None where they are not known yet.
+
+    Raises:
+        InputError: naming the key.
+    """
+    grace = config.tune.grace_steps
+    if config.tune.scheduler != "none" and grace and total is not None and grace >= total:
+        raise InputError(
+            f"tune.grace_steps={grace}: a trial has {total} steps, and is judged before its end with "
+            f"tune.scheduler={config.tune.scheduler}; use fewer"
+        )
+
+
+def refuse_name_of_run(name: str, folder: Path) -> None:
+    """Raises InputError where a training run owns the folder that the study would get."""
+    if not (folder / LEDGER).is_file() and any(
+        (folder / x).exists() for x in (RUN_NOTE, "checkpoints", "DONE")
+    ):
+        raise InputError(
+            f"run.name={name}: {folder} holds a training run; use another run.name for the study"
+        )
 
 
 def concurrency(config: Config, probes: Sequence[Config]) -> int:

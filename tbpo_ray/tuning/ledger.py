@@ -95,13 +95,7 @@ def pareto(trials: Sequence[Trial], tune: TuneConfig) -> list[Trial]:
         values = objectives(trial, tune)
         if trial.state == "finished" and values is not None:
             known.append((trial, [s * v for s, v in zip(signs, values, strict=True)]))
-    front = [
-        (trial, own)
-        for trial, own in known
-        if not any(
-            all(o >= v for o, v in zip(other, own, strict=True)) and other != own for _, other in known
-        )
-    ]
+    front = [(trial, own) for trial, own in known if not any(_beats(other, own) for _, other in known)]
     ranked = [trial for trial, own in sorted(front, key=lambda item: item[1], reverse=True)]
     return ranked if len(signs) > 1 else ranked[:1]
 

@@ -81,6 +81,27 @@ class Asha(ASHAScheduler):
                 super().on_trial_result(tune_controller, stand_in, report)  # type: ignore[arg-type]
 
 
+class Population(PopulationBasedTraining):
+    """Population-based training whose waiting trials go on when the last one that they wait for ends."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+        super().on_trial_complete(tune_controller, trial, result)
+        self._go_on(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_error(tune_controller, trial)
+        # Ray keeps it among the live ones, for which a round would wait for ever.
+        tune_controller.get_live_trials().discard(trial)
+        self._go_on(tune_controller, trial)
+
+    def _go_on(self, tune_controller: Any, ended: Any) -> None:
+        """Begin the next round, where all that are left wait for this one; nobody takes over anything."""
+        left = [t for t in tune_controller.get_trials() if t is not ended and not t.is_finished()]
+        times = [self._trial_state[t].last_train_time for t in left]
+        if self._synch and times and min(times) >= self._next_perturbation_sync:
+            self._next_perturbation_sync = max(times) + self._perturbation_interval
+
+
 def make_scheduler(
     space: Space, ledger: Ledger, tune: TuneConfig, every: int, concurrent: int, seed: int
 ) -> TrialScheduler:
@@ -97,7 +118,7 @@ def make_scheduler(
     def explore(config: dict[str, Any]) -> dict[str, Any]:
         return config | {"params": space.in_force(space.explore(config["params"], rng))}
 
-    return PopulationBasedTraining(
+    return Population(
         perturbation_interval=every,
         custom_explore_fn=explore,
         require_attrs=False,

@@ -32,14 +32,15 @@ def propose(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("optuna").setLevel(logging.WARNING)
     single = len(tune.metrics) == 1
+    own = (seed * 1_000_003 + number) % 2**32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: Any
         if tune.algorithm == "random":
-            sampler = optuna.samplers.RandomSampler(seed=seed * 1_000_003 + number)
+            sampler = optuna.samplers.RandomSampler(seed=own)
         else:
             sampler = optuna.samplers.TPESampler(
-                seed=seed * 1_000_003 + number, n_startup_trials=RANDOM_FIRST, constant_liar=single
+                seed=own, n_startup_trials=RANDOM_FIRST, constant_liar=single
             )
         directions: list[Any] = ["maximize" if mode == "max" else "minimize" for mode in tune.modes]
         study = optuna.create_study(directions=directions, sampler=sampler)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -186,11 +187,12 @@ class Space:
             raise InputError(
                 *(f"{p.key}: {p.kind} has no grid; list values, or use tune.algorithm=tpe" for p in ranges)
             )
-        seen: list[dict[str, Any]] = []
+        seen: set[str] = set()
         for combination in itertools.product(*(p.values for p in self.parameters.values())):
             point = self.in_force(dict(zip(self.parameters, combination, strict=True)))
-            if point not in seen:
-                seen.append(point)
+            shown = json.dumps(point, sort_keys=True, default=str)
+            if shown not in seen:
+                seen.add(shown)
                 yield point
 
     def in_force(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,19 +14,21 @@ from typing import Any
 from tbpo_ray.cluster import fit_to_cluster, start_ray
 from tbpo_ray.config import Config
 from tbpo_ray.configuration import digest, stage_config, to_tree, to_yaml
-from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.errors import InputError, RunFailed, TbpoError
 from tbpo_ray.pipeline import stages
 from tbpo_ray.progress import say
-from tbpo_ray.storage import cache_dir, file_lock, output_dir, run_dir, write_atomic
+from tbpo_ray.storage import LEDGER, cache_dir, file_lock, output_dir, run_dir, write_atomic
 from tbpo_ray.tracking import RUN_NOTE, Tracker, noted_run, store_uri
 from tbpo_ray.training.driver import check_run, prepare_inputs, resolve_models, score_inputs, train
 from tbpo_ray.training.metrics import read_metrics
 from tbpo_ray.training.plan import make_schedule
 from tbpo_ray.training.reference import scorings
 from tbpo_ray.tuning.check import (
+    check_grace,
     check_metrics,
     concurrency,
     of_a_trial,
+    refuse_name_of_run,
     refuse_other_study,
     share_cores,
     trial_probes,
@@ -36,7 +38,6 @@ from tbpo_ray.tuning.search import size
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.trial import EVALUATION, KEEP_ALL, Setup, measured, run_trial, trial_config
 
-LEDGER = "study.json"
 QUIET_TUNE = (
     "TUNE_DISABLE_SIGINT_HANDLER",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING",
@@ -69,9 +70,13 @@ def check_study(config: Config, space: Space) -> list[Config]:
     space.check(config)
     if config.tune.scheduler == "pbt":
         space.check_changeable()
-    size(space, config.tune)
+    refuse_name_of_run(config.run.name, run_dir(config))
+    trials = size(space, config.tune)
+    if config.tune.algorithm == "grid" and (points := len(list(space.points()))) > trials:
+        say(f"tune.trials={trials}: the first {trials} of the grid's {points} points; {points} would run all")
     probes = trial_probes(of_a_trial(config), space)
     check_metrics(config, probes)
+    check_grace(config, config.training.max_steps)
     return probes
 
 
@@ -129,7 +134,8 @@ class _Study:
             reasons = [t.reason for t in self.ledger.in_state("failed")]
             raise RunFailed(
                 f"study {self.config.run.name}: no trial was finished with a number for "
-                f"{', '.join(self.config.tune.metrics)}{': ' + reasons[0] if reasons else ''}"
+                f"{', '.join(self.config.tune.metrics)}{': ' + reasons[0] if reasons else ''}. A trial that "
+                "ended is not run again: for new ones use a larger tune.trials or another run.name"
             )
         best = front[0]
         note = self._confirm(start, best, at_once)
@@ -147,7 +153,7 @@ class _Study:
             result = train(sft, kind="sft", wait=True)
             self.tracker.set_tags({"start.run": result.mlflow_run_id})
         policy, reference = resolve_models(start)
-        fixed: dict[str, Any] = {"model__name_or_path": policy, "sft": {}}
+        fixed: dict[str, Any] = {"model__name_or_path": policy, "model__gguf_file": None, "sft": {}}
         if start.model.reference is not None:
             fixed["model__reference"] = reference
         return stage_config(start, {}, **fixed)
@@ -164,6 +170,7 @@ class _Study:
                 score_inputs(probe, inputs)
                 made[identity] = make_schedule(probe, inputs.data.lengths()).steps_total
         total = next(iter(made.values()))
+        check_grace(start, total)
         every = start.tune.grace_steps or max(1, total // 4)
         fixed: dict[str, Any] = {
             "tracking__uri": store_uri(start.tracking, output_dir(start)),
@@ -172,6 +179,9 @@ class _Study:
         pbt = start.tune.scheduler == "pbt"
         if start.tune.scheduler != "none" and (pbt or every % (start.training.eval_every or total)):
             fixed["training__eval_every"] = every
+        if start.tune.scheduler != "none" and not start.tune.metrics[0].startswith("eval/"):
+            # Trials are judged every so many steps: what they are judged by has to be logged then.
+            fixed["training__log_every"] = math.gcd(every, start.training.log_every)
         if pbt:
             fixed |= {"training__checkpoint_every": every, "training__keep_checkpoints": KEEP_ALL}
         return stage_config(start, {"tune": {"grace_steps": every}}, **fixed)
@@ -185,16 +195,15 @@ class _Study:
 
         settings, total = start.tune, size(self.space, start.tune)
         slots: list[int] | None = None
+        known: list[int] = []
         space: dict[str, Any] = {}
         search: Any = None
         if settings.scheduler == "pbt":
             while propose_next(self.space, self.ledger, settings, start.run.seed, total):
                 pass
             slots = [trial.number for trial in self.ledger.unfinished()]
-            space = {
-                "params": ray_tune.grid_search([self.ledger.trials[n].params for n in slots]),
-                "since": 0,
-            }
+            known = [self.ledger.trials[n].step for n in slots]
+            space = {"params": ray_tune.grid_search([self.ledger.trials[n].params for n in slots])}
             left = 1
         else:
             search = Proposals(self.space, self.ledger, settings, start.run.seed, total)
@@ -209,6 +218,7 @@ class _Study:
             parent_run_id=self.tracker.run_id,
             every=every if settings.scheduler != "none" else (start.training.eval_every or every),
             slots=slots,
+            known=known,
             cwd=os.getcwd(),
         )
         # Trials write to the run's folder and to MLflow, as a driver does: they stay on the driver's node.
@@ -250,16 +260,15 @@ class _Study:
     def _settle(self, start: Config) -> None:
         """Complete the MLflow runs of trials that ended; of stopped ones nobody else does."""
         for trial in self.ledger.in_state("finished", "stopped", "failed"):
-            own = trial_config(start, self.trials_dir, trial.name, trial.params, start.run.seed)
-            note = run_dir(own) / RUN_NOTE
-            run_id = noted_run(note)
-            if run_id is None or (run_dir(own) / ".settled").is_file():
+            own = self.trials_dir / trial.name
+            run_id = noted_run(own / RUN_NOTE)
+            if run_id is None or (own / ".settled").is_file():
                 continue
             tracker = Tracker.start(
-                own.tracking, output_dir(own), name=trial.name, kind="trial",
+                start.tracking, self.trials_dir, name=trial.name, kind="trial",
                 parent_run_id=self.tracker.run_id, run_id=run_id,
             )  # fmt: skip
-            for row in read_metrics(run_dir(own)) if trial.state == "stopped" else []:
+            for row in read_metrics(own) if trial.state == "stopped" else []:
                 if row["step"] <= trial.step:
                     tracker.log_metrics({k: v for k, v in row.items() if k != "step"}, int(row["step"]))
             tracker.log_params({f"sampled.{key}": value for key, value in trial.params.items()})
@@ -267,14 +276,14 @@ class _Study:
             for take_over in trial.lineage:
                 tracker.set_tags({f"tune.took_over_at_{take_over['step']}": f"t{take_over['donor']:03d}"})
             for metric in self.config.tune.metrics if trial.state == "finished" else []:
-                mean, low, high = interval([row[metric] for row in trial.repeats])
+                mean, low, high = interval([row.get(metric, math.nan) for row in trial.repeats])
                 known = {"": mean, "/low": low, "/high": high}
                 tracker.log_metrics({f"mean/{metric}{k}": v for k, v in known.items() if math.isfinite(v)})
             tracker.log_metrics(
                 {"trial_seconds": trial.seconds, "worker_seconds": trial.seconds * trial.workers}
             )
             tracker.finish({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[trial.state])
-            (run_dir(own) / ".settled").touch()
+            (own / ".settled").touch()
 
     def _confirm(self, start: Config, best: Trial, at_once: int) -> str:
         """Train the best configuration and the one without the search anew, with seeds nobody has seen."""
@@ -286,21 +295,38 @@ class _Study:
         metric, mode = self.config.tune.metrics[0], self.config.tune.modes[0]
         judged = metric.startswith(EVALUATION)
 
-        def one(job: tuple[str, Mapping[str, Any], int]) -> float:
+        def one(job: tuple[str, Mapping[str, Any], int]) -> tuple[float, str]:
             label, params, seed = job
             # Named by what it runs, so that a study that is extended confirms another best anew.
             name = f"{label}-{digest(dict(params))[:8]}-s{seed}"
-            run = trial_config(start, self.folder / "confirm", name, params, seed)
-            result = train(run, kind="confirm", parent_run_id=parent, export=judged)
-            return measured(result, run, judged)[metric]
+            try:
+                run = trial_config(start, self.folder / "confirm", name, params, seed)
+                result = train(run, kind="confirm", parent_run_id=parent, export=judged)
+                value = measured(result, run, judged).get(metric, math.nan)
+            except TbpoError as error:
+                return math.nan, f"{name}: {error}"
+            return value, "" if math.isfinite(value) else f"{name}: {metric}={value}"
 
         seeds = [start.run.seed + NEW_SEEDS + i for i in range(count)]
         jobs: list[tuple[str, Mapping[str, Any], int]] = [("default", {}, s) for s in seeds]
         jobs += [("best", best.params, s) for s in seeds]
         with ThreadPoolExecutor(max_workers=at_once) as pool:
-            values = list(pool.map(one, jobs))
-        default, found = values[:count], values[count:]
-        sign = 1 if mode == "max" else -1
+            outcomes = list(pool.map(one, jobs))
+        # Seeds with which both could be run.
+        both = [
+            (seed, d, b)
+            for seed, (d, _), (b, _) in zip(seeds, outcomes[:count], outcomes[count:], strict=True)
+            if math.isfinite(d) and math.isfinite(b)
+        ]
+        faults = [fault for _, fault in outcomes if fault]
+        failed = (
+            f"{len(faults)} of {len(jobs)} confirming runs failed, the first: {faults[0]}" if faults else ""
+        )
+        if not both:
+            self.ledger.facts.pop("confirmation", None)
+            return f"Not confirmed with new seeds: {failed}"
+        seeds, default, found = (list(column) for column in zip(*both, strict=True))
+        count, sign = len(both), 1 if mode == "max" else -1
         gain, low, high = interval([sign * (b - d) for d, b in zip(default, found, strict=True)])
         self.ledger.facts["confirmation"] = {
             "metric": metric, "seeds": seeds, "default": default, "best": found, "gain": gain,
@@ -313,7 +339,7 @@ class _Study:
         return (
             f"With {count} new seed(s) the best configuration {verdict} the one without the search in "
             f"{metric}: {sum(found) / count:.4f} against {sum(default) / count:.4f}, a gain of "
-            f"{gain:+.4f}{bounds}{sure}."
+            f"{gain:+.4f}{bounds}{sure}.{' ' + failed if failed else ''}"
         )
 
     def _leave(self, start: Config, best: Trial, front: list[Trial], note: str) -> None:
@@ -325,10 +351,10 @@ class _Study:
             trial_config(start, self.trials_dir, name, best.params, start.run.seed),
             kind="trial", parent_run_id=self.tracker.run_id, wait=True,
         )  # fmt: skip
-        model = stages(self.config)[1].model.name_or_path
+        model = stages(self.config)[1].model
         settled = stage_config(
             self.config, best.params, run__name=f"{self.config.run.name}-best",
-            model__name_or_path=model, sft={},
+            model__name_or_path=model.name_or_path, model__gguf_file=model.gguf_file, sft={},
         )  # fmt: skip
         write_atomic(self.folder / "best.yaml", to_yaml(settled))
         files = write_report(self.config, self.space, self.ledger, front, note, self.folder, self.tracker)

@@ -45,6 +45,8 @@ class Setup:
     """Steps between reports."""
     slots: list[int] | None
     """pbt: trial numbers in the order of Tune's own trials; otherwise a trial is told its number."""
+    known: list[int]
+    """pbt: the last step of each that the study knows of, in the same order."""
     cwd: str
 
     @property
@@ -77,7 +79,7 @@ def run_trial(config: dict[str, Any], setup: dict[str, Any]) -> None:
     """Tune's function trainable. Reports `step` and `objective` in the middle, `state` at the end.
 
     Args:
-        config: `params`, `since` (the last step known to the study) and, without slots, `number`.
+        config: `params` and, without slots, `number` and `since` (the last step known to the study).
         setup: a :class:`Setup` as a mapping.
     """
     from ray import tune
@@ -85,11 +87,12 @@ def run_trial(config: dict[str, Any], setup: dict[str, Any]) -> None:
     shared = Setup(**setup)
     os.chdir(shared.cwd)
     if shared.slots is None:
-        number = int(config["number"])
+        number, since = int(config["number"]), int(config["since"])
     else:
         # An exploited trial carries its donor's config; who it is, only its id still tells.
-        number = shared.slots[int(tune.get_context().get_trial_id().rsplit("_", 1)[1])]
-    trial = _Trial(shared, number, dict(config.get("params") or {}), int(config["since"]))
+        slot = int(tune.get_context().get_trial_id().rsplit("_", 1)[1])
+        number, since = shared.slots[slot], shared.known[slot]
+    trial = _Trial(shared, number, dict(config.get("params") or {}), since)
     try:
         outcome = trial.run(_taken_marker())
     except TbpoError as error:
@@ -164,6 +167,8 @@ class _Trial:
                 self._take_over(taken)
         if self.lineage:
             self.params = self.lineage[-1]["params"]
+            # Rows up to there are the donor's.
+            self.since = max(self.since, int(self.lineage[-1]["step"]))
         return self.name if not self.generation else f"{self.name}-x{self.generation}"
 
     def _take_over(self, taken: dict[str, Any]) -> None:
@@ -213,10 +218,11 @@ class _Trial:
             tune.report(told)
             return
         checkpoint = ckpt.step_folder(self.run_dir / "checkpoints", step)
-        waited = time.monotonic() + CHECKPOINT_WAIT_S
+        waited, whole = time.monotonic() + CHECKPOINT_WAIT_S, f"step-*/{ckpt.MANIFEST}"
         while not (checkpoint / ckpt.MANIFEST).is_file():
-            # The row is written before the checkpoint of the same step.
-            if time.monotonic() > waited:
+            # The row is written before the checkpoint of the same step; one that is passed over never comes.
+            later = any(other.parent.name > checkpoint.name for other in checkpoint.parent.glob(whole))
+            if later or time.monotonic() > waited:
                 return
             time.sleep(0.05)
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,8 @@ import pytest
 
 from tbpo_ray.config import TuneConfig
 from tbpo_ray.configuration import load_config
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.training.driver import RunResult
 from tbpo_ray.tuning.check import (
     check_metrics,
     logged_metrics,
@@ -18,10 +19,10 @@ from tbpo_ray.tuning.check import (
     share_cores,
 )
 from tbpo_ray.tuning.ledger import Ledger, Trial, interval, pareto
-from tbpo_ray.tuning.schedule import Asha, Proposals
+from tbpo_ray.tuning.schedule import Asha, Proposals, make_scheduler
 from tbpo_ray.tuning.search import propose, size
 from tbpo_ray.tuning.space import Space
-from tbpo_ray.tuning.study import check_study
+from tbpo_ray.tuning.study import _Study, check_study
 
 X, KIND = "objective.beta", "objective.bregman.generator"
 SPACE = Space.parse({X: {"uniform": [0.1, 1.0]}, KIND: {"choice": ["logistic", "sba"]}})
@@ -54,6 +55,7 @@ def test_proposals_depend_on_what_is_known_alone(algorithm):
     for number in (0, 5, 7):
         assert propose(SPACE, number, trials[:number], settings, 3) == trials[number].params
     assert propose(SPACE, 0, [], settings, 4) != trials[0].params
+    assert propose(SPACE, 11, trials, settings, 2**31 - 1)  # the largest seed of a run
 
 
 def test_every_state_and_several_metrics_can_be_told():
@@ -101,6 +103,53 @@ def test_halving_remembers_earlier_sessions():
     assert (decide([]), decide(weak), decide(strong)) == ("CONTINUE", "CONTINUE", "STOP")
 
 
+class PopulationMember(SimpleNamespace):
+    """What Ray's scheduler looks at of a trial."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, name: str):
+        manager = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+        super().__init__(
+            trial_id=name, experiment_tag=name, status="PAUSED", config={}, placement_group_factory=None,
+            run_metadata=SimpleNamespace(checkpoint_manager=manager),
+        )  # fmt: skip
+
+    def is_finished(self) -> bool:
+        return self.status in ("TERMINATED", "ERROR")
+
+
+@pytest.mark.parametrize("how", ["complete", "error"])
+def test_a_population_does_not_wait_for_a_trial_that_is_no_more(how):
+    ledger = Ledger(None, {}, [Trial(n, {}) for n in range(3)])  # type: ignore[arg-type]
+    settings = TuneConfig(scheduler="pbt")
+    scheduler = make_scheduler(SPACE, ledger, settings, every=4, concurrent=1, seed=0)
+    members = [PopulationMember(f"t_{n}") for n in range(3)]
+    controller = SimpleNamespace(
+        search_alg=None, get_trials=lambda: members, get_live_trials=lambda live=set(members): live,
+    )  # fmt: skip
+    for member in members:
+        scheduler.on_trial_add(controller, member)
+    for member in members[:2]:
+        member.status = "RUNNING"
+        assert scheduler.on_trial_result(controller, member, {"step": 4, "objective": 0.5}) == "PAUSE"
+        member.status = "PAUSED"
+    assert scheduler.choose_trial_to_run(controller) is members[2]
+    members[2].status = "RUNNING"
+    assert scheduler.choose_trial_to_run(controller) is None  # both wait for it
+    if how == "complete":
+        scheduler.on_trial_complete(controller, members[2], {"objective": math.nan})
+        members[2].status = "TERMINATED"
+        controller.get_live_trials().discard(members[2])  # as Tune does after the call
+    else:
+        scheduler.on_trial_error(controller, members[2])
+        members[2].status = "ERROR"
+    assert scheduler.choose_trial_to_run(controller) in members[:2]
+    # The next round is judged as any: nobody waits for the one that is gone.
+    assert members[2] not in controller.get_live_trials()
+    assert scheduler._next_perturbation_sync == 8
+
+
 def test_pareto_front():
     settings = TuneConfig(metric=["gain", "kl"], mode=["max", "min"])
     points = [(0.7, 0.2), (0.6, 0.1), (0.6, 0.3), (0.9, 0.9), (math.nan, 0.0)]
@@ -129,6 +178,19 @@ def test_logged_metrics_are_what_a_run_logs():
     assert not any(name.startswith("eval/") for name in logged_metrics(blind))
 
 
+def test_an_objective_without_a_reference_logs_no_distance_from_it():
+    simpo = load_config("jobs/configs/tiny.yaml", ["objective={name: simpo}"])
+    assert "eval/rewards/accuracy" in logged_metrics(simpo)
+    assert not {"eval/kl/k3", "logratio/chosen", "logps/chosen_drift"} & logged_metrics(simpo)
+
+
+@pytest.mark.parametrize("name", ["tis_dpo", "sepo", "t_reg"])
+def test_objectives_with_token_weights_can_be_searched(name):
+    assert "eval/rewards/accuracy" in logged_metrics(
+        load_config("jobs/configs/tiny.yaml", [f"objective={{name: {name}}}"])
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -137,6 +199,12 @@ def test_logged_metrics_are_what_a_run_logs():
         (["tune.metric=evaluation/win"], ["evaluation/win", "evaluation/win_rate"]),
         (["tune.metric=evaluation/win_rate"], ["known at the end only", "tune.scheduler=none"]),
         (["tune.scheduler=pbt", "tune.repeats=2"], ["tune.repeats=2"]),
+        (["tune.metric=evaluation/self_bleu"], ["generation.samples=1", "evaluation/distinct_1"]),
+        (["tune.metric=evaluation/score"], ["judge.kind=checker", "evaluation/exact_match"]),
+        (
+            ["tune.metric=evaluation/win_rate", "evaluation.judge.kind=implicit"],
+            ["judge.kind=implicit", "evaluation/implicit_accuracy"],
+        ),
     ],
 )
 def test_metrics_that_cannot_be_had(overrides, words):
@@ -174,6 +242,8 @@ def test_another_study_under_the_same_name_is_refused():
         (["objective.beta=0.3"], r"objective\.beta=0\.3: study s was started with 0\.1"),
         (["tune.trials=3"], r"tune\.trials=3: .* only a larger"),
         (["tune.metric=loss"], r"tune\.metric='loss'"),
+        (["sft.training.max_steps=7"], r"sft\.training\.max_steps=7"),
+        (["run.output_dir=elsewhere"], r"run\.output_dir='elsewhere'"),
     ):
         with pytest.raises(InputError, match=words):
             refuse_other_study("s", facts, load_config("jobs/configs/tiny.yaml", overrides), SPACE)
@@ -195,3 +265,92 @@ def test_a_trial_s_workers_and_threads(monkeypatch):
     assert share_cores(own, 2).cluster.threads_per_worker == 3
     gpus = load_config(None, ["cluster.use_gpu=true"])
     assert share_cores(gpus, 2).cluster.threads_per_worker is None
+
+
+def test_a_grid_is_tried_whole_before_the_start():
+    lengths, prompts = [64, *range(200, 290, 10)], [8, 16, 24, 32, 40, 48, 64]
+    space = Space.parse({"data.max_length": {"grid": lengths}, "data.max_prompt_length": {"grid": prompts}})
+    config = load_config("jobs/configs/tiny.yaml", ["tune.algorithm=grid", "tune.trials=100"])
+    with pytest.raises(InputError, match=r"space: a trial with data\.max_length=64"):
+        check_study(config, space)
+
+
+def test_a_grid_that_is_cut_says_so(capsys):
+    space = Space.parse({X: {"grid": [0.1, 0.2, 0.3]}})
+    check_study(load_config("jobs/configs/tiny.yaml", ["tune.algorithm=grid", "tune.trials=2"]), space)
+    assert "the first 2 of the grid's 3 points" in "".join(capsys.readouterr())
+
+
+def test_trials_that_would_never_be_judged_are_refused():
+    settings = ["tune.scheduler=asha", "training.max_steps=20", "tune.grace_steps=20"]
+    with pytest.raises(InputError, match=r"tune\.grace_steps=20: a trial has 20 steps"):
+        check_study(load_config("jobs/configs/tiny.yaml", settings), SPACE)
+
+
+def test_a_study_and_a_run_do_not_share_a_name(tmp_path):
+    from tbpo_ray.training.plan import refuse_changes
+
+    config = load_config("jobs/configs/tiny.yaml", [f"run.output_dir={tmp_path}"])
+    folder = tmp_path / config.run.name
+    (folder / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"run\.name={config.run.name}: .* holds a training run"):
+        check_study(config, SPACE)
+    (folder / "study.json").write_text("{}")
+    check_study(config, SPACE)
+    with pytest.raises(InputError, match=rf"run\.name={config.run.name}: .* holds a study"):
+        refuse_changes(config, folder)
+
+
+class Study(_Study):
+    """One whose parts are called by hand, without a cluster."""
+
+    def __init__(self, tmp_path, overrides=()):
+        config = load_config("jobs/configs/tiny.yaml", [f"run.output_dir={tmp_path}", "sft={}", *overrides])
+        ledger = Ledger(tmp_path / "study.json", {})
+        tracker = SimpleNamespace(log_metrics=lambda *_: None, run_id="parent")
+        super().__init__(config, SPACE, tmp_path, ledger, tracker)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", ["default", "best", "default best"])
+def test_a_confirming_run_that_fails_does_not_take_the_study_with_it(tmp_path, monkeypatch, bad):
+    study = Study(tmp_path, ["tune.confirm=2"])
+    metric = study.config.tune.metrics[0]
+
+    def train(config, **_):
+        label, *_, seed = config.run.name.split("-")
+        if label in bad and (seed.endswith("0") or len(bad.split()) > 1):
+            raise RunFailed("the loss is not finite")
+        value = 0.9 if label == "best" else 0.6
+        return RunResult(tmp_path, tmp_path, "run", {metric: value})
+
+    monkeypatch.setattr("tbpo_ray.tuning.study.train", train)
+    best = Trial(0, {X: 0.2}, "finished")
+    note = study._confirm(study.config, best, at_once=1)
+    assert f"{bad.split()[0]}-" in note and "the loss is not finite" in note
+    if len(bad.split()) > 1:
+        assert "Not confirmed" in note and "confirmation" not in study.ledger.facts
+    else:
+        assert "With 1 new seed(s)" in note and "0.9000 against 0.6000" in note
+        assert study.ledger.facts["confirmation"]["gain"] == pytest.approx(0.3)
+
+
+def test_trials_start_from_the_folder_that_a_gguf_file_became(tmp_path, monkeypatch):
+    monkeypatch.setattr("tbpo_ray.tuning.study.resolve_models", lambda _: ("/cache/gguf-1", "/cache/gguf-1"))
+    study = Study(tmp_path, ["model.name_or_path=/models", "model.gguf_file=m.gguf"])
+    start = study._start()
+    assert (start.model.name_or_path, start.model.gguf_file) == ("/cache/gguf-1", None)
+
+
+def test_what_trials_are_judged_by_is_logged_when_they_are(tmp_path, monkeypatch):
+    for name in ("prepare_inputs", "score_inputs", "resolve_models"):
+        monkeypatch.setattr(
+            f"tbpo_ray.tuning.study.{name}", lambda *_: SimpleNamespace(data=SimpleNamespace(lengths=list))
+        )
+    monkeypatch.setattr(
+        "tbpo_ray.tuning.study.make_schedule", lambda *_: SimpleNamespace(steps_total=50)
+    )  # a look every 12 steps
+    settings = ["tune.metric=rewards/accuracy", "training.log_every=10", "tune.scheduler=asha"]
+    study = Study(tmp_path, settings)
+    assert study._prepare(study.config).training.log_every == 2
+    held_out = Study(tmp_path, [*settings[1:], "tune.metric=eval/rewards/accuracy"])
+    assert held_out._prepare(held_out.config).training.log_every == 10

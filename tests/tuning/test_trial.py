@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def trials(tmp_path) -> Path:
 
 def second(folder: Path, params: dict[str, float]) -> _Trial:
     tree = to_tree(load_config(None, ["tune.scheduler=pbt"]))
-    setup = Setup(tree, str(folder), "parent", every=4, slots=[0, 1], cwd=str(folder))
+    setup = Setup(tree, str(folder), "parent", every=4, slots=[0, 1], known=[0, 0], cwd=str(folder))
     return _Trial(setup, 1, params, 0)
 
 
@@ -70,6 +71,18 @@ def test_a_restarted_study_finds_the_newest_generation_and_its_values(trials):
     restarted = second(trials, OLD)
     assert restarted._settle_generation(None) == "t001-x1"
     assert restarted.params == NEW
+    assert restarted.since == 4  # what lies before it is the donor's
+
+
+def test_a_checkpoint_that_was_passed_over_is_not_waited_for(trials):
+    trial = second(trials, OLD)
+    trial.run_dir = trials / "t000"
+    later = ckpt.step_folder(trials / "t000" / "checkpoints", 12)
+    later.mkdir()
+    ckpt.seal(later, {"step": 12, "metrics_bytes": 0})
+    began = time.monotonic()
+    trial._report({"step": 8, "total": 20, trial.metric: 0.5})
+    assert time.monotonic() - began < 5 and trial.since == 8
 
 
 def test_a_trial_that_was_paused_goes_on_as_itself(trials):
