@@ -12,7 +12,7 @@ from html import escape
 from itertools import groupby
 
 WIDTH, HEIGHT = 360, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 38
 SERIES = 8
 
 
