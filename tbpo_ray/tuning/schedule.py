@@ -82,7 +82,13 @@ class Asha(ASHAScheduler):
 
 
 class Population(PopulationBasedTraining):
-    """Population-based training whose waiting trials go on when the last one that they wait for ends."""
+    """Population-based training in which nobody waits for a trial that ended or for a step that is past."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        # Trials that go on from a later step than the first round's have passed the next round too.
+        self._go_on(tune_controller)
+        return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
         super().on_trial_complete(tune_controller, trial, result)
@@ -94,8 +100,8 @@ class Population(PopulationBasedTraining):
         tune_controller.get_live_trials().discard(trial)
         self._go_on(tune_controller, trial)
 
-    def _go_on(self, tune_controller: Any, ended: Any) -> None:
-        """Begin the next round, where all that are left wait for this one; nobody takes over anything."""
+    def _go_on(self, tune_controller: Any, ended: Any = None) -> None:
+        """Begin the next round where all that are left have reached this one's step."""
         left = [t for t in tune_controller.get_trials() if t is not ended and not t.is_finished()]
         times = [self._trial_state[t].last_train_time for t in left]
         if self._synch and times and min(times) >= self._next_perturbation_sync:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -119,21 +120,42 @@ class PopulationMember(SimpleNamespace):
         return self.status in ("TERMINATED", "ERROR")
 
 
-@pytest.mark.parametrize("how", ["complete", "error"])
-def test_a_population_does_not_wait_for_a_trial_that_is_no_more(how):
-    ledger = Ledger(None, {}, [Trial(n, {}) for n in range(3)])  # type: ignore[arg-type]
+def population(count: int) -> tuple[Any, Any, list[PopulationMember]]:
+    """A scheduler of trials that take turns, what it looks at of Tune, and the trials."""
+    ledger = Ledger(None, {}, [Trial(n, {}) for n in range(count)])  # type: ignore[arg-type]
     settings = TuneConfig(scheduler="pbt")
     scheduler = make_scheduler(SPACE, ledger, settings, every=4, concurrent=1, seed=0)
-    members = [PopulationMember(f"t_{n}") for n in range(3)]
+    members = [PopulationMember(f"t_{n}") for n in range(count)]
+    live = set(members)
     controller = SimpleNamespace(
-        search_alg=None, get_trials=lambda: members, get_live_trials=lambda live=set(members): live,
+        search_alg=None, get_trials=lambda: members, get_live_trials=lambda: live
     )  # fmt: skip
     for member in members:
         scheduler.on_trial_add(controller, member)
+    return scheduler, controller, members
+
+
+def report(scheduler: Any, controller: Any, member: PopulationMember, step: int) -> None:
+    member.status = "RUNNING"
+    assert scheduler.on_trial_result(controller, member, {"step": step, "objective": 0.5}) == "PAUSE"
+    member.status = "PAUSED"
+
+
+def test_a_population_that_goes_on_late_does_not_wait_for_rounds_that_are_past():
+    scheduler, controller, members = population(2)
+    scheduler._checkpoint_or_exploit = lambda *_: None
+    for step in (12, 16):
+        for member in members:
+            report(scheduler, controller, member, step)
+        assert scheduler.choose_trial_to_run(controller) in members
+    assert scheduler._next_perturbation_sync == 20
+
+
+@pytest.mark.parametrize("how", ["complete", "error"])
+def test_a_population_does_not_wait_for_a_trial_that_is_no_more(how):
+    scheduler, controller, members = population(3)
     for member in members[:2]:
-        member.status = "RUNNING"
-        assert scheduler.on_trial_result(controller, member, {"step": 4, "objective": 0.5}) == "PAUSE"
-        member.status = "PAUSED"
+        report(scheduler, controller, member, 4)
     assert scheduler.choose_trial_to_run(controller) is members[2]
     members[2].status = "RUNNING"
     assert scheduler.choose_trial_to_run(controller) is None  # both wait for it

@@ -18,7 +18,7 @@ import yaml
 from tbpo_ray.configuration import load_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.training.reference import scorings
-from tbpo_ray.tuning.ledger import Ledger
+from tbpo_ray.tuning.ledger import Ledger, Trial
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study import tune
 
@@ -208,27 +208,36 @@ def test_pbt_takes_over_the_weights_of_the_better_trial(out, small_model):
     assert below["t001"].data.tags["tune.took_over_at_4"] == "t000"
 
 
+def job(tmp_path: Path, space: Path, settings: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command of a study that is a process of its own, and its environment."""
+    config = tmp_path / "empty.yaml"
+    config.write_text("")
+    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--config", str(config), "--space", str(space)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    return command + settings, environment | {"PYTHONPATH": str(ROOT)}
+
+
+def kill_when(reached: Callable[[], bool], command: list[str], environment: dict[str, str]) -> None:
+    """Start the study, and kill -9 its whole process group there."""
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    assert wait_for(lambda: reached() or process.poll() is not None, 300)
+    assert process.poll() is None, process.stderr.read() if process.stderr else ""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def test_a_killed_study_goes_on(tmp_path, small_model):
     """Kill -9 the driver while the second of three trials runs; the same command ends the study."""
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump({RATE: {"loguniform": [1.0e-5, 1.0e-3]}}))
     settings = overrides(tmp_path, small_model, "killed", tune__trials=3, tune__scheduler="none",
                          tune__max_concurrent=1, training__max_steps=24)  # fmt: skip
-    config = tmp_path / "empty.yaml"
-    config.write_text("")
-    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--config", str(config), "--space", str(space)]
-    command += settings
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    environment["PYTHONPATH"] = str(ROOT)
+    command, environment = job(tmp_path, space, settings)
     folder = tmp_path / "killed"
-    first = subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
     running = folder / "trials" / "t001" / "checkpoints" / "step-00000003" / "manifest.json"
-    assert wait_for(lambda: running.is_file() or first.poll() is not None, 300)
-    assert first.poll() is None, first.stderr.read() if first.stderr else ""
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    kill_when(running.is_file, command, environment)
     known = Ledger.open(folder / "study.json").trials
     assert [t.state for t in known] == ["finished", "running"]
     done = {
@@ -248,3 +257,30 @@ def test_a_killed_study_goes_on(tmp_path, small_model):
     )
     third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (third.returncode, "is finished" in third.stderr) == (0, True)
+
+
+def test_a_killed_population_goes_on_from_where_it_stood(tmp_path, small_model):
+    """What was taken over before the kill is not taken over again, and nobody falls back behind it."""
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump({RATE: {"grid": [1.0e-3, 0.0]}}))
+    settings = overrides(tmp_path, small_model, "killed", tune__algorithm="grid", tune__scheduler="pbt",
+                         tune__trials=2, tune__max_concurrent=1, tune__grace_steps=4,
+                         training__max_steps=16)  # fmt: skip
+    command, environment = job(tmp_path, space, settings)
+    folder = tmp_path / "killed"
+
+    def trials() -> list[Trial]:
+        return Ledger.open(folder / "study.json").trials
+
+    kill_when(lambda: len(known := trials()) == 2 and min(t.step for t in known) >= 8, command, environment)
+    before = trials()
+    assert before[1].lineage
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert second.returncode == 0, second.stderr
+    for known, trial in zip(before, trials(), strict=True):
+        assert (trial.state, trial.step) == ("finished", 16)
+        assert trial.lineage[: len(known.lineage)] == known.lineage
+        steps = [take_over["step"] for take_over in trial.lineage]
+        assert steps == sorted(set(steps)), steps
+        assert all(step >= known.step for step in steps[len(known.lineage) :])
+        assert trial.reports[: len(known.reports)] == known.reports
