@@ -119,6 +119,19 @@ def test_a_killed_worker_changes_nothing(out, small_model, whole):
     assert final_state(folder) == final_state(whole)
 
 
+KEEPER = """
+import ctypes, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+driver = subprocess.Popen(sys.argv[1:], process_group=0, stdout=subprocess.DEVNULL)
+print(driver.pid, flush=True)
+if driver.wait() > 0:
+    sys.exit("the driver failed")
+sys.stdin.read()
+"""
+"""Starts a driver and outlives its kill. With the driver dies its raylet (Ray sees to that), and a frozen
+worker whose group is left without a parent in its session is woken by the kernel; this is that parent."""
+
+
 def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
     """Kill -9 the job, run it again: bit for bit the same; a third time does nothing.
 
@@ -129,10 +142,15 @@ def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
     command += ["run.name=driver"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     folder = out / "driver"
-    first, cluster = subprocess.Popen(command, env=environment, start_new_session=True), []
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", KEEPER, *command], env=environment, start_new_session=True, text=True, **pipes
+    )
+    cluster: list[psutil.Process] = []
+    first = psutil.Process(int(keeper.stdout.readline()))
     try:
-        until_step(folder, 5, first)
-        cluster = psutil.Process(first.pid).children(recursive=True)
+        until_step(folder, 5, keeper)
+        cluster = first.children(recursive=True)
         orphans = [process for process in cluster if "RayTrainWorker" in " ".join(process.cmdline())]
         assert len(orphans) == 2
         for process in cluster:  # Ray's own processes too, or they may end the workers that lost their driver
@@ -142,16 +160,16 @@ def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
         known = json.loads((folder / "run.json").read_text())
         second = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         until_step(folder, 10, second)
+        assert [process.status() for process in orphans] == [psutil.STATUS_STOPPED] * 2
         for process in orphans:
             with contextlib.suppress(psutil.NoSuchProcess):  # the end of one can end the other
-                assert process.status() == psutil.STATUS_STOPPED
                 process.resume()
         said = second.communicate(timeout=400)[1]
     finally:
-        first.kill()
-        for process in cluster:
+        for process in (first, *cluster):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        keeper.kill()
     assert second.returncode == 0, said
     assert "continuing from step-" in said
     assert json.loads((folder / "run.json").read_text()) == known
