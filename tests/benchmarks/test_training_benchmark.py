@@ -14,6 +14,7 @@ from tbpo_ray.benchmarks.bare_loop import FullLogitsScorer
 from tbpo_ray.benchmarks.pairs import TINY, build_case, build_model, sample_lengths
 from tbpo_ray.benchmarks.turns import against, ratio, take_turns
 from tbpo_ray.config import Config
+from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.training.batch import collate
 
@@ -142,3 +143,10 @@ def test_quick_scaling_run() -> None:
     result = scaling.run(Config(), quick=True)
     assert result["steps"] == 3 and result["ratio"]["ratio"] > 0 and result["cpu_share"]["ratio"] > 0
     assert "2 workers, tokens/s" in scaling.markdown(result)
+
+
+def test_what_dealing_out_allows() -> None:
+    lengths = np.array([[10, 5, 5]] * 3 + [[100, 50, 50]])
+    settings = {"seed": 0, "pairs_per_step": 4, "micro_batch_pairs": 1, "max_steps": 3, "cut_tail": True}
+    # Sorted and dealt out in turns: 20 + 200 to one, 20 + 20 to the other.
+    assert scaling.most(Schedule(lengths, **settings), lengths) == pytest.approx(260 / 220)
