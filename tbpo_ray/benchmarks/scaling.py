@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tbpo_ray.benchmarks import pairs as shapes
 from tbpo_ray.benchmarks.pairs import build_case, sample_lengths
 from tbpo_ray.benchmarks.platform_loop import run_platform
@@ -48,9 +46,9 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
             for n in (1, 2)
         }
         found = take_turns(ways, 1 if quick else 2)
-        bound = most(make_schedule(case.config, lengths), lengths)
+        bound = most(make_schedule(case.config, lengths))
     one, two = found["1 worker"], found["2 workers"]
-    tokens = lengths[:, 0] + 2 * np.minimum(lengths[:, 1], lengths[:, 2])
+    tokens = pair_tokens(lengths, cut_tail=True)
     steps = len(one[0]["step_seconds"])
     return {
         "machine": about,
@@ -65,20 +63,14 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
     }
 
 
-def most(schedule: Schedule, lengths: np.ndarray) -> float:
+def most(schedule: Schedule) -> float:
     """Two workers over one if a step took as long as its padded tokens say and its slower worker.
 
     Pairs are dealt out by number, so one worker has more tokens than the other.
     """
-    sizes = pair_tokens(lengths, cut_tail=True)
-
-    def padded(step: int, rank: int, world: int) -> int:
-        parts = schedule.micro_batches(step, rank, world)
-        return sum(int(sizes[ids].max()) * len(ids) for ids in parts if len(ids))
-
     steps = range(1, schedule.steps_total)  # as they are timed
-    alone = sum(padded(step, 0, 1) for step in steps)
-    return alone / sum(max(padded(step, rank, 2) for rank in (0, 1)) for step in steps)
+    alone = sum(schedule.padded_tokens(step, 0, 1) for step in steps)
+    return alone / sum(max(schedule.padded_tokens(step, rank, 2) for rank in (0, 1)) for step in steps)
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -71,7 +71,7 @@ def check_study(config: Config, space: Space) -> list[Config]:
     if config.tune.scheduler == "pbt":
         space.check_changeable()
     refuse_name_of_run(config.run.name, run_dir(config))
-    trials = size(space, config.tune)
+    trials = config.tune.trials
     if config.tune.algorithm == "grid" and (points := len(list(space.points()))) > trials:
         say(f"tune.trials={trials}: the first {trials} of the grid's {points} points; {points} would run all")
     probes = trial_probes(of_a_trial(config), space)
