@@ -64,7 +64,7 @@ class Trials:
 
 CASES = {
     "hh_rlhf": Trials("hh_rlhf", pairs=256, held_out=128, epochs=2),
-    "ultrafeedback": Trials("ultrafeedback", pairs=96, held_out=48, epochs=2, eval_every=6),
+    "ultrafeedback": Trials("ultrafeedback", pairs=96, held_out=48, epochs=3, eval_every=4),
 }
 NAMES = {"hh_rlhf": "HH-RLHF's", "ultrafeedback": "UltraFeedback-like"}
 QUICK = Trials("hh_rlhf", pairs=32, held_out=16, epochs=1)

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-ORDER = 3
+ORDER = 4
 """Which order this code makes of its arguments; every checkpoint holds the number.
 
 Raise it with any change after which some arguments give other pairs in a step, or other micro-batches: the
 seed's use, the windows, how lengths are counted, how a step is dealt out. A run that is under way is then
 refused instead of going on with some pairs twice and others never. 1, which older checkpoints do not name,
 counted the tail that is cut off as length, in smaller windows; 2 sorted the pairs of a step by length only
-where the steps themselves were made of like lengths.
+where the steps themselves were made of like lengths; 3 dealt a step's pairs out in turns.
 """
 _WINDOW_STEPS = 16
 """Pairs are sorted by length within windows of this many steps, or of four times as many micro-batches,
@@ -111,22 +111,24 @@ class Schedule:
         """A rank's micro-batches of a step, each at most [micro_batch_pairs] int64.
 
         Every rank has equally many (an empty one where pairs run out), shares differ by at most one pair, and
-        micro-batches with the same index hold pairs of like length on all ranks.
+        micro-batches with the same index hold pairs of like length on all ranks. From the longest to the
+        shortest, the rank that has the fewest padded tokens so far takes the longest ones of an index: all
+        wait for the slowest one.
         """
         ids = self.step_pairs(step)
         ids = ids[np.lexsort((ids, self._tokens[ids]))]
         shares = [len(ids) // world + (r < len(ids) % world) for r in range(world)]
         count = -(-shares[0] // self.micro_batch_pairs)
-        out, at = [], 0
-        for index in range(count):
-            # The ranks take turns in holding the longest pairs.
-            order = range(world) if index % 2 == 0 else range(world - 1, -1, -1)
-            for r in order:
+        loads = [0] * world
+        out, end = [], len(ids)
+        for index in reversed(range(count)):
+            for r in sorted(range(world), key=lambda r: (loads[r], r)):
                 size = shares[r] // count + (index < shares[r] % count)
                 if r == rank:
-                    out.append(ids[at : at + size])
-                at += size
-        return out
+                    out.append(ids[end - size : end])
+                loads[r] += size * int(self._tokens[ids[end - 1]])  # padded to its longest
+                end -= size
+        return out[::-1]
 
     def padding_share(self, steps: int = 64, world: int = 1) -> float:
         """Share of padding in micro-batches padded to their longest pair, over the first `steps` steps."""

@@ -148,5 +148,5 @@ def test_quick_scaling_run() -> None:
 def test_what_dealing_out_allows() -> None:
     lengths = np.array([[10, 5, 5]] * 3 + [[100, 50, 50]])
     settings = {"seed": 0, "pairs_per_step": 4, "micro_batch_pairs": 1, "max_steps": 3, "cut_tail": True}
-    # Sorted and dealt out in turns: 20 + 200 to one, 20 + 20 to the other.
+    # 200 + 20 to one, 20 + 20 to the other, by equal numbers of pairs.
     assert scaling.most(Schedule(lengths, **settings)) == pytest.approx(260 / 220)

@@ -19,6 +19,8 @@ def schedule(n=103, per_step=16, micro=4, **more):
     return Schedule(lengths(n), **{"seed": 5, "pairs_per_step": per_step, "micro_batch_pairs": micro, **more})
 
 
+SMALL = {"seed": 0, "pairs_per_step": 8, "micro_batch_pairs": 1}
+
 SIZES = st.tuples(
     st.integers(1, 150), st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.booleans()
 )
@@ -67,7 +69,7 @@ def test_the_order_is_the_one_that_its_number_stands_for():
                 for rank in range(world):
                     for part in order.micro_batches(step, rank, world):
                         digest.update(part.astype("<i8").tobytes() + b"|")
-    assert (ORDER, digest.hexdigest()[:16]) == (3, "a3045ebd4c854758")
+    assert (ORDER, digest.hexdigest()[:16]) == (4, "09e4b8d8c1a1fe05")
 
 
 def test_epochs_differ_seeds_differ_and_more_steps_only_extend():
@@ -100,6 +102,26 @@ def test_like_lengths_go_together_without_favour():
     tokens = lengths(5000).sum(1)
     means = [tokens[order.step_pairs(step)].mean() for step in range(order.steps_per_epoch)]
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.4
+
+
+@pytest.mark.parametrize(("world", "least"), [(2, 0.98), (4, 0.92), (8, 0.78)])
+def test_ranks_have_nearly_equal_work(world, least):
+    """Lengths as skewed as dialogues are; what one rank has alone, over ranks times the slowest one's."""
+    sizes = np.random.default_rng(4).lognormal(4.0, 0.8, (4096, 3)).astype(np.int32) + 1
+    order = Schedule(sizes, seed=0, pairs_per_step=128, micro_batch_pairs=4, length_batches=False)
+    alone = slowest = 0
+    for step in range(order.steps_total):
+        loads = [order.padded_tokens(step, rank, world) for rank in range(world)]
+        alone, slowest = alone + order.padded_tokens(step, 0, 1), slowest + max(loads)
+    assert alone / (world * slowest) > least
+
+
+def test_the_rank_with_the_least_takes_the_longest():
+    tokens = np.array([10, 11, 12, 13, 20, 21, 40, 100])
+    order = Schedule(np.stack([tokens - 2, tokens * 0 + 1, tokens * 0 + 1], 1), **SMALL)
+    dealt = [[tokens[part].tolist() for part in order.micro_batches(0, rank, 2)] for rank in range(2)]
+    # 100 | 40; then the second rank takes the longer of each two until it has as much: 40 + 21 + 13 + 11.
+    assert dealt == [[[10], [12], [20], [100]], [[11], [13], [21], [40]]]
 
 
 def test_a_cut_tail_does_not_count_as_length():
