@@ -348,6 +348,8 @@ class TuneConfig(Section):
     """asha: one in so many trials passes a rung."""
     confirm: Annotated[int, Field(ge=0)] = 2
     """New seeds with which the best configuration and the one without the search run again; 0: none."""
+    resume_errored: bool = False
+    """When a study goes on, its failed trials do so too, from their last checkpoints."""
 
     @property
     def metrics(self) -> list[str]:

@@ -95,6 +95,8 @@ def train(job: Job) -> Measured:
     from tbpo_ray.training.plan import Places, make_schedule
 
     config = Config.model_validate(job.config)
+    if config.cluster.threads_per_worker:
+        torch.set_num_threads(config.cluster.threads_per_worker)
     prepared = Prepared.load(job.prepared)
     places = Places(run_dir="", checkpoints="", model=job.model, prepared=job.prepared)
     parts = build_parts(config, places, torch.device("cpu"))

@@ -174,9 +174,10 @@ def _pairs_page(result: Mapping[str, Any]) -> str:
 def _step_page(result: Mapping[str, Any]) -> str:
     intro = (
         f"TBPO-A (k3), steps of {PAIRS} pairs, prompts of {PROMPT} tokens, float32; a Llama shape of width "
-        f"{SMALL.width} and {SMALL.layers} layers. Peak above model and optimizer. `-`: not run, its "
-        "logits alone pass 8 GiB."
+        f"{SMALL.width} and {SMALL.layers} layers. Peak above model and optimizer."
     )
+    if any(PLAIN not in row["ways"] for what in ("length", "vocabulary") for row in result[what]):
+        intro += " `-`: not run, its logits alone pass 8 GiB."
     parts = [intro]
     for what, words in (("length", "tokens of each answer"), ("vocabulary", "vocabulary")):
         rows = result[what]

@@ -1,18 +1,24 @@
-"""Two training workers over one, a thread each: the same run, steps of 128 pairs dealt out to the workers."""
+"""Two training workers over one, a thread each: the same run, steps of 128 pairs dealt out to the workers.
+
+Beside it stands what the machine allows: two bare loops at once, which have nothing to do with one another,
+over one alone.
+"""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tbpo_ray.benchmarks import pairs as shapes
-from tbpo_ray.benchmarks.pairs import build_case, sample_lengths
+from tbpo_ray.benchmarks.bare_loop import run_bare, score_reference
+from tbpo_ray.benchmarks.pairs import Case, build_case, sample_lengths
 from tbpo_ray.benchmarks.platform_loop import run_platform
-from tbpo_ray.benchmarks.turns import against, machine, ratio, section, spread, take_turns
+from tbpo_ray.benchmarks.turns import Measured, against, machine, ratio, section, spread, take_turns
 from tbpo_ray.config import Config
 from tbpo_ray.data.schedule import Schedule, pair_tokens
 from tbpo_ray.training.plan import make_schedule
@@ -20,6 +26,7 @@ from tbpo_ray.training.plan import make_schedule
 GOAL = 1.7
 PAIRS, PAIRS_PER_STEP = 512, 128
 QUICK_PAIRS, QUICK_PAIRS_PER_STEP = 128, 32
+BARE_PAIRS = 128
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
@@ -31,7 +38,8 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
     Returns:
         `{"machine", "steps", "tokens": through the model in the timed steps, "parameters", "ways": {"1
         worker", "2 workers": rows}, "ratio": {ratio, low, high} of tokens a second, "most": what that can be
-        at most, as :func:`most` says, "cpu_share": CPU seconds of one worker over what two take together}`.
+        at most, as :func:`most` says, "cpu_share": CPU seconds of one worker over what two take together,
+        "machine_allows": {ratio, low, high} of two bare loops at once over one}`.
     """
     about = machine()
     count, a_step = (QUICK_PAIRS, QUICK_PAIRS_PER_STEP) if quick else (PAIRS, PAIRS_PER_STEP)
@@ -45,9 +53,13 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
             )
             for n in (1, 2)
         }
+        bare = build_case(config, Path(name, "bare"), lengths[:BARE_PAIRS], size)
+        score_reference(bare, Path(name, "scores"))
+        ways |= {f"{n} bare": partial(run_together, bare, Path(name, "scores"), n) for n in (1, 2)}
         found = take_turns(ways, 1 if quick else 2)
         bound = most(make_schedule(case.config, lengths))
     one, two = found["1 worker"], found["2 workers"]
+    alone, together = found.pop("1 bare"), found.pop("2 bare")
     tokens = pair_tokens(lengths, cut_tail=True)
     steps = len(one[0]["step_seconds"])
     return {
@@ -60,13 +72,21 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         "ratio": ratio(one, two, "seconds"),
         "most": bound,
         "cpu_share": ratio(one, two, "worker_cpu_seconds"),
+        "machine_allows": {k: 2 * v for k, v in ratio(alone, together, "seconds").items()},
     }
+
+
+def run_together(case: Case, scores: Path, copies: int) -> Measured:
+    """So many bare loops at once, a process and a thread each: mean seconds of a loop."""
+    with ThreadPoolExecutor(copies) as threads:
+        loops = [threads.submit(run_bare, case, scores, cluster__threads_per_worker=1) for _ in range(copies)]
+    return {"seconds": statistics.fmean(loop.result()["seconds"] for loop in loops)}
 
 
 def most(schedule: Schedule) -> float:
     """Two workers over one if a step took as long as its padded tokens say and its slower worker.
 
-    Pairs are dealt out by number, so one worker has more tokens than the other.
+    Both have equally many pairs, so one has more tokens than the other.
     """
     steps = range(1, schedule.steps_total)  # as they are timed
     alone = sum(schedule.padded_tokens(step, 0, 1) for step in steps)
@@ -79,14 +99,14 @@ def markdown(result: Mapping[str, Any]) -> str:
     for rows in result["ways"].values():
         cells.append(f"{result['tokens'] / statistics.median(row['seconds'] for row in rows):,.0f}")
     cells += [spread(result["ratio"]), against(result["ratio"]["ratio"], GOAL), f"{result['most']:.2f}"]
-    cells.append(spread(result["cpu_share"]))
+    cells += [spread(result["machine_allows"]), spread(result["cpu_share"])]
     head = [
         *(f"{way}, tokens/s" for way in result["ways"]),
         "ratio",
         "goal",
         "at most, as the pairs are dealt out",
     ]
-    head.append("CPU seconds, 1 over 2 workers")
+    head += ["two bare loops at once over one", "CPU seconds, 1 over 2 workers"]
     intro = (
         f"{result['steps']} steps of {result['pairs_per_step']} pairs with HH-RLHF's lengths, "
         f"{result['parameters'] / 1e6:.0f} M parameters, ZeRO as configured, a thread for each worker."

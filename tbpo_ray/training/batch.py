@@ -44,6 +44,11 @@ class PairBatch:
     weights: Tensor | None
     """[S, B, T] float32: token weights, where the data has them"""
     shared: bool
+    pick: Tensor | None = None
+    """[S * B, K] int64, shared layout: index into the flattened [R * L] positions of each answer's row as it
+    would be alone, [prompt][answer]; padded with 0"""
+    back: Tensor | None = None
+    """[R, L] int64: where each position stands in the flattened [S * B * K] picked ones; padded with 0"""
 
     @property
     def pairs(self) -> int:
@@ -109,6 +114,9 @@ def collate(
     labels = np.zeros((sides, pairs, longest), dtype=np.int64)
     predict = np.zeros((sides, pairs, longest), dtype=np.int64)
     mask = np.arange(longest) < sizes[:, :, None]
+    alone = _align(int((prompt_sizes + inputs).max(initial=1)))
+    pick = np.zeros((sides * pairs, alone), dtype=np.int64)
+    back = np.zeros((rows, length), dtype=np.int64)
     for b, prompt in enumerate(prompts):
         p = len(prompt)
         end = p
@@ -118,6 +126,8 @@ def collate(
             start = end if shared else p
             if not shared or s == 0:
                 ids[row, :p], positions[row, :p], segment[row, :p] = prompt, np.arange(p), 0
+                back[row, :p] = (s * pairs + b) * alone + np.arange(p)
+            pick[s * pairs + b, :p] = row * length + np.arange(p)
             if n == 0:
                 continue
             answer = answers[s][b][:n]
@@ -125,6 +135,8 @@ def collate(
             ids[row, start:end] = answer[:-1]
             positions[row, start:end] = np.arange(p, p + n - 1)
             segment[row, start:end] = s + 1
+            pick[s * pairs + b, p : p + n - 1] = row * length + np.arange(start, end)
+            back[row, start:end] = (s * pairs + b) * alone + np.arange(p, p + n - 1)
             labels[s, b, :n] = answer
             predict[s, b, 0] = row * length + p - 1
             predict[s, b, 1:n] = row * length + np.arange(start, end)
@@ -138,6 +150,8 @@ def collate(
         ref_logps=_ragged(ref_logps, sizes, longest),
         weights=_ragged(weights, sizes, longest),
         shared=shared,
+        pick=torch.from_numpy(pick) if shared else None,
+        back=torch.from_numpy(back) if shared else None,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tbpo_ray.objectives import TokenScores, token_log_probs
 from tbpo_ray.training.batch import PairBatch
+from tbpo_ray.training.pair_attention import pays, plan, use_pair_attention
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """What the model says of answer tokens; a plain tuple, since engines look through those for tensors:
@@ -43,6 +44,7 @@ class PairScorer(nn.Module):
         super().__init__()
         self.model = model
         self.block_tokens = block_tokens
+        self.pair_attention = use_pair_attention(_causal(model))
         config = _causal(model).config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
@@ -74,7 +76,11 @@ class PairScorer(nn.Module):
         return flat.view(sides * pairs, tokens, -1)
 
     def _mask(self, batch: PairBatch, window: int | None) -> Tensor:
-        """[R, 1, L, L]: bool for SDPA; eager attention adds its mask to the scores."""
+        """What the layers take as a mask: where they can and it pays, a plan of the rows that each answer has
+        alone; else [R, 1, L, L], bool for SDPA; eager attention adds its mask to the scores."""
+        assert batch.pick is not None and batch.back is not None
+        if self.pair_attention and pays(batch.back.shape[1], batch.pick.shape[1]):
+            return plan(batch.pick, batch.back, window)
         allowed = batch.attention_mask(window)
         if _causal(self.model).config._attn_implementation != "eager":
             return allowed
@@ -216,5 +222,10 @@ def _causal(model: nn.Module) -> Any:
 
 def _layer_windows(config: Any) -> dict[str, int | None]:
     """Attention kinds of the model's layers and their windows."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return {kind: int(config.sliding_window) if "sliding" in kind else None for kind in kinds}
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        return {"full_attention": window}
+    return {kind: window if "sliding" in kind else None for kind in kinds}

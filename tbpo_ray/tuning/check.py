@@ -31,7 +31,7 @@ OF_JUDGE = {
 """What an evaluation measures, by the kind of its judge."""
 MAY_CHANGE = (
     "tracking.", "cluster.", "compare.", "sft.cluster", "sft.tracking", "runs", "tune.trials",
-    "tune.max_concurrent", "tune.num_workers", "tune.confirm",
+    "tune.max_concurrent", "tune.num_workers", "tune.confirm", "tune.resume_errored",
 )  # fmt: skip
 """Keys (or beginnings of keys) that may be otherwise when a study goes on."""
 

@@ -44,6 +44,8 @@ QUIET_TUNE = (
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
 )
 """Ctrl-C ends the job as any other; a trial's last report has no step; Tune's own logs are nobody's."""
+TRIALS, SETTLED = "trials", ".settled"
+"""The folder of the trials' runs; in each, the sign that its MLflow run is complete."""
 NEW_SEEDS = 1000
 """Seeds of the confirmation start so far above `run.seed`."""
 
@@ -97,7 +99,8 @@ def tune(config: Config, space: Space) -> StudyResult:
         ledger = Ledger.open(folder / LEDGER)
         refuse_other_study(config.run.name, ledger.facts, config, space)
         extended = bool(ledger.facts) and ledger.facts["config"]["tune"]["trials"] < config.tune.trials
-        if (folder / "DONE").is_file() and not extended:
+        again = ledger.in_state("failed") if config.tune.resume_errored else []
+        if (folder / "DONE").is_file() and not extended and not again:
             say(f"study {config.run.name} is finished: {folder}")
             front = pareto(ledger.trials, config.tune)
             return StudyResult(folder, front[0], front, ledger.facts["note"], already_finished=True)
@@ -106,6 +109,11 @@ def tune(config: Config, space: Space) -> StudyResult:
         gpus = settled.cluster.use_gpu
         at_once = concurrency(settled, [stage_config(p, {}, cluster__use_gpu=gpus) for p in probes])
         (folder / "DONE").unlink(missing_ok=True)
+        if again:
+            say(f"tune.resume_errored: {', '.join(trial.name for trial in again)} go on")
+        for trial in again:
+            (folder / TRIALS / trial.name / SETTLED).unlink(missing_ok=True)
+            trial.state, trial.reason = "waiting", ""
         ledger.facts |= {"config": to_tree(config), "space": space.source}
         ledger.save()
         write_atomic(folder / "config.yaml", to_yaml(config))
@@ -117,7 +125,7 @@ class _Study:
     def __init__(self, config: Config, space: Space, folder: Path, ledger: Ledger, tracker: Tracker):
         self.config, self.space, self.folder = config, space, folder
         self.ledger, self.tracker = ledger, tracker
-        self.trials_dir = folder / "trials"
+        self.trials_dir = folder / TRIALS
         self.trials_dir.mkdir(exist_ok=True)
 
     def run(self, at_once: int) -> StudyResult:
@@ -134,8 +142,9 @@ class _Study:
             reasons = [t.reason for t in self.ledger.in_state("failed")]
             raise RunFailed(
                 f"study {self.config.run.name}: no trial was finished with a number for "
-                f"{', '.join(self.config.tune.metrics)}{': ' + reasons[0] if reasons else ''}. A trial that "
-                "ended is not run again: for new ones use a larger tune.trials or another run.name"
+                f"{', '.join(self.config.tune.metrics)}{': ' + reasons[0] if reasons else ''}. For new "
+                "trials use a larger tune.trials or another run.name; tune.resume_errored=true lets failed "
+                "ones go on"
             )
         best = front[0]
         note = self._confirm(start, best, at_once)
@@ -262,7 +271,7 @@ class _Study:
         for trial in self.ledger.in_state("finished", "stopped", "failed"):
             own = self.trials_dir / trial.name
             run_id = noted_run(own / RUN_NOTE)
-            if run_id is None or (own / ".settled").is_file():
+            if run_id is None or (own / SETTLED).is_file():
                 continue
             tracker = Tracker.start(
                 start.tracking, self.trials_dir, name=trial.name, kind="trial",
@@ -283,7 +292,7 @@ class _Study:
                 {"trial_seconds": trial.seconds, "worker_seconds": trial.seconds * trial.workers}
             )
             tracker.finish({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[trial.state])
-            (own / ".settled").touch()
+            (own / SETTLED).touch()
 
     def _confirm(self, start: Config, best: Trial, at_once: int) -> str:
         """Train the best configuration and the one without the search anew, with seeds nobody has seen."""

@@ -44,7 +44,7 @@ def test_two_studies_alone() -> None:
     sizes = {"trials": 8, **asdict(CASES["ultrafeedback"]), "parameters": 5_300_000}
     text = search.markdown({"machine": MACHINE, **sizes, "ways": ways, **search.ratios(ways)})
     assert "cached over live 0.70 [0.70, 0.70] | at most 0.8: reached | 0.50" in text
-    assert "evaluated every 6 steps" in text and "by hand" not in text
+    assert "evaluated every 4 steps" in text and "by hand" not in text
 
 
 def test_an_unknown_case_is_named() -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from tbpo_ray.objectives import build_objective
+from tbpo_ray.training import pair_attention
 from tbpo_ray.training.batch import collate
 from tbpo_ray.training.scorer import PairScorer, to_scores
 from tbpo_ray.training.step import PreferenceStep
@@ -36,6 +44,19 @@ def gemma() -> Gemma3ForCausalLM:
     return Gemma3ForCausalLM(config)
 
 
+def mistral() -> MistralForCausalLM:
+    """The same window in all layers, which its configuration does not list."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=5,
+    )  # fmt: skip
+    return MistralForCausalLM(config)
+
+
+MODELS = {"llama": llama, "eager": lambda: llama("eager"), "gemma3": gemma, "mistral": mistral}
+
+
 def pairs(count: int = 5, seed: int = 0):
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(3, VOCAB, rng.integers(1, 12)) for _ in range(count)]
@@ -49,8 +70,15 @@ def plain_logps(model, prompt, answer) -> torch.Tensor:
     return torch.stack([logits[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
 
 
-@pytest.mark.parametrize("make", [llama, lambda: llama("eager"), gemma], ids=["llama", "eager", "gemma3"])
+@pytest.fixture(params=["picked", "masked"])
+def attention(request, monkeypatch):
+    """Of shared rows: as for long ones, and as for short ones."""
+    monkeypatch.setattr(pair_attention, "PICKING", -1e9 if request.param == "picked" else 1e9)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.usefixtures("attention")
 def test_scores_equal_the_plain_formula(make, shared):
     model = make().eval()
     prompts, answers = pairs()
@@ -63,11 +91,16 @@ def test_scores_equal_the_plain_formula(make, shared):
             assert not logp[side, b, len(expected) :].any()
 
 
-def test_gradients_agree_between_layouts():
+@pytest.mark.usefixtures("attention")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_gradients_agree_between_layouts(make, checkpointed):
     prompts, answers = pairs()
     grads = []
     for shared in (True, False):
-        model = llama()
+        model = make().train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         scorer = PairScorer(model)
         batch = collate(prompts, answers, pad_id=0, shared=shared, cut=False)
         logp = scorer(batch)[0]
@@ -96,6 +129,26 @@ def test_the_tail_is_dead(name):
     )
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_long_row_holds_no_mask_and_a_model_s_configuration_names_no_attention_of_ours(tmp_path):
+    model = llama()
+    scorer = PairScorer(model)
+    assert scorer.pair_attention and not PairScorer(llama("eager")).pair_attention
+    rng = np.random.default_rng(0)
+    prompts, answers = [rng.integers(3, VOCAB, 8)], [[rng.integers(3, VOCAB, 2000)] for _ in range(2)]
+    batch = collate(prompts, answers, pad_id=0, shared=True, cut=False)
+    mask = scorer._mask(batch, None)
+    assert (
+        mask.numel() == 2 * 2008 + 4008
+        and scorer._mask(batch, 9).untyped_storage().nbytes() == 8 * mask.numel()
+    )
+    model.save_pretrained(tmp_path)
+    assert "pair_sdpa" not in (tmp_path / "config.json").read_text()
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model(ids).logits, loaded(ids).logits)
 
 
 def gemma_free_copy() -> LlamaForCausalLM:

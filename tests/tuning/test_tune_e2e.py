@@ -167,6 +167,33 @@ def test_a_finished_study_does_nothing(halved):
     } == before
 
 
+def test_a_trial_that_failed_goes_on_where_that_is_asked_for(out, small_model):
+    """One whose storage fails; then it is mended."""
+    space = Space.parse({RATE: {"grid": [1.0e-3, 5.0e-4]}})
+    settings = overrides(out, small_model, "mended", tune__algorithm="grid", tune__max_concurrent=2,
+                         tune__scheduler="none")  # fmt: skip
+    obstacle = out / "mended" / "trials" / "t001" / "checkpoints"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("in the way")
+    result = tune(load_config(None, settings), space)
+    first, second = Ledger.open(result.folder / "study.json").trials
+    assert (first.state, second.state) == ("finished", "failed") and second.reason
+    kept = (result.folder / "trials" / "t000" / "metrics.jsonl").stat().st_mtime_ns
+
+    assert tune(load_config(None, settings), space).already_finished
+    obstacle.unlink()
+    again = load_config(None, [*settings, "tune.resume_errored=true"])
+    assert not tune(again, space).already_finished
+    assert tune(again, space).already_finished
+    trials = Ledger.open(result.folder / "study.json").trials
+    assert [(t.state, t.reason) for t in trials] == [("finished", "")] * 2
+    assert (result.folder / "trials" / "t000" / "metrics.jsonl").stat().st_mtime_ns == kept
+    _, below = children(out, result.folder)
+    assert {name: run.info.status for name, run in below.items()} == {"t000": "FINISHED", "t001": "FINISHED"}
+    assert below["t001"].data.tags["tune.state"] == "finished"
+    assert below["t001"].data.tags["tune.reason"] == ""
+
+
 def test_more_at_a_time_than_the_cluster_holds(out, small_model):
     config = load_config(None, overrides(out, small_model, "wide", tune__max_concurrent=9))
     with pytest.raises(
