@@ -167,6 +167,20 @@ def model_config(path: str, model: ModelConfig) -> Any:
         ) from error
 
 
+def layers_beside_attention(folder: str) -> str | None:
+    """What carries one position's state to later ones in this model, other than attention; None: nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    facts = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kinds = set(getattr(facts.get_text_config(), "layer_types", None) or [])
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        return f"layers of the kind {others[0]}"
+    known: Any = AutoModelForCausalLM._model_mapping
+    recurrent = type(facts) in known and getattr(known[type(facts)], "_is_stateful", False)
+    return "recurrent layers" if recurrent else None
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 

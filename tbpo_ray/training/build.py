@@ -10,7 +10,7 @@ from torch import nn
 
 from tbpo_ray.config import Config
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import add_lora, load_model, load_tokenizer
+from tbpo_ray.models.load import add_lora, layers_beside_attention, load_model, load_tokenizer
 from tbpo_ray.objectives import Objective, build_objective, build_state_baseline
 from tbpo_ray.training.plan import Places
 from tbpo_ray.training.scorer import PairScorer
@@ -61,6 +61,25 @@ def uses_shared_prompt(config: Config) -> bool:
             "training.shared_prompt=true: model.attention=flash_attention_2 takes no such mask; use sdpa"
         )
     return possible if asked is None else asked
+
+
+def check_shared_prompt(config: Config, folder: str, key: str) -> None:
+    """Refuse a model in which one answer of a row would reach the other past the attention's mask.
+
+    Args:
+        folder: of the model that `key` names.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if not uses_shared_prompt(config) or not objective_of(config).needs_rejected:
+        return
+    others = layers_beside_attention(folder)
+    if others:
+        raise InputError(
+            f"{key}: the model has {others}, which would carry the chosen answer into the rejected one "
+            "behind it; set training.shared_prompt=false, then each answer has a row of its own"
+        )
 
 
 def build_parts(config: Config, places: Places, device: torch.device) -> Parts:

@@ -24,7 +24,7 @@ from tbpo_ray.progress import say
 from tbpo_ray.storage import cache_dir, run_dir, shared_folders, write_atomic
 from tbpo_ray.tracking import RUN_NOTE, Tracker, noted_run
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
+from tbpo_ray.training.build import check_shared_prompt, objective_of, reference_mode, uses_shared_prompt
 from tbpo_ray.training.causes import root_cause
 from tbpo_ray.training.follow import Follower
 from tbpo_ray.training.metrics import read_metrics
@@ -85,8 +85,8 @@ def resolve_models(config: Config) -> tuple[str, str]:
     """Policy and reference as transformers loads them.
 
     Raises:
-        InputError: for a folder that is no model, models that read other tokens, and token weights that no
-            model can give.
+        InputError: for a folder that is no model, models that read other tokens or cannot take both answers
+            in one row, and token weights that no model can give.
     """
     cache = cache_dir(config)
     model = policy_folder(config)
@@ -94,6 +94,9 @@ def resolve_models(config: Config) -> tuple[str, str]:
     if config.model.reference is not None:
         reference = local_model(config.model.reference, cache, key="model.reference")
         check_same_tokenizer(model, reference, "model.reference")
+    check_shared_prompt(config, model, "model.name_or_path")
+    if reference != model:
+        check_shared_prompt(config, reference, "model.reference")
     check_token_weights(config, objective_of(config))
     return model, reference
 

@@ -8,15 +8,21 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    RwkvConfig,
 )
 
+from tbpo_ray.config import Config
+from tbpo_ray.configuration import stage_config
+from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import build_objective
 from tbpo_ray.training import pair_attention
 from tbpo_ray.training.batch import collate
+from tbpo_ray.training.build import check_shared_prompt
 from tbpo_ray.training.scorer import PairScorer, to_scores
 from tbpo_ray.training.step import PreferenceStep
 
@@ -149,6 +155,24 @@ def test_a_long_row_holds_no_mask_and_a_model_s_configuration_names_no_attention
     assert loaded.config._attn_implementation == "sdpa"
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(model(ids).logits, loaded(ids).logits)
+
+
+def test_a_model_that_would_mix_the_answers_of_a_row_is_refused(tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+    mixed = Lfm2Config(**sizes, num_attention_heads=2, layer_types=["conv", "full_attention"])
+    for name, made in (("rwkv", RwkvConfig(**sizes)), ("lfm2", mixed), ("llama", llama().config)):
+        made.save_pretrained(tmp_path / name)
+    config = Config()
+    apart = stage_config(config, {"training.shared_prompt": False})
+    for name, words in (("rwkv", "recurrent layers"), ("lfm2", "layers of the kind conv")):
+        with pytest.raises(
+            InputError, match=f"model.name_or_path: the model has {words}.*shared_prompt=false"
+        ):
+            check_shared_prompt(config, str(tmp_path / name), "model.name_or_path")
+        check_shared_prompt(apart, str(tmp_path / name), "model.name_or_path")
+    check_shared_prompt(config, str(tmp_path / "llama"), "model.name_or_path")
+    sft = stage_config(config, {"objective.name": "sft"})
+    check_shared_prompt(sft, str(tmp_path / "rwkv"), "model.name_or_path")
 
 
 def gemma_free_copy() -> LlamaForCausalLM:
