@@ -105,8 +105,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         "ratio",
         "goal",
         "at most, as the pairs are dealt out",
+        "two bare loops at once over one",
+        "CPU seconds, 1 over 2 workers",
     ]
-    head += ["two bare loops at once over one", "CPU seconds, 1 over 2 workers"]
     intro = (
         f"{result['steps']} steps of {result['pairs_per_step']} pairs with HH-RLHF's lengths, "
         f"{result['parameters'] / 1e6:.0f} M parameters, ZeRO as configured, a thread for each worker."

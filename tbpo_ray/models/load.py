@@ -168,10 +168,14 @@ def model_config(path: str, model: ModelConfig) -> Any:
 
 
 def layers_beside_attention(folder: str) -> str | None:
-    """What carries one position's state to later ones in this model, other than attention; None: nothing."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """What carries one position's state to later ones in this model, other than attention; None: nothing.
 
-    facts = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    Raises:
+        InputError: for a folder whose configuration cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    facts = model_config(folder, ModelConfig())
     kinds = set(getattr(facts.get_text_config(), "layer_types", None) or [])
     others = sorted(kinds - {"full_attention", "sliding_attention"})
     if others:

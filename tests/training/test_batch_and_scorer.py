@@ -173,6 +173,10 @@ def test_a_model_that_would_mix_the_answers_of_a_row_is_refused(tmp_path):
     check_shared_prompt(config, str(tmp_path / "llama"), "model.name_or_path")
     sft = stage_config(config, {"objective.name": "sft"})
     check_shared_prompt(sft, str(tmp_path / "rwkv"), "model.name_or_path")
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(InputError, match="no model configuration"):
+        check_shared_prompt(config, str(tmp_path / "unknown"), "model.name_or_path")
 
 
 def gemma_free_copy() -> LlamaForCausalLM:
