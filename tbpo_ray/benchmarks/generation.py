@@ -19,7 +19,7 @@ import psutil
 
 from tbpo_ray.benchmarks import pairs as shapes
 from tbpo_ray.benchmarks.pairs import Size, build_case, sample_lengths
-from tbpo_ray.benchmarks.sampling_loop import Job, run_pool, run_transformers
+from tbpo_ray.benchmarks.sampling_loop import Job, run_pool, run_transformers, start_pool
 from tbpo_ray.benchmarks.turns import (
     Measured,
     against,
@@ -74,6 +74,7 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
             ONE: partial(run_transformers, _with(job, 1)),
             BEST: partial(run_transformers, _with(job, best)),
         }
+        start_pool(job)
         found = take_turns(ways, 1 if quick else 2)
     return {
         "machine": about,

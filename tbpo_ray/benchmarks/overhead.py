@@ -83,6 +83,12 @@ def cpu_ratio(platform: list[Measured], bare: list[Measured]) -> dict[str, float
     return {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
 
 
+def others_share(platform: list[Measured]) -> str:
+    """What the driver and Ray's own processes take meanwhile, in words; median of the turns."""
+    share = statistics.median(row["other_cpu_seconds"] / row["seconds"] for row in platform)
+    return f"{share:.0%} of a core"
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """A table."""
     ways = result["ways"]
@@ -97,8 +103,17 @@ def markdown(result: Mapping[str, Any]) -> str:
         against(result["ratio"]["ratio"], GOAL, at_most=True),
         spread(result["cpu_ratio"], 3),
         f"{median(ways['worker loop'], 'data_wait_share'):.2%}",
+        others_share(ways["worker loop"]),
     ]
-    head = ["worker loop, s/step", "bare loop, s/step", "ratio", "goal", "CPU-time ratio", "waiting for data"]
+    head = [
+        "worker loop, s/step",
+        "bare loop, s/step",
+        "ratio",
+        "goal",
+        "CPU-time ratio",
+        "waiting for data",
+        "driver and Ray's own processes",
+    ]
     intro = (
         f"One worker, {result['steps']} steps of 8 pairs with HH-RLHF's lengths, "
         f"{result['parameters'] / 1e6:.0f} M parameters."

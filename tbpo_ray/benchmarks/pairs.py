@@ -35,7 +35,8 @@ LENGTHS = ("hh_rlhf", "ultrafeedback")
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama shape with tied embeddings."""
+    """A shape with tied embeddings: Llama's, or Gemma 3's with its heads of a size of their own, one of keys
+    and values, and windows in five layers of six."""
 
     vocabulary: int = 32_000
     width: int = 384
@@ -43,10 +44,15 @@ class Size:
     heads: int = 6
     intermediate: int = 1024
     positions: int = 2048
+    gemma_head: int | None = None
+    """Width of a head, for Gemma's shape."""
 
 
 MODEL = Size()
 LARGE_VOCABULARY = Size(vocabulary=128_256, width=256, layers=4, heads=4, intermediate=704)
+GEMMA_270M = Size(
+    vocabulary=262_144, width=640, layers=18, heads=4, intermediate=2048, positions=32_768, gemma_head=256
+)
 TINY = Size(vocabulary=2048, width=64, layers=2, heads=2, intermediate=128)
 
 
@@ -149,28 +155,36 @@ def build_case(config: Config, folder: Path, lengths: np.ndarray, size: Size = M
 def build_model(folder: Path, size: Size, seed: int = 0) -> int:
     """Save a model with random weights and the built-in tokenizer; returns its number of parameters."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
     from tbpo_ray.models.tiny import build_tokenizer
 
     tokenizer = build_tokenizer()
+    shape: dict[str, Any] = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.width,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": size.positions,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if size.gemma_head is None:
+        facts: Any = LlamaConfig(num_key_value_heads=size.heads, **shape)
+    else:
+        facts = Gemma3TextConfig(
+            num_key_value_heads=1,
+            head_dim=size.gemma_head,
+            query_pre_attn_scalar=size.gemma_head,
+            sliding_window=512,
+            **shape,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=size.vocabulary,
-                hidden_size=size.width,
-                intermediate_size=size.intermediate,
-                num_hidden_layers=size.layers,
-                num_attention_heads=size.heads,
-                num_key_value_heads=size.heads,
-                max_position_embeddings=size.positions,
-                tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        model = AutoModelForCausalLM.from_config(facts, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.num_parameters()

@@ -1,6 +1,6 @@
 """A child of the benchmark: a whole training run, driver and Ray Train workers, timed step by step.
 
-`python -m tbpo_ray.benchmarks.platform_loop JSON` with a configuration tree.
+`python -m tbpo_ray.benchmarks.platform_loop JSON` with a configuration tree and the steps not timed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from tbpo_ray.configuration import stage_config, to_tree
 from tbpo_ray.storage import run_dir
 
 WORKER = "ray::RayTrainWorker"
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.02
 
 
-def run_platform(case: Case, name: str, **changes: Any) -> Measured:
+def run_platform(case: Case, name: str, *, untimed: int = 1, **changes: Any) -> Measured:
     """Train in a process of its own, as `jobs/train.py` does.
 
+    Args:
+        untimed: steps at the start that are not counted.
+
     Returns:
-        step_seconds: from the second step on, from one logged step to the next;
-        worker_cpu_seconds: of the training workers, from the first logged step to the last;
+        step_seconds: of the steps behind these, from one logged step to the next; seconds: their sum;
+        worker_cpu_seconds, other_cpu_seconds: in them, of the training workers, and of Ray's own processes
+        and the driver;
         data_wait_share: median over the steps.
     """
     config = stage_config(
@@ -46,68 +50,79 @@ def run_platform(case: Case, name: str, **changes: Any) -> Measured:
         **changes,
     )
     shutil.rmtree(run_dir(config), ignore_errors=True)
-    return child(["-m", "tbpo_ray.benchmarks.platform_loop"], {"config": to_tree(config)})
+    job = {"config": to_tree(config), "untimed": untimed}
+    return child(["-m", "tbpo_ray.benchmarks.platform_loop"], job)
 
 
 class WorkerClock(threading.Thread):
-    """Reads the CPU seconds of the training workers below this process, beside the number of logged steps."""
+    """Reads the CPU seconds of the processes below this one whenever a step was logged: of the training
+    workers, and of all others, which are Ray's own and this one, the driver."""
 
     def __init__(self, timings: Path):
         super().__init__(daemon=True)
         self.timings, self.done = timings, threading.Event()
-        self.seen: list[tuple[int, float]] = []
-        self.workers: dict[int, float] = {}
+        self.seen: list[tuple[int, dict[int, float], dict[int, float]]] = []
+        """Logged steps, and CPU seconds of each worker and of each other process by then."""
 
     def run(self) -> None:
-        found: dict[int, psutil.Process] = {}
+        logged = 0
         while not self.done.wait(POLL_SECONDS):
-            if not found or not self.seen:
-                found = {p.pid: p for p in psutil.Process().children(recursive=True) if _is_worker(p)}
-            for pid, process in found.items():
-                with suppress(psutil.Error):
-                    times = process.cpu_times()
-                    self.workers[pid] = times.user + times.system
+            rows = 0
             with suppress(OSError):
                 rows = self.timings.read_bytes().count(b"\n")
-                if rows and found:
-                    self.seen.append((rows, sum(self.workers[pid] for pid in found if pid in self.workers)))
+            if rows > logged:
+                logged = rows
+                self.seen.append((rows, *self._look()))
 
-    def between(self, first: int, last: int) -> float:
-        """CPU seconds from when `first` steps were logged to when `last` were."""
-        at = [[cpu for rows, cpu in self.seen if rows >= n] for n in (first, last)]
-        if not all(at):
+    def _look(self) -> tuple[dict[int, float], dict[int, float]]:
+        workers: dict[int, float] = {}
+        others: dict[int, float] = {}
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                found = workers if "".join(process.cmdline()[:1]).startswith(WORKER) else others
+                found[process.pid] = times.user + times.system
+        return workers, others
+
+    def between(self, first: int, last: int) -> tuple[float, float]:
+        """CPU seconds of workers and of other processes from when `first` steps were logged to when `last`
+        were."""
+        at = [[look for rows, *look in self.seen if rows >= n][:1] for n in (first, last)]
+        if not all(at) or not at[0][0][0]:
             raise RuntimeError(
                 f"no worker was seen between steps {first} and {last}: {len(self.seen)} readings"
             )
-        return at[1][0] - at[0][0]
+        (start,), (end,) = at
+        workers, others = (
+            sum(b[pid] - a[pid] for pid in a.keys() & b) for a, b in zip(start, end, strict=True)
+        )
+        return workers, others
 
 
 def main() -> None:
     """Train with the configuration given as JSON in the first argument; print what was measured."""
     from tbpo_ray.training.driver import train
 
-    config = Config.model_validate(json.loads(sys.argv[1])["config"])
+    job = json.loads(sys.argv[1])
+    config = Config.model_validate(job["config"])
     clock = WorkerClock(run_dir(config) / "timings.jsonl")
     clock.start()
     train(config)
     clock.done.set()
     lines = clock.timings.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    steps = [later["time"] - earlier["time"] for earlier, later in pairwise(rows)]
+    timed = rows[job["untimed"] - 1 :]
+    steps = [later["time"] - earlier["time"] for earlier, later in pairwise(timed)]
+    workers, others = clock.between(job["untimed"], len(rows))
     out = {
         "step_seconds": steps,
         "seconds": sum(steps),
-        "worker_cpu_seconds": clock.between(1, len(rows)),
-        "data_wait_share": statistics.median(row["data_wait_share"] for row in rows),
+        "worker_cpu_seconds": workers,
+        "other_cpu_seconds": others,
+        "data_wait_share": statistics.median(row["data_wait_share"] for row in timed[1:]),
     }
     print(json.dumps(out))
-
-
-def _is_worker(process: psutil.Process) -> bool:
-    try:
-        return "".join(process.cmdline()[:1]).startswith(WORKER)
-    except psutil.Error:
-        return False
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ def run_pool(job: Job) -> Measured:
         process_seconds: of the whole process, Ray's start and end included;
         cpu_seconds: of all its processes, the start taken off.
     """
-    start = _run(
-        replace(job, generation=job.generation | {"max_tokens": 1}, output=f"{job.output}-start", first=1)
-    )
+    start = start_pool(job)
     whole = _run(job)
     # Two starts are never quite alike. What passed between the first block of answers and the last is in any
     # case sampling.
@@ -64,6 +62,13 @@ def run_pool(job: Job) -> Measured:
         "process_seconds": whole["process_seconds"],
         "cpu_seconds": whole["cpu_seconds"] - start["cpu_seconds"],
     }
+
+
+def start_pool(job: Job) -> Measured:
+    """One token of one prompt, what :func:`run_pool` takes off. The first of all reads the libraries from
+    disk and takes longer than any other: call this once before measuring."""
+    one = job.generation | {"max_tokens": 1}
+    return _run(replace(job, generation=one, output=f"{job.output}-start", first=1))
 
 
 def run_transformers(job: Job) -> Measured:

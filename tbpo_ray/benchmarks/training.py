@@ -36,7 +36,10 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.training.plan import make_schedule
 
 TRL_PYTHON = "TBPO_TRL_PYTHON"
-CASES = ("hh_rlhf", "ultrafeedback", "memory")
+CASES = ("hh_rlhf", "ultrafeedback", "memory", "gemma")
+ALIKE = {"memory": (shapes.LARGE_VOCABULARY, 8), "gemma": (shapes.GEMMA_270M, 16)}
+"""Cases with so many pairs of HH-RLHF's mean lengths, each TBPO-A, DPO and TRL's DPO alone: with full logits
+over vocabularies of this size the longest pairs would not fit into memory."""
 OURS, OUR_DPO, TRL, TRL_CACHED = "TBPO-A", "our DPO", "TRL DPO", "TRL DPO, precomputed reference"
 OUR_DPO_OVER_TRL = "our DPO over TRL DPO"
 STEPS = {"hh_rlhf": 4, "ultrafeedback": 2}
@@ -44,6 +47,7 @@ GOALS: dict[str, dict[str, float]] = {
     "hh_rlhf": {"all off": 5.0, "TRL DPO": 8.0, OUR_DPO_OVER_TRL: 4.0},
     "ultrafeedback": {"all off": 2.0, "TRL DPO": 2.5},
     "memory": {"TRL DPO": 0.25},
+    "gemma": {"TRL DPO": 8.0, OUR_DPO_OVER_TRL: 4.0},
 }
 OFF: dict[str, dict[str, Any]] = {
     "tail not cut": {"training__cut_dead_tail": False},
@@ -85,12 +89,16 @@ def run(config: Config, *, quick: bool = False, only: str | None = None) -> dict
 
 def measure(config: Config, folder: Path, name: str, quick: bool) -> dict[str, Any]:
     """One case."""
-    lengths = typical_lengths(8) if name == "memory" else sample_steps(name, 2 if quick else STEPS[name])
-    size = shapes.TINY if quick else shapes.LARGE_VOCABULARY if name == "memory" else shapes.MODEL
+    if name in ALIKE:
+        size, pairs = ALIKE[name]
+        lengths = typical_lengths(pairs)
+    else:
+        size, lengths = shapes.MODEL, sample_steps(name, 2 if quick else STEPS[name])
+    size = shapes.TINY if quick else size
     case = build_case(config, folder, lengths, size)
     score_reference(case, folder / "scores")
     ways: dict[str, Callable[[], Measured]] = {OURS: partial(run_bare, case, folder / "scores")}
-    if name != "memory":
+    if name not in ALIKE:
         off = {way: partial(run_bare, case, _cached(folder, change), **change) for way, change in OFF.items()}
         ways |= {} if quick else off
         ways["all off"] = partial(run_bare, case, **ALL_OFF)
@@ -102,7 +110,7 @@ def measure(config: Config, folder: Path, name: str, quick: bool) -> dict[str, A
     if elsewhere:
         file = _write_ids(case, folder / "ids.json")
         ways[TRL] = partial(run_trl, elsewhere, case, file, folder, precompute=False)
-        if name != "memory":
+        if name not in ALIKE:
             ways[TRL_CACHED] = partial(run_trl, elsewhere, case, file, folder, precompute=True)
     found = take_turns(ways, 1 if quick else 2)
     return {

@@ -141,7 +141,7 @@ def test_quick_overhead_run() -> None:
 @pytest.mark.slow
 def test_quick_scaling_run() -> None:
     result = scaling.run(Config(), quick=True)
-    assert result["steps"] == 3 and result["ratio"]["ratio"] > 0 and result["cpu_share"]["ratio"] > 0
+    assert result["steps"] == 4 and result["ratio"]["ratio"] > 0 and result["cpu_share"]["ratio"] > 0
     assert result["machine_allows"]["low"] > 0 and set(result["ways"]) == {"1 worker", "2 workers"}
     assert "2 workers, tokens/s" in scaling.markdown(result)
 
