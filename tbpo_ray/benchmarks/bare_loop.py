@@ -141,14 +141,17 @@ def score(job: Job) -> Measured:
     prepared, target = Prepared.load(job.prepared), Path(job.extra[0])
     target.mkdir(parents=True, exist_ok=True)
     scorer = ReferenceScorer(job.config, job.model, cuts_tail(config), [], 1)
-    # Reads the weights from disk and starts the thread pools, as the first step of `train` does.
-    scorer.score({name: [ids[0]] for name, ids in _shortest(prepared, []).columns().items()})
+
+    def whole() -> None:
+        for file, pairs in prepared.shards:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            part = {"shard": Path(prepared.path) / file, "start": 0, "stop": pairs, "out": target / file}
+            with torch.no_grad():
+                scorer({name: np.array([value]) for name, value in part.items()})
+
+    whole()  # reads the weights from disk, starts the thread pools, and grows to the memory that it needs
     began, cpu = time.perf_counter(), time.process_time()
-    for file, pairs in prepared.shards:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        part = {"shard": Path(prepared.path) / file, "start": 0, "stop": pairs, "out": target / file}
-        with torch.no_grad():
-            scorer({name: np.array([value]) for name, value in part.items()})
+    whole()
     return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
 
 

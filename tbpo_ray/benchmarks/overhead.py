@@ -1,13 +1,15 @@
 """What Ray Train, Ray Data and DeepSpeed add to a step: the worker loop over the bare PyTorch loop.
 
-One worker, the same steps, batches and threads; step by step, the first two left out.
+One worker, the same steps, batches and threads, compared step by step in the second of two epochs, when the
+memory of either has grown to what it needs. Once with as many threads as there are cores, for which Ray's own
+processes have no room but theirs, and once with a core less.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from tbpo_ray.config import Config
 
 GOAL = 1.05
 PAIRS, QUICK_PAIRS = 64, 32
+PLATFORM, BARE = "worker loop", "bare loop"
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
@@ -38,48 +41,50 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         quick: a tiny model, to see that it runs; its figures mean little.
 
     Returns:
-        `{"machine", "steps", "parameters", "ways": {way: rows}, "ratio": {ratio, low, high}, "cpu_ratio": the
-        same in CPU seconds of the worker}`.
+        `{"machine", "steps", "parameters", "threads": {number: {"ways": {way: rows}, "ratio": {ratio, low,
+        high} of a step's time over the same step's in the bare loop, "cpu_ratio": the same in CPU seconds of
+        the worker}}}`.
     """
     about = machine()
+    pairs = QUICK_PAIRS if quick else PAIRS
     with tempfile.TemporaryDirectory(prefix="tbpo-overhead-") as name:
         folder = Path(name)
-        lengths = sample_lengths("hh_rlhf", QUICK_PAIRS if quick else PAIRS)
-        case = build_case(config, folder, lengths, shapes.TINY if quick else shapes.MODEL)
+        size = shapes.TINY if quick else shapes.MODEL
+        case = build_case(config, folder, sample_lengths("hh_rlhf", pairs), size, training__epochs=2)
         score_reference(case, folder / "scores")
-        ways = {
-            "worker loop": partial(run_platform, case, "overhead", cluster__num_workers=1),
-            "bare loop": partial(run_bare, case, folder / "scores"),
-        }
+        steps = pairs // case.config.training.pairs_per_step
+        threads = sorted({about["cores"], max(1, about["cores"] - 1)}, reverse=True)
+        ways: dict[str, Callable[[], Measured]] = {}
+        for number in threads:
+            change: dict[str, Any] = {"cluster__threads_per_worker": number}
+            ways[f"{PLATFORM} {number}"] = partial(
+                run_platform, case, "overhead", untimed=steps, cluster__num_workers=1, **change
+            )
+            ways[f"{BARE} {number}"] = partial(run_bare, case, folder / "scores", **change)
         found = take_turns(ways, 1 if quick else 2)
     return {
         "machine": about,
-        "steps": len(found["bare loop"][0]["step_seconds"]),
+        "steps": steps,
         "parameters": case.parameters,
-        "ways": found,
-        "ratio": step_ratio(found["worker loop"], found["bare loop"]),
-        "cpu_ratio": cpu_ratio(found["worker loop"], found["bare loop"]),
+        "threads": {n: compare(found[f"{PLATFORM} {n}"], found[f"{BARE} {n}"], steps) for n in threads},
     }
 
 
-def step_ratio(platform: list[Measured], bare: list[Measured]) -> dict[str, float]:
-    """Median over the steps of a step's time over the same step's in the bare loop; a value a turn."""
-    each = []
-    for over, under in zip(_compared(platform, 1), _compared(bare, 2), strict=True):
-        each.append(statistics.median(a / b for a, b in zip(over, under, strict=True)))
-    return {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
-
-
-def _compared(rows: list[Measured], first: int) -> list[list[float]]:
-    """Seconds of the steps from the third one on; the platform's times start with the second step."""
-    return [row["step_seconds"][first:] for row in rows]
-
-
-def cpu_ratio(platform: list[Measured], bare: list[Measured]) -> dict[str, float]:
-    """CPU seconds of the worker over the bare loop's, both from the second step on; a value a turn."""
-    each = []
+def compare(platform: list[Measured], bare: list[Measured], steps: int) -> dict[str, Any]:
+    """The last `steps` steps of both, turn by turn: medians over the steps, sums of CPU seconds."""
+    wall, cpu = [], []
     for over, under in zip(platform, bare, strict=True):
-        each.append(over["worker_cpu_seconds"] / sum(under["step_cpu_seconds"][1:]))
+        same = zip(over["step_seconds"][-steps:], under["step_seconds"][-steps:], strict=True)
+        wall.append(statistics.median(a / b for a, b in same))
+        cpu.append(over["worker_cpu_seconds"] / sum(under["step_cpu_seconds"][-steps:]))
+    return {
+        "ways": {PLATFORM: platform, BARE: bare},
+        "ratio": _of_turns(wall),
+        "cpu_ratio": _of_turns(cpu),
+    }
+
+
+def _of_turns(each: list[float]) -> dict[str, float]:
     return {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
 
 
@@ -90,22 +95,28 @@ def others_share(platform: list[Measured]) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A table."""
-    ways = result["ways"]
-
-    def step(way: str, first: int) -> str:
-        return f"{statistics.median(s for row in _compared(ways[way], first) for s in row):.2f}"
-
-    cells = [
-        step("worker loop", 1),
-        step("bare loop", 2),
-        spread(result["ratio"], 3),
-        against(result["ratio"]["ratio"], GOAL, at_most=True),
-        spread(result["cpu_ratio"], 3),
-        f"{median(ways['worker loop'], 'data_wait_share'):.2%}",
-        others_share(ways["worker loop"]),
-    ]
+    """A table, a row for each number of threads."""
+    rows: list[list[str]] = []
+    for number, found in result["threads"].items():
+        seconds = {
+            way: statistics.median(s for row in turns for s in row["step_seconds"][-result["steps"] :])
+            for way, turns in found["ways"].items()
+        }
+        goal = None if rows else GOAL
+        rows.append(
+            [
+                str(number),
+                f"{seconds[PLATFORM]:.2f}",
+                f"{seconds[BARE]:.2f}",
+                spread(found["ratio"], 3),
+                against(found["ratio"]["ratio"], goal, at_most=True),
+                spread(found["cpu_ratio"], 3),
+                f"{median(found['ways'][PLATFORM], 'data_wait_share'):.2%}",
+                others_share(found["ways"][PLATFORM]),
+            ]
+        )
     head = [
+        "threads",
         "worker loop, s/step",
         "bare loop, s/step",
         "ratio",
@@ -115,7 +126,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "driver and Ray's own processes",
     ]
     intro = (
-        f"One worker, {result['steps']} steps of 8 pairs with HH-RLHF's lengths, "
+        f"One worker, {result['steps']} steps of 8 pairs with HH-RLHF's lengths, the second epoch, "
         f"{result['parameters'] / 1e6:.0f} M parameters."
     )
-    return section(intro, head, [cells], result["machine"])
+    return section(intro, head, rows, result["machine"])

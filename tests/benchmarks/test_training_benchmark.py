@@ -133,8 +133,19 @@ def test_cached_scores_count_their_cost() -> None:
 @pytest.mark.e2e
 def test_quick_overhead_run() -> None:
     result = overhead.run(Config(), quick=True)
-    assert result["steps"] == 4 and result["ratio"]["ratio"] > 0 and result["cpu_ratio"]["ratio"] > 0
-    assert "worker loop" in overhead.markdown(result)
+    assert result["steps"] == 4 and len(result["threads"]) == min(2, result["machine"]["cores"])
+    for found in result["threads"].values():
+        assert found["ratio"]["ratio"] > 0 and found["cpu_ratio"]["ratio"] > 0
+        for way in (overhead.PLATFORM, overhead.BARE):
+            assert len(found["ways"][way][0]["step_seconds"]) >= result["steps"]
+    assert "| worker loop, s/step |" in overhead.markdown(result)
+
+
+def test_the_overhead_compares_the_same_steps() -> None:
+    platform = [{"step_seconds": [2.0, 6.0], "worker_cpu_seconds": 9.0}]
+    bare = [{"step_seconds": [100.0, 1.0, 3.0], "step_cpu_seconds": [100.0, 1.0, 2.0]}]
+    found = overhead.compare(platform, bare, 2)
+    assert found["ratio"]["ratio"] == 2.0 and found["cpu_ratio"]["ratio"] == 3.0
 
 
 @pytest.mark.e2e
