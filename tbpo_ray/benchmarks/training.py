@@ -37,12 +37,13 @@ from tbpo_ray.training.plan import make_schedule
 
 TRL_PYTHON = "TBPO_TRL_PYTHON"
 CASES = ("hh_rlhf", "ultrafeedback", "memory", "gemma")
-ALIKE = {"memory": (shapes.LARGE_VOCABULARY, 8), "gemma": (shapes.GEMMA_270M, 16)}
-"""Cases with so many pairs of HH-RLHF's mean lengths, each TBPO-A, DPO and TRL's DPO alone: with full logits
-over vocabularies of this size the longest pairs would not fit into memory."""
+BRIEF = ("memory", "gemma")
+"""Cases with a large vocabulary: TBPO-A, DPO and TRL's DPO alone."""
+GEMMA_PAIRS = 4
+"""In a step; twice as many, with full logits, would not fit into memory."""
 OURS, OUR_DPO, TRL, TRL_CACHED = "TBPO-A", "our DPO", "TRL DPO", "TRL DPO, precomputed reference"
 OUR_DPO_OVER_TRL = "our DPO over TRL DPO"
-STEPS = {"hh_rlhf": 4, "ultrafeedback": 2}
+STEPS = {"hh_rlhf": 4, "ultrafeedback": 2, "gemma": 3}
 GOALS: dict[str, dict[str, float]] = {
     "hh_rlhf": {"all off": 5.0, "TRL DPO": 8.0, OUR_DPO_OVER_TRL: 4.0},
     "ultrafeedback": {"all off": 2.0, "TRL DPO": 2.5},
@@ -89,16 +90,21 @@ def run(config: Config, *, quick: bool = False, only: str | None = None) -> dict
 
 def measure(config: Config, folder: Path, name: str, quick: bool) -> dict[str, Any]:
     """One case."""
-    if name in ALIKE:
-        size, pairs = ALIKE[name]
-        lengths = typical_lengths(pairs)
+    a_step, size = 8, shapes.MODEL
+    if name == "memory":
+        size, lengths = shapes.LARGE_VOCABULARY, typical_lengths(a_step)
+    elif name == "gemma":
+        a_step, size = GEMMA_PAIRS, shapes.GEMMA_270M
+        lengths = sample_steps("hh_rlhf", STEPS[name], a_step)
     else:
-        size, lengths = shapes.MODEL, sample_steps(name, 2 if quick else STEPS[name])
+        lengths = sample_steps(name, 2 if quick else STEPS[name])
     size = shapes.TINY if quick else size
-    case = build_case(config, folder, lengths, size)
+    case = build_case(
+        config, folder, lengths, size, training__pairs_per_step=a_step, training__micro_batch_pairs=a_step
+    )
     score_reference(case, folder / "scores")
     ways: dict[str, Callable[[], Measured]] = {OURS: partial(run_bare, case, folder / "scores")}
-    if name not in ALIKE:
+    if name not in BRIEF:
         off = {way: partial(run_bare, case, _cached(folder, change), **change) for way, change in OFF.items()}
         ways |= {} if quick else off
         ways["all off"] = partial(run_bare, case, **ALL_OFF)
@@ -110,7 +116,7 @@ def measure(config: Config, folder: Path, name: str, quick: bool) -> dict[str, A
     if elsewhere:
         file = _write_ids(case, folder / "ids.json")
         ways[TRL] = partial(run_trl, elsewhere, case, file, folder, precompute=False)
-        if name not in ALIKE:
+        if name not in BRIEF:
             ways[TRL_CACHED] = partial(run_trl, elsewhere, case, file, folder, precompute=True)
     found = take_turns(ways, 1 if quick else 2)
     return {
