@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 from tbpo_ray.benchmarks import growth, overhead, reference, scaling, training
 from tbpo_ray.benchmarks.bare_loop import FullLogitsScorer
-from tbpo_ray.benchmarks.pairs import TINY, build_case, build_model, sample_lengths
+from tbpo_ray.benchmarks.pairs import TINY, Size, build_case, build_model, sample_lengths
+from tbpo_ray.benchmarks.platform_loop import WorkerClock
 from tbpo_ray.benchmarks.turns import against, ratio, take_turns
 from tbpo_ray.config import Config
 from tbpo_ray.data.schedule import Schedule
@@ -88,12 +90,14 @@ def test_the_ids_for_trl_are_the_pairs_in_random_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_full_logits_give_the_same_scores(tmp_path: Path, shared: bool) -> None:
+@pytest.mark.parametrize("size", [TINY, replace(TINY, layers=6, gemma_head=32)], ids=["llama", "gemma"])
+def test_full_logits_give_the_same_scores(tmp_path: Path, size: Size, shared: bool) -> None:
     from tbpo_ray.models.load import load_model
     from tbpo_ray.training.scorer import PairScorer
 
-    build_model(tmp_path, TINY)
+    build_model(tmp_path, size)
     model = load_model(str(tmp_path), dtype=torch.float32, attention="sdpa")
+    assert type(model).__name__ == ("LlamaForCausalLM" if size is TINY else "Gemma3ForCausalLM")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(9, 1000, n) for n in (5, 11)]
     answers = [[rng.integers(9, 1000, n) for n in sizes] for sizes in ((4, 9), (7, 3))]
@@ -128,6 +132,20 @@ def test_cached_scores_count_their_cost() -> None:
     ratios = reference.epoch_ratios(ways)
     assert ratios[1]["time"]["ratio"] == 1.0 and ratios[3]["time"]["ratio"] == 1.2
     assert "at least 1.1: missed" in reference.markdown({**row, "ways": ways, "ratios": ratios})
+
+
+def test_the_second_epoch_is_what_counts() -> None:
+    row = {"step_seconds": [9.0, 9.0, 1.0, 2.0], "step_cpu_seconds": [9.0, 9.0, 2.0, 4.0], "seconds": 21.0}
+    assert reference.last_epoch(row) == {"seconds": 3.0, "cpu_seconds": 6.0}
+
+
+def test_cpu_seconds_between_steps_are_of_processes_seen_at_both(tmp_path: Path) -> None:
+    clock = WorkerClock(tmp_path / "timings.jsonl")
+    clock.seen = [(1, {7: 1.0}, {1: 1.0}), (2, {7: 3.0}, {1: 2.0, 2: 5.0}), (4, {7: 9.0}, {1: 4.0, 3: 8.0})]
+    assert clock.between(2, 4) == (6.0, 2.0)
+    assert clock.between(3, 4) == (0.0, 0.0)
+    with pytest.raises(RuntimeError, match="no worker was seen between steps 2 and 5"):
+        clock.between(2, 5)
 
 
 @pytest.mark.e2e
