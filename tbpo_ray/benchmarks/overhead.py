@@ -17,12 +17,13 @@ from typing import Any
 from tbpo_ray.benchmarks import pairs as shapes
 from tbpo_ray.benchmarks.bare_loop import run_bare, score_reference
 from tbpo_ray.benchmarks.pairs import build_case, sample_lengths
-from tbpo_ray.benchmarks.platform_loop import run_platform
+from tbpo_ray.benchmarks.platform_loop import others_share, run_platform
 from tbpo_ray.benchmarks.turns import (
     Measured,
     against,
     machine,
     median,
+    of_turns,
     section,
     spread,
     take_turns,
@@ -79,19 +80,9 @@ def compare(platform: list[Measured], bare: list[Measured], steps: int) -> dict[
         cpu.append(over["worker_cpu_seconds"] / sum(under["step_cpu_seconds"][-steps:]))
     return {
         "ways": {PLATFORM: platform, BARE: bare},
-        "ratio": _of_turns(wall),
-        "cpu_ratio": _of_turns(cpu),
+        "ratio": of_turns(wall),
+        "cpu_ratio": of_turns(cpu),
     }
-
-
-def _of_turns(each: list[float]) -> dict[str, float]:
-    return {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
-
-
-def others_share(platform: list[Measured]) -> str:
-    """What the driver and Ray's own processes take meanwhile, in words; median of the turns."""
-    share = statistics.median(row["other_cpu_seconds"] / row["seconds"] for row in platform)
-    return f"{share:.0%} of a core"
 
 
 def markdown(result: Mapping[str, Any]) -> str:

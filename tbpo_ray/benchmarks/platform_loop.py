@@ -10,6 +10,7 @@ import shutil
 import statistics
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +53,12 @@ def run_platform(case: Case, name: str, *, untimed: int = 1, **changes: Any) -> 
     shutil.rmtree(run_dir(config), ignore_errors=True)
     job = {"config": to_tree(config), "untimed": untimed}
     return child(["-m", "tbpo_ray.benchmarks.platform_loop"], job)
+
+
+def others_share(rows: Sequence[Measured]) -> str:
+    """What the driver and Ray's own processes take beside the workers, in words; median of the turns."""
+    share = statistics.median(row["other_cpu_seconds"] / row["seconds"] for row in rows)
+    return f"{share:.0%} of a core"
 
 
 class WorkerClock(threading.Thread):

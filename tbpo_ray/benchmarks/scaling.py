@@ -19,9 +19,8 @@ from typing import Any
 
 from tbpo_ray.benchmarks import pairs as shapes
 from tbpo_ray.benchmarks.bare_loop import run_bare, score_reference
-from tbpo_ray.benchmarks.overhead import others_share
 from tbpo_ray.benchmarks.pairs import Case, build_case, sample_lengths
-from tbpo_ray.benchmarks.platform_loop import run_platform
+from tbpo_ray.benchmarks.platform_loop import others_share, run_platform
 from tbpo_ray.benchmarks.turns import Measured, against, machine, ratio, section, spread, take_turns
 from tbpo_ray.config import Config
 from tbpo_ray.data.schedule import Schedule, pair_tokens

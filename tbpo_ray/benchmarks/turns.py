@@ -41,7 +41,11 @@ def median(rows: Sequence[Measured], key: str) -> float:
 
 def ratio(over: Sequence[Measured], under: Sequence[Measured], key: str) -> dict[str, float]:
     """`over[key] / under[key]` turn by turn: its median and the least and the largest of the turns."""
-    each = [float(a[key]) / float(b[key]) for a, b in zip(over, under, strict=True)]
+    return of_turns([float(a[key]) / float(b[key]) for a, b in zip(over, under, strict=True)])
+
+
+def of_turns(each: Sequence[float]) -> dict[str, float]:
+    """A ratio of each turn: their median, the least and the largest."""
     return {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
 
 
