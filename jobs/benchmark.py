@@ -7,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-from tbpo_ray.benchmarks.page import check_places, put
+# The benchmarks are not part of the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.page import check_places, put
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 
 PARTS = (
@@ -51,7 +54,7 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
     results = {}
     for part in parts:
         name, _, case = part.partition(":")
-        module = importlib.import_module(f"tbpo_ray.benchmarks.{name}")
+        module = importlib.import_module(f"benchmarks.{name}")
         result = module.run(config, quick=arguments.quick, **({"only": case} if case else {}))
         results[part] = result
         text = module.markdown(result)

@@ -3,7 +3,7 @@
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 
 
 def work(config: Config) -> None:

@@ -3,11 +3,11 @@
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 
 
 def work(config: Config) -> None:
-    from tbpo_ray.evaluation.job import evaluate
+    from tbpo_ray.workflows.evaluate import evaluate
 
     print(evaluate(config).table())
 

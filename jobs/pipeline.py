@@ -3,18 +3,18 @@
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 
 
 def work(config: Config) -> None:
-    from tbpo_ray.pipeline import run_pipeline
+    from tbpo_ray.workflows.pipeline import run_pipeline
 
     run_pipeline(config)
 
 
 def plan(config: Config) -> str:
-    from tbpo_ray.configuration import stage_config
-    from tbpo_ray.evaluation.evaluate import check_settings
+    from tbpo_ray.config.loading import stage_config
+    from tbpo_ray.evaluation.evaluator import check_settings
     from tbpo_ray.training.estimate import plan_text
 
     prompts = check_settings(config)

@@ -3,11 +3,11 @@
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 
 
 def work(config: Config) -> None:
-    from tbpo_ray.data.job import prepare_all
+    from tbpo_ray.workflows.prepare import prepare_all
 
     prepare_all(config)
 

@@ -6,8 +6,8 @@ The `sft` section of the configuration is laid over the rest, and the objective 
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import stage_config
+from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.schema import Config
 
 
 def prepare(config: Config, arguments: object) -> Config:
@@ -15,11 +15,11 @@ def prepare(config: Config, arguments: object) -> Config:
 
 
 def work(config: Config) -> None:
-    from tbpo_ray.progress import say
-    from tbpo_ray.training.driver import train
+    from tbpo_ray.progress import log_progress
+    from tbpo_ray.workflows.train import train
 
     result = train(config, kind="sft")
-    say(f"policy: {result.export}")
+    log_progress(f"policy: {result.export}")
 
 
 def plan(config: Config) -> str:

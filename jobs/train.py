@@ -3,15 +3,15 @@
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 
 
 def work(config: Config) -> None:
-    from tbpo_ray.progress import say
-    from tbpo_ray.training.driver import train
+    from tbpo_ray.progress import log_progress
+    from tbpo_ray.workflows.train import train
 
     result = train(config)
-    say(f"policy: {result.export}")
+    log_progress(f"policy: {result.export}")
 
 
 def plan(config: Config) -> str:

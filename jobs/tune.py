@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(config: Config, arguments: argparse.Namespace) -> Config:
     from tbpo_ray.tuning.space import Space
-    from tbpo_ray.tuning.study import check_study
+    from tbpo_ray.workflows.tune import check_study
 
     check_study(config, Space.load(arguments.space))
     return config
@@ -21,7 +21,7 @@ def prepare(config: Config, arguments: argparse.Namespace) -> Config:
 
 def work(config: Config, arguments: argparse.Namespace) -> None:
     from tbpo_ray.tuning.space import Space
-    from tbpo_ray.tuning.study import tune
+    from tbpo_ray.workflows.tune import tune
 
     tune(config, Space.load(arguments.space))
 

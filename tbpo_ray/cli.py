@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import load_config, to_yaml
+from tbpo_ray.config.loading import load_config, to_yaml
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError, TbpoError
 
 

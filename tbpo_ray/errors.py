@@ -19,5 +19,5 @@ class InputError(TbpoError, ValueError):
         super().__init__("\n".join(faults))
 
 
-class RunFailed(TbpoError, RuntimeError):
+class RunFailedError(TbpoError, RuntimeError):
     """Work that was started could not be finished: exit status 1."""

@@ -6,7 +6,7 @@ import contextlib
 import sys
 
 
-def say(text: str) -> None:
+def log_progress(text: str) -> None:
     """Print one line to stderr; a reader who has gone is no error."""
     with contextlib.suppress(BrokenPipeError):
         print(text, file=sys.stderr, flush=True)

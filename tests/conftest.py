@@ -25,7 +25,7 @@ def ray_session() -> Iterator[None]:
     """A private Ray cluster for the whole session; it disturbs no other one on the machine."""
     import ray
 
-    from tbpo_ray.cluster import start_ray
+    from tbpo_ray.cluster.session import start_ray
 
     os.environ.pop("RAY_ADDRESS", None)
     start_ray(num_cpus=4)

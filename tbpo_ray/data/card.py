@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_ray.config import TrainingConfig
+from tbpo_ray.config.schema import TrainingConfig
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.shards import Prepared
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -157,14 +157,6 @@ def split_bucket(prompt: str) -> int:
 def check(metadata: Mapping[str, Any], answer: str) -> bool:
     """Whether `answer`, white space around it aside, is the right one."""
     return answer.strip() == metadata["answer"]
-
-
-def corpus(n: int, seed: int = 0) -> Iterator[str]:
-    """`n` texts (an instruction and its answer, both cases of every word) to train a tokenizer on."""
-    settings = CopyEdit(split="sft", seed=seed, damaged=0.0)
-    for row in range(n):
-        raw = example(settings, row)
-        yield f"{raw['prompt']}\n{raw['answer']}"
 
 
 def _instruction(rng: random.Random, settings: CopyEdit) -> tuple[str, str, list[str]]:

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_ray.config import DataConfig, Sources
-from tbpo_ray.data.build import JOB, TOKENIZER, BuildJob, ChunkResult, process_chunk
-from tbpo_ray.data.pipeline import run_chunks
+from tbpo_ray.config.schema import DataConfig, Sources
+from tbpo_ray.data.ray_data import run_chunks
+from tbpo_ray.data.shard_writer import JOB, TOKENIZER, BuildJob, ChunkResult, process_chunk
 from tbpo_ray.data.shards import LENGTHS, MANIFEST, QUARANTINE, Prepared
 from tbpo_ray.data.sources import ROWS_PER_CHUNK, SourceFile, iter_chunks, resolve
 from tbpo_ray.data.tokenize import TokenizerSpec

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tbpo_ray.data.reasons import REASONS, RecordError
+from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 from tbpo_ray.data.sources import RawRow, iter_raw
 
 __all__ = [

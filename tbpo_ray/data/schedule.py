@@ -132,10 +132,10 @@ class Schedule:
 
     def padding_share(self, steps: int = 64, world: int = 1) -> float:
         """Share of padding in micro-batches padded to their longest pair, over the first `steps` steps."""
-        places = [(step, rank) for step in range(min(steps, self.steps_total)) for rank in range(world)]
-        parts = [ids for step, rank in places for ids in self.micro_batches(step, rank, world)]
+        positions = [(step, rank) for step in range(min(steps, self.steps_total)) for rank in range(world)]
+        parts = [ids for step, rank in positions for ids in self.micro_batches(step, rank, world)]
         real = sum(int(self._tokens[ids].sum()) for ids in parts)
-        return 1 - real / sum(self.padded_tokens(step, rank, world) for step, rank in places)
+        return 1 - real / sum(self.padded_tokens(step, rank, world) for step, rank in positions)
 
     def padded_tokens(self, step: int, rank: int, world: int) -> int:
         """Tokens of a rank's micro-batches of a step, each padded to its longest pair."""

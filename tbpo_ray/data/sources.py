@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from tbpo_ray.data import copyedit
-from tbpo_ray.data.reasons import RecordError
+from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
 
 ROWS_PER_CHUNK, BYTES_PER_CHUNK = 1024, 16 * 2**20

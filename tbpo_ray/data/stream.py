@@ -20,13 +20,13 @@ import ray.train
 from ray.data import DataIterator, ExecutionOptions, ExecutionResources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tbpo_ray.data.pipeline import quiet_data_context
+from tbpo_ray.data.ray_data import quiet_data_context
 from tbpo_ray.data.reader import MicroBatch, PairReader
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.shards import Prepared
 from tbpo_ray.data.window import read_window, windows_of
 
-__all__ = ["MicroBatch", "StreamConfig", "iter_micro_batches", "local_micro_batches", "stream_datasets"]
+__all__ = ["MicroBatch", "MicroBatchIterator", "StreamConfig", "local_micro_batches", "stream_datasets"]
 
 READ_CPUS = 0
 """Reading claims no core: the training workers may have reserved them all, and would wait for ever."""
@@ -139,7 +139,7 @@ def local_micro_batches(
         yield from reader.micro_batches(schedule, rank, world, first, min(first + size, schedule.steps_total))
 
 
-class iter_micro_batches(Iterator[MicroBatch]):
+class MicroBatchIterator(Iterator[MicroBatch]):
     """Micro-batches of a rank's :class:`DataIterator`, read ahead by a thread that starts at once.
 
     Args:

@@ -25,9 +25,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbpo_ray.config import DataConfig
-from tbpo_ray.data.reasons import RecordError
+from tbpo_ray.config.schema import DataConfig
 from tbpo_ray.data.records import Message, Record
+from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
 
 if TYPE_CHECKING:

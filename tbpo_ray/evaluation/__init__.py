@@ -4,7 +4,7 @@ The metrics are imported here; they need neither torch nor Ray. The rest is impo
 """
 
 from tbpo_ray.evaluation.diversity import distinct_n, predictive_entropy, self_bleu
-from tbpo_ray.evaluation.metrics import (
+from tbpo_ray.evaluation.win_rates import (
     ControlledRate,
     Rate,
     Strength,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import flatten, read_yaml
+from tbpo_ray.config.loading import flatten, read_yaml
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.verdict import VERDICT, PolicyVerdict, Verdict
 from tbpo_ray.redaction import redact_tree
-from tbpo_ray.storage import output_dir
-from tbpo_ray.tracking import RUN_NOTE, noted_run
+from tbpo_ray.storage.paths import output_dir
+from tbpo_ray.tracking.tracker import RUN_NOTE, noted_run
 
 IGNORED = ("run.name", "evaluation.", "compare.", "runs", "tune.", "tracking.", "sft.", "run.output_dir")
 """Keys in which runs may differ without differing."""

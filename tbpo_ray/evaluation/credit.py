@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tbpo_ray.data.tokenize import TokenizerSpec
+from tbpo_ray.evaluation.held_out_pairs import ScoredPair, damaged_tokens
 from tbpo_ray.evaluation.measures import Estimate
-from tbpo_ray.evaluation.pairs import ScoredPair, damaged_tokens
 from tbpo_ray.evaluation.verdict import show
 
 QUANTITIES = {

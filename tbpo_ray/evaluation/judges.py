@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.generation.samples import Sample
 

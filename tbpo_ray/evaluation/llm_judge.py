@@ -22,10 +22,10 @@ from typing import Any, Self
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.evaluation.judges import Judge
 from tbpo_ray.generation.samples import Sample
-from tbpo_ray.progress import say
+from tbpo_ray.progress import log_progress
 from tbpo_ray.redaction import redact_text, without_user
 
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
@@ -147,8 +147,8 @@ class LlmJudge(Judge):
                 for done, future in enumerate(futures, start=1):
                     replies.append(future.result())
                     if done % 200 == 0:
-                        say(f"judged {done} of {len(questions)} questions")
-            except RunFailed:
+                        log_progress(f"judged {done} of {len(questions)} questions")
+            except RunFailedError:
                 for future in futures:
                     future.cancel()
                 raise
@@ -214,11 +214,11 @@ class LlmJudge(Judge):
                 continue
             if response.status_code != 200:
                 words = redact_text(response.text[:300])
-                raise RunFailed(
+                raise RunFailedError(
                     f"the judge at {without_user(address)} refused ({response.status_code}): {words}"
                 )
             return _reply(response, without_user(address))
-        raise RunFailed(
+        raise RunFailedError(
             f"the judge at {without_user(address)} gave no answer in {self.settings.retries + 1} tries "
             f"({redact_text(problem)}); verdicts so far are kept in {self._cache_file}, run again to go on"
         )
@@ -249,7 +249,7 @@ def _reply(response: httpx.Response, address: str) -> tuple[str, dict[str, Any]]
         tree = response.json()
         return tree["choices"][0]["message"]["content"] or "", tree.get("usage") or {}
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise RunFailed(f"{address} does not answer like an OpenAI-compatible endpoint") from error
+        raise RunFailedError(f"{address} does not answer like an OpenAI-compatible endpoint") from error
 
 
 def _template(settings: LlmSettings) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_ray.errors import RunFailed
+from tbpo_ray.errors import RunFailedError
 from tbpo_ray.evaluation.diversity import distinct_n, predictive_entropy, self_bleu
-from tbpo_ray.evaluation.metrics import Rate, Z, length_controlled_win_rate, win_rate
+from tbpo_ray.evaluation.win_rates import Rate, Z, length_controlled_win_rate, win_rate
 from tbpo_ray.generation.samples import Sample
 
 Groups = Mapping[str, Sequence[Sample]]
@@ -95,7 +95,7 @@ def compare(
         if preference is not None:
             judged.setdefault(a.prompt_id, []).append((preference, len(a.answer), len(b.answer)))
     if not judged:
-        raise RunFailed(f"the judge gave no verdict on any of {len(pairs)} pairs of answers")
+        raise RunFailedError(f"the judge gave no verdict on any of {len(pairs)} pairs of answers")
     means = np.asarray([np.mean(rows, axis=0) for rows in judged.values()])  # [prompts, 3]
     controlled = length_controlled_win_rate(means[:, 0], means[:, 1], means[:, 2])
     return {

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import Config, GenerationConfig
-from tbpo_ray.data.reasons import RecordError
+from tbpo_ray.config.schema import Config, GenerationConfig
+from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.evaluation.llm_judge import LlmJudge
-from tbpo_ray.generation.engine import check_model
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import PromptTokens
-from tbpo_ray.models.local import local_model
-from tbpo_ray.storage import cache_dir
+from tbpo_ray.generation.vllm_engine import check_model
+from tbpo_ray.models.resolve import local_model
+from tbpo_ray.storage.paths import cache_dir
 
 _UNTRIMMED = 1 << 30
 """A question is never cut: what is too long for the judge is refused by its engine, and counted."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tbpo_ray.config import PromotionConfig
+from tbpo_ray.config.schema import PromotionConfig
 from tbpo_ray.evaluation.collect import Entry
-from tbpo_ray.tracking import Tracker
+from tbpo_ray.tracking.tracker import Tracker
 
 ALIAS = "champion"
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import digest
-from tbpo_ray.data.reasons import RecordError
+from tbpo_ray.config.loading import digest
+from tbpo_ray.config.schema import Config
 from tbpo_ray.data.records import BadRecord, Prompt, iter_prompts
+from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
 from tbpo_ray.generation.samples import PromptTokens
 from tbpo_ray.models.load import BUILTIN
-from tbpo_ray.models.local import local_model
-from tbpo_ray.storage import cache_dir, output_dir
+from tbpo_ray.models.resolve import local_model
+from tbpo_ray.storage.paths import cache_dir, output_dir
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 from tbpo_ray.evaluation.charts import Line, Point, lines, scatter
 from tbpo_ray.evaluation.collect import Entry, collect, differences
 from tbpo_ray.evaluation.judges import load_function
@@ -15,8 +15,8 @@ from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.evaluation.promotion import Gate, check_gate
 from tbpo_ray.evaluation.verdict import show
 from tbpo_ray.generation.samples import Sample, Samples
-from tbpo_ray.storage import run_dir
-from tbpo_ray.tracking import RUN_NOTE, Tracker
+from tbpo_ray.storage.paths import run_dir
+from tbpo_ray.tracking.tracker import RUN_NOTE, Tracker
 
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("exact_match", "exact match", 100, 1),

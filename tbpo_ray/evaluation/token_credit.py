@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tbpo_ray.data.tokenize import TokenizedPair
-from tbpo_ray.evaluation.reference import length_batches
+from tbpo_ray.evaluation.reference_kl import length_batches
 
 _BATCH_TOKENS = 8192
 
@@ -50,8 +50,8 @@ def token_credit(
     import numpy as np
     import torch
 
+    from tbpo_ray.models.baseline_head import load_state_baseline
     from tbpo_ray.models.load import load_model, quiet_transformers
-    from tbpo_ray.models.state_baseline import load_state_baseline
     from tbpo_ray.training.batch import collate
     from tbpo_ray.training.scorer import PairScorer
 
@@ -75,7 +75,7 @@ def token_credit(
                 cut=False,
             ).to(device)
             logp, _, kl, ref_logp, hidden = ours(
-                tensors, want=("logp", "kl", "ref_logp"), reference=theirs.output_side(tensors)
+                tensors, want=("logp", "kl", "ref_logp"), reference=theirs.output_layer_inputs(tensors)
             )
             baseline = kl if head is None else head(hidden, kl)
             ratio = logp - ref_logp

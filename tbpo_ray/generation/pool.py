@@ -13,18 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbpo_ray.config import GenerationConfig
-from tbpo_ray.configuration import digest, to_tree
-from tbpo_ray.errors import InputError, RunFailed
-from tbpo_ray.generation.engine import (
-    TASK_CPUS,
-    check_model,
-    end_tokens,
-    engine_arguments,
-    engine_resources,
-    environment,
-    pool_size,
-)
+from tbpo_ray.config.loading import digest, to_tree
+from tbpo_ray.config.schema import GenerationConfig
+from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.generation.samples import (
     PromptTokens,
     Samples,
@@ -34,7 +25,16 @@ from tbpo_ray.generation.samples import (
     write_manifest,
     write_part,
 )
-from tbpo_ray.progress import say
+from tbpo_ray.generation.vllm_engine import (
+    TASK_CPUS,
+    check_model,
+    end_tokens,
+    engine_arguments,
+    engine_resources,
+    environment,
+    pool_size,
+)
+from tbpo_ray.progress import log_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +86,7 @@ def generate(
         folder, sampling_fingerprint(model, prompts, generation, seed=seed, adapter=adapter)
     )
     if manifest["complete"]:
-        say(f"samples of {_short(model)} are there already: {folder}")
+        log_progress(f"samples of {_short(model)} are there already: {folder}")
         return Samples(folder)
     manifest |= {"model": model, "adapter": adapter, "seed": seed, "generation": to_tree(generation)}
     write_manifest(folder, manifest)
@@ -180,7 +180,7 @@ def _run(
     smallest, largest = pool_size(generation)
     free = ray.available_resources().get("CPU", 0.0)
     resources = engine_resources(generation, use_gpu=use_gpu, free_cpus=free, engines=smallest)
-    say(f"sampling {len(rows)} answers from {_short(model)} with {_engines(smallest, largest)}")
+    log_progress(f"sampling {len(rows)} answers from {_short(model)} with {_engines(smallest, largest)}")
     with _quiet_ray_data(), _telemetry_actor_removed():
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -214,7 +214,7 @@ def _run(
         try:
             _follow(written, total - len(rows), total)
         except (ray.exceptions.RayError, RuntimeError) as error:
-            raise RunFailed(
+            raise RunFailedError(
                 f"sampling from {model} failed, what is done is kept in {folder}: {_reason(error)}"
             ) from error
         finally:
@@ -230,7 +230,7 @@ def _follow(written: Dataset, done: int, total: int) -> None:
         done += int(batch["rows"].sum())
         tokens += int(batch["tokens"].sum())
         seconds = time.monotonic() - started
-        say(f"sampled {done} of {total} answers, {tokens} tokens, {seconds:.0f} s")
+        log_progress(f"sampled {done} of {total} answers, {tokens} tokens, {seconds:.0f} s")
 
 
 def _request(row: dict[str, Any]) -> dict[str, Any]:
@@ -287,15 +287,15 @@ def _output_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def _finish(folder: Path, manifest: dict[str, Any], expected: int, seconds: float) -> Samples:
     table = read_parts(folder)
     if table.num_rows != expected:
-        raise RunFailed(
+        raise RunFailedError(
             f"{folder}: {table.num_rows} of {expected} answers came back; run again to complete them"
         )
     errors = [text for text in table["error"].to_pylist() if text]
     tokens = sum(len(ids) for ids in table["token_ids"].to_pylist())
     if len(errors) == expected:
-        raise RunFailed(f"none of {expected} prompts could be answered; the first: {errors[0]}")
+        raise RunFailedError(f"none of {expected} prompts could be answered; the first: {errors[0]}")
     if errors:
-        say(f"{len(errors)} of {expected} answers failed and are recorded; the first: {errors[0]}")
+        log_progress(f"{len(errors)} of {expected} answers failed and are recorded; the first: {errors[0]}")
     write_manifest(
         folder,
         manifest

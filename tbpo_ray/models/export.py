@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbpo_ray.models.state_baseline import save_state_baseline
+from tbpo_ray.models.baseline_head import save_state_baseline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbpo_ray.config import LoraConfig, ModelConfig
+from tbpo_ray.config.schema import LoraConfig, ModelConfig
 from tbpo_ray.errors import InputError
-from tbpo_ray.imports import absent
+from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.models.tiny import build_tiny
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def load_model(
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """A causal model in `dtype`, in eval mode, on the CPU (or the default device)."""
-    with absent("sklearn"):
+    with hide_modules("sklearn"):
         from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}

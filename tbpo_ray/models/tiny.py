@@ -8,9 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tbpo_ray.imports import absent
+from tbpo_ray.models.hidden_modules import hide_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 1024
 """Entries of the tokenizer, specials included: 256 bytes, then merges."""
@@ -24,14 +29,6 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-_ENGLISH = (
-    "the of and to in is you that it he was for on are as with his they I at be this have from or one had by "
-    "but not what all were we when your can said there use an each which she do how their if will up other "
-    "about out many then them these so some her would make like him into time has look two more write go see "
-    "number no way could people my than first been call who its now find long down day did get come made may "
-    "Human Assistant I'm sorry help please thank should know think want because very really good bad question"
 )
 
 
@@ -60,29 +57,18 @@ def build_tiny(folder: str | Path, seed: int = 0) -> Path:
     return target
 
 
-def build_tokenizer():
-    """Byte-level BPE over generated instructions: the words of the built-in task are one token each."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+def load_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE; the words of `builtin:copyedit` are one token each.
+
+    The trained tokenizer ships with the package, so that the ids never depend on a library's version.
+    `tests/models/test_tiny_tokenizer.py` trains it again and compares.
+    """
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from tbpo_ray.data.copyedit import corpus
-
-    bpe = Tokenizer(models.BPE())
-    # A text's first word gets a space in front, taken off again by the decoder, so that it is the same
-    # token as anywhere else in a text.
-    bpe.normalizer = normalizers.Prepend(" ")
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    specials = [PAD, BOS, EOS, USER, ASSISTANT, SYSTEM]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=specials,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([*corpus(4000, seed=0), *[_ENGLISH] * 20], trainer)
+    file = resources.files("tbpo_ray.models").joinpath("tiny_tokenizer.json")
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=Tokenizer.from_str(file.read_text(encoding="utf-8")),
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
@@ -96,10 +82,10 @@ def build_tokenizer():
 def _save(folder: Path, seed: int) -> None:
     import torch
 
-    with absent("sklearn"):
+    with hide_modules("sklearn"):
         from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer()
+    tokenizer = load_tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=WIDTH,

@@ -9,7 +9,7 @@
 
 from tbpo_ray.objectives.baseline import KINDS as BASELINE_KINDS
 from tbpo_ray.objectives.baseline import StateBaseline, k3
-from tbpo_ray.objectives.build import build_objective
+from tbpo_ray.objectives.factory import build_objective
 from tbpo_ray.objectives.generators import LOSSES, Generator, make_generator
 from tbpo_ray.objectives.heads import LearnedBaseline, MixedBaseline, build_state_baseline
 from tbpo_ray.objectives.metrics import distribution_metrics

@@ -44,7 +44,7 @@ class TokenStatistics(torch.autograd.Function):
         ref = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
         n, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         out = hidden.new_empty(len(plan.want), n, dtype=dtype)
-        vectors = [torch.empty_like(hidden) for _ in plan.differentiable if plan.leave_behind]
+        vectors = [torch.empty_like(hidden) for _ in plan.differentiable if plan.save_gradients]
         # lse, reference's lse, entropy: what the recomputation in backward starts from
         normals = hidden.new_zeros(3, n, dtype=dtype)
         k = plan.samples if "k3" in plan.want else 0
@@ -56,7 +56,7 @@ class TokenStatistics(torch.autograd.Function):
                 values = found.outputs()
                 for i, name in enumerate(plan.want):
                     out[i, rows] = values[name]
-                if plan.leave_behind:
+                if plan.save_gradients:
                     for whole, part in zip(vectors, found.vectors(), strict=True):
                         whole[rows] = part
                     continue
@@ -68,7 +68,7 @@ class TokenStatistics(torch.autograd.Function):
                 if k:
                     drawn[rows], pull[rows] = found.pulls()  # type: ignore[misc]
         ctx.plan = plan
-        if plan.leave_behind:
+        if plan.save_gradients:
             ctx.save_for_backward(*vectors)
         elif plan.differentiable:
             ctx.save_for_backward(
@@ -82,7 +82,7 @@ class TokenStatistics(torch.autograd.Function):
         plan: Plan = ctx.plan
         grads = {name: grad_out[plan.want.index(name), :, None] for name in plan.differentiable}
         with torch.autocast(grad_out.device.type, enabled=False):
-            if plan.leave_behind:
+            if plan.save_gradients:
                 return weighted_sum(list(grads.values()), ctx.saved_tensors), *[None] * 7
             return *recompute(plan, grads, ctx.needs_input_grad[:3], *ctx.saved_tensors), *[None] * 5
 

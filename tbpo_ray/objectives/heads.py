@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives.baseline import StateBaseline
-from tbpo_ray.objectives.build import build_baseline
+from tbpo_ray.objectives.factory import build_baseline
 
 
 class Float32Linear(nn.Linear):

@@ -130,7 +130,7 @@ def token_log_probs(
         softcap=softcap,
         samples=samples,
         generator=generator,
-        leave_behind=bool(differentiable) and not layer_learns,
+        save_gradients=bool(differentiable) and not layer_learns,
     )
     out = TokenStatistics.apply(flat, weight, bias, ids, ref_flat, ref_weight, ref_bias, plan)
     stats = TokenStats()

@@ -43,7 +43,7 @@ class Plan:
     softcap: float | None = None
     samples: int = 0
     generator: torch.Generator | None = None
-    leave_behind: bool = False
+    save_gradients: bool = False
 
 
 def blocks(size: int, step: int) -> Iterator[slice]:
@@ -135,7 +135,7 @@ class Scan:
         self.p_logp = self.cross = self.zero
         self.p, self.q = Softmax(self.zero), Softmax(self.zero)
         self.drawn = Reservoir(self.zero, plan) if "k3" in plan.want else None
-        grads = plan.differentiable if plan.leave_behind else ()
+        grads = plan.differentiable if plan.save_gradients else ()
         self.pw, self.pzw, self.qw = (
             hidden.new_zeros(n, hidden.shape[1], dtype=dtype) if needed else None
             for needed in (grads, "entropy" in grads, "kl" in grads)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.storage import write_atomic
+from tbpo_ray.storage.files import write_atomic
 
 MANIFEST = "manifest.json"
 PENDING = ".to-be-sampled"

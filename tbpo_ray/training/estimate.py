@@ -7,16 +7,16 @@ from itertools import islice
 
 import numpy as np
 
-from tbpo_ray.config import Config
-from tbpo_ray.data.reasons import RecordError
+from tbpo_ray.config.schema import Config
 from tbpo_ray.data.records import iter_records
+from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.load import add_lora, load_tokenizer, model_config, resolve_model
-from tbpo_ray.storage import cache_dir
-from tbpo_ray.training.build import objective_of, reference_mode, uses_shared_prompt
+from tbpo_ray.storage.paths import cache_dir
+from tbpo_ray.training.components import objective_of, reference_mode, uses_shared_prompt
 from tbpo_ray.training.plan import make_schedule
-from tbpo_ray.training.token_weights import check_token_weights
+from tbpo_ray.training.token_weight_cache import check_token_weights
 
 READ_RECORDS, SAMPLE_PAIRS = 200_000, 1_000
 OUTPUT_BLOCK_BYTES = 128 * 2**20

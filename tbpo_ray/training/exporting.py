@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.plan import Places
+from tbpo_ray.training.plan import RunPaths
 
 
 def export_checkpoint(
     tree: dict[str, Any],
-    places: dict[str, Any],
+    run_paths: dict[str, Any],
     card: dict[str, Any],
     folder: str | None = None,
     target: str | None = None,
@@ -21,7 +21,7 @@ def export_checkpoint(
 
     Args:
         tree: the run's configuration.
-        places: the run's `Places`, as a mapping.
+        run_paths: the fields of the run's `RunPaths`.
         card: facts for the model card.
         folder: the checkpoint; default: the newest whole one, or the best (`training.export`).
         target: where to write; default: `export` in the run's folder.
@@ -40,7 +40,7 @@ def export_checkpoint(
     from tbpo_ray.training.state import fill_module
 
     quiet_transformers()
-    config, at = Config.model_validate(tree), Places(**places)
+    config, at = Config.model_validate(tree), RunPaths(**run_paths)
     checkpoints, training = Path(at.checkpoints), config.training
     if folder:
         source: Path | None = Path(folder)
@@ -58,7 +58,7 @@ def export_checkpoint(
         model = add_lora(model, config.model.lora)
     fill_module(PairScorer(model), sorted(source.glob("optimizer-*.safetensors")))
     tokenizer = load_tokenizer(at.model, chat_template=config.model.chat_template)
-    at.permit.check()
+    at.lease.check()
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     baseline = None
     if (source / "head.safetensors").is_file():

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tbpo_ray.config import TrainingConfig
+from tbpo_ray.config.schema import TrainingConfig
 
 
-class NonFiniteGradient(RuntimeError):
+class NonFiniteGradientError(RuntimeError):
     """Raised on every rank, in the same step, before any weight moves."""
 
 
@@ -61,7 +61,7 @@ class FiniteGuard:
     def refuse(self) -> None:
         """Count a step that is left out, or raise NonFiniteGradient with `on_nonfinite=stop`."""
         if self.on_nonfinite == "stop":
-            raise NonFiniteGradient("the loss or a gradient is NaN or infinite")
+            raise NonFiniteGradientError("the loss or a gradient is NaN or infinite")
         self.skipped += 1
 
 

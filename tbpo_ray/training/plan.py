@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import flatten, to_yaml
+from tbpo_ray.config.loading import flatten, to_yaml
+from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import ORDER, Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import build_objective
-from tbpo_ray.storage import LEDGER
+from tbpo_ray.storage.ownership import WriteLease
+from tbpo_ray.storage.paths import STUDY_STATE
 from tbpo_ray.training.checkpoint import last_state
-from tbpo_ray.training.ownership import Permit
 
 NO_EFFECT = (
     "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft",
@@ -41,7 +41,7 @@ EXTENDS = ("training.max_steps", "training.epochs")
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """Paths that a worker needs; all on storage that every node sees."""
 
     run_dir: str
@@ -58,9 +58,9 @@ class Places:
     extra_eval: list[str] = field(default_factory=list)
 
     @property
-    def permit(self) -> Permit:
+    def lease(self) -> WriteLease:
         """The driver's right to write into the run's folder, for those who work for it."""
-        return Permit(self.run_dir, self.owner)
+        return WriteLease(self.run_dir, self.owner)
 
 
 def cuts_tail(config: Config) -> bool:
@@ -90,7 +90,7 @@ def refuse_changes(config: Config, folder: Path) -> None:
     Raises:
         InputError: one sentence for each change that would alter the run's result; a study of that name.
     """
-    if (folder / LEDGER).is_file():
+    if (folder / STUDY_STATE).is_file():
         raise InputError(
             f"run.name={config.run.name}: {folder} holds a study; use another run.name for the run"
         )

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tbpo_ray.config import TrainingConfig
+from tbpo_ray.config.schema import TrainingConfig
+from tbpo_ray.storage.ownership import WriteLease
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.ownership import Permit
 
 WRITTEN = ".written-"
 _PEERS_SECONDS = 1800.0
@@ -31,9 +31,9 @@ class Saver:
     is sealed when all ranks have written theirs, and the next `save` waits for that.
     """
 
-    def __init__(self, checkpoints: Path, rank: int, world: int, training: TrainingConfig, permit: Permit):
+    def __init__(self, checkpoints: Path, rank: int, world: int, training: TrainingConfig, lease: WriteLease):
         self.checkpoints, self.rank, self.world, self.training = checkpoints, rank, world, training
-        self.permit = permit
+        self.lease = lease
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -57,9 +57,9 @@ class Saver:
         """
         self.wait()
         folder = ckpt.step_folder(self.checkpoints, step)
-        partial = ckpt.partial_folder(self.checkpoints, step, self.permit.gang)
+        partial = ckpt.partial_folder(self.checkpoints, step, self.lease.worker_group)
         if self.rank == 0:
-            self.permit.check()
+            self.lease.check()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             if pending:
@@ -94,7 +94,7 @@ class Saver:
 
     def _seal(self, partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
         ckpt.seal(partial, state)
-        self.permit.check()
+        self.lease.check()
         ckpt.publish(partial, folder)
         training = self.training
         best = ckpt.best(self.checkpoints, training.best_metric, training.best_mode, training.keep_best)

@@ -106,7 +106,7 @@ class PairScorer(nn.Module):
         """
         sides, pairs, tokens = batch.labels.shape
         if reference == "adapter_off":
-            reference = self.output_side(batch, adapter_off=True)
+            reference = self.output_layer_inputs(batch, adapter_off=True)
         ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
         hidden = self.hidden(batch)
         weight, bias = output_weight(self.output_layer)
@@ -140,7 +140,7 @@ class PairScorer(nn.Module):
         )
 
     @torch.no_grad()
-    def output_side(self, batch: PairBatch, *, adapter_off: bool = False) -> OutputSide:
+    def output_layer_inputs(self, batch: PairBatch, *, adapter_off: bool = False) -> OutputSide:
         """What `forward` takes as `reference`, from this model as it stands, without dropout."""
         training = self.model.training
         self.model.eval()
@@ -152,7 +152,7 @@ class PairScorer(nn.Module):
 
     def reference_logps(self, batch: PairBatch) -> Tensor:
         """[S, B, T] log-probs of the labels under this model as the frozen reference."""
-        hidden, weight, bias = self.output_side(batch)
+        hidden, weight, bias = self.output_layer_inputs(batch)
         tokens = batch.labels.shape[-1]
         stats = token_log_probs(
             hidden,

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tbpo_ray.training.engine import Engine
+from tbpo_ray.training.deepspeed_engine import Engine
 
 MASTER = "master"
 STEP = "step"

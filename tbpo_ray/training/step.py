@@ -61,7 +61,7 @@ class PreferenceStep:
         """
         reference: Any = self.reference
         if isinstance(reference, PairScorer):
-            reference = reference.output_side(batch)
+            reference = reference.output_layer_inputs(batch)
         generator = None
         if self.objective.needs_samples:
             generator = torch.Generator(batch.labels.device).manual_seed(self.seed * 1_000_003 + step)

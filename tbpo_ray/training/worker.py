@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tbpo_ray.config import Config
+from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import ORDER, Schedule
 from tbpo_ray.data.shards import Prepared
-from tbpo_ray.data.stream import MicroBatch, iter_micro_batches, local_micro_batches
+from tbpo_ray.data.stream import MicroBatch, MicroBatchIterator, local_micro_batches
 from tbpo_ray.models.load import quiet_transformers
+from tbpo_ray.storage.ownership import NotOursError, WriteLease
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.batch import PairBatch, collate_columns
-from tbpo_ray.training.build import Parts, build_parts
-from tbpo_ray.training.engine import Engine, without_partitions
-from tbpo_ray.training.metrics import MetricsFile, MetricSums
-from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradient, learning_rate
-from tbpo_ray.training.ownership import NotOursError, Permit
-from tbpo_ray.training.plan import Places, make_schedule
+from tbpo_ray.training.components import TrainingComponents, build_parts
+from tbpo_ray.training.deepspeed_engine import Engine, without_partitions
+from tbpo_ray.training.metrics_file import MetricsFile, MetricSums
+from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradientError, learning_rate
+from tbpo_ray.training.plan import RunPaths, make_schedule
 from tbpo_ray.training.saver import Cadence, Saver, finite
 from tbpo_ray.training.state import copy_fragments, load_fragments
 
@@ -32,41 +32,41 @@ PREEMPTION_SECONDS = 5.0
 
 
 def train_loop(payload: dict[str, Any]) -> dict[str, Any]:
-    """Entry point of a Ray Train worker. `payload`: `config` (a tree) and `places` (paths)."""
+    """Entry point of a Ray Train worker. `payload`: `config` (a tree) and `run_paths`."""
     config = Config.model_validate(payload["config"])
-    places = Places(**payload["places"])
+    run_paths = RunPaths(**payload["run_paths"])
     try:
-        worker = Worker(config, places)
+        worker = Worker(config, run_paths)
     except NotOursError as error:  # on all ranks
         return {"failed": str(error)}
     return worker.run()
 
 
-class UnknownMetric(ValueError):
+class UnknownMetricError(ValueError):
     """Raised on every rank in the same step."""
 
 
 class Worker:
     """One rank: engine, data stream, checkpoints."""
 
-    def __init__(self, config: Config, places: Places):
+    def __init__(self, config: Config, run_paths: RunPaths):
         import ray.train
 
-        self.config, self.places = config, places
-        self.checkpoints = Path(places.checkpoints)
+        self.config, self.run_paths = config, run_paths
+        self.checkpoints = Path(run_paths.checkpoints)
         self.context = ray.train.get_context()
         self.rank, self.world = self.context.get_world_rank(), self.context.get_world_size()
         self.device = _device(config)
-        permit = _gang_permit(places, self.rank, self.world)
+        lease = _gang_permit(run_paths, self.rank, self.world)
         _threads(config, self.context.get_local_world_size())
         quiet_transformers()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
         torch.manual_seed(config.run.seed)
 
-        self.prepared = Prepared.load(places.prepared)
+        self.prepared = Prepared.load(run_paths.prepared)
         self.schedule = make_schedule(config, self.prepared.lengths())
-        self.eval_data = Prepared.load(places.prepared_eval) if places.prepared_eval else None
-        self.parts: Parts = build_parts(config, places, self.device)
+        self.eval_data = Prepared.load(run_paths.prepared_eval) if run_paths.prepared_eval else None
+        self.parts: TrainingComponents = build_parts(config, run_paths, self.device)
         self.engine = Engine(self.parts.scorer, without_partitions(config, self.world), self.device)
         head = self.parts.head
         self.head_optimizer = (
@@ -74,10 +74,10 @@ class Worker:
         )
         self.step = 0
         self.pairs_seen = 0
-        self.saver = Saver(self.checkpoints, self.rank, self.world, config.training, permit)
+        self.saver = Saver(self.checkpoints, self.rank, self.world, config.training, lease)
         self.preemption = Cadence(PREEMPTION_SECONDS, self.device)
         self.notice: Any = None
-        self.metrics = MetricsFile(Path(places.run_dir), permit, enabled=self.rank == 0)
+        self.metrics = MetricsFile(Path(run_paths.run_dir), lease, enabled=self.rank == 0)
         # Dropout differs between ranks; weights do not.
         torch.manual_seed(config.run.seed * 1_000_003 + self.rank)
 
@@ -87,14 +87,14 @@ class Worker:
         self.resume()
         total = self.schedule.steps_total
         shard = ray.train.get_dataset_shard("train")
-        stream = iter_micro_batches(shard)
+        stream = MicroBatchIterator(shard)
         result: dict[str, Any] = {}
         try:
             while self.step < total:
                 self.train_step(stream, total)
-        except NonFiniteGradient:  # on all ranks in the same step
+        except NonFiniteGradientError:  # on all ranks in the same step
             result["failed"] = self._nonfinite()
-        except UnknownMetric as error:
+        except UnknownMetricError as error:
             result["failed"] = str(error)
         except torch.OutOfMemoryError as error:  # perhaps on this rank only: the group has to end
             raise RuntimeError(self._out_of_memory(error)) from error
@@ -193,7 +193,7 @@ class Worker:
         """Raises UnknownMetric in the first step where `training.best_metric` is nothing that is logged."""
         name = self.config.training.best_metric
         if self.config.training.keep_best and name.removeprefix("eval/") not in sums.sums:
-            raise UnknownMetric(
+            raise UnknownMetricError(
                 f"training.best_metric={name}: not logged; {', '.join(sorted(sums.sums))} are, and the same "
                 "with eval/ where data.eval is given"
             )
@@ -208,7 +208,9 @@ class Worker:
         news = self.notice is not None and self.notice != before
         if news and self.rank == 0:
             ranks = ", ".join(str(rank) for rank in self.notice.preempted_ranks)
-            self.metrics.say(f"the node of worker {ranks} is about to go: checkpoint at step {self.step}")
+            self.metrics.log_event(
+                f"the node of worker {ranks} is about to go: checkpoint at step {self.step}"
+            )
         return news
 
     @torch.no_grad()
@@ -230,7 +232,7 @@ class Worker:
             epochs=1,
         )
         for micro in local_micro_batches(
-            self.eval_data, schedule, self.rank, self.world, 0, extra_dirs=self.places.extra_eval
+            self.eval_data, schedule, self.rank, self.world, 0, extra_dirs=self.run_paths.extra_eval
         ):
             loss_sum, metrics = self.parts.step(self.engine, self.collate(micro), self.step)
             sums.add(loss_sum, metrics, len(micro.pair_ids))
@@ -302,7 +304,7 @@ class Worker:
         assert newest is not None
         if self.rank == 0:
             for sentence in newest.rejected:
-                self.metrics.say(sentence)
+                self.metrics.log_event(sentence)
         if newest.folder is None:
             self.metrics.rewind(0)
             return
@@ -318,7 +320,9 @@ class Worker:
         self.engine.client_optimizer.skipped = int(state.get("skipped", 0))  # type: ignore[attr-defined]
         self.metrics.rewind(int(state["metrics_bytes"]))
         if self.rank == 0:
-            self.metrics.say(f"continuing from {folder.name} ({state['world']} -> {self.world} workers)")
+            self.metrics.log_event(
+                f"continuing from {folder.name} ({state['world']} -> {self.world} workers)"
+            )
 
     def _nonfinite(self) -> str:
         rate = self.config.training.learning_rate
@@ -336,25 +340,25 @@ class Worker:
         )
 
 
-def _gang_permit(places: Places, rank: int, world: int) -> Permit:
+def _gang_permit(run_paths: RunPaths, rank: int, world: int) -> WriteLease:
     """The right to write of all ranks that start together.
 
     Raises:
         NotOursError: on all ranks, where the driver has lost the run.
     """
-    found: list[Permit | str | None] = [None]
+    found: list[WriteLease | str | None] = [None]
     if rank == 0:
         try:
-            found = [places.permit.for_new_gang()]
+            found = [run_paths.lease.for_new_worker_group()]
         except NotOursError as error:
             found = [str(error)]
     if world > 1:
         dist.broadcast_object_list(found, src=0)
-    (permit,) = found
-    if isinstance(permit, str):
-        raise NotOursError(permit)
-    assert permit is not None
-    return permit
+    (lease,) = found
+    if isinstance(lease, str):
+        raise NotOursError(lease)
+    assert lease is not None
+    return lease
 
 
 def _device(config: Config) -> torch.device:

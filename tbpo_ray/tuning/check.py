@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.cluster import capacities
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import flatten, stage_config, to_tree
+from tbpo_ray.cluster.fit import capacities
+from tbpo_ray.cluster.placement import format_resources
+from tbpo_ray.config.loading import flatten, stage_config, to_tree
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
-from tbpo_ray.placement import in_words
-from tbpo_ray.storage import LEDGER
-from tbpo_ray.tracking import RUN_NOTE
+from tbpo_ray.storage.paths import STUDY_STATE
+from tbpo_ray.tracking.tracker import RUN_NOTE
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.trial import EVALUATION
 
@@ -36,21 +36,22 @@ MAY_CHANGE = (
 """Keys (or beginnings of keys) that may be otherwise when a study goes on."""
 
 
-def of_a_trial(config: Config) -> Config:
+def trial_base_config(config: Config) -> Config:
     """The study's configuration with a trial's workers."""
     workers = config.tune.num_workers
     return config if workers is None else stage_config(config, {}, cluster__num_workers=workers)
 
 
-def trial_probes(config: Config, space: Space) -> list[Config]:
+def trial_probes(config: Config, space: Space, check: Callable[[Config], object]) -> list[Config]:
     """Configurations that stand for the study's trials: without the search, and with proposals at random, or
     with all those of a grid.
+
+    Args:
+        check: refuses a configuration that cannot be trained, with an `InputError`.
 
     Raises:
         InputError: values of the space that do not go together, or that no run can do.
     """
-    from tbpo_ray.training.driver import check_run
-
     configs: list[Config] = []
     faults: list[str] = []
     if config.tune.algorithm == "grid":
@@ -60,7 +61,7 @@ def trial_probes(config: Config, space: Space) -> list[Config]:
     for params in [{}, *proposals]:
         try:
             probe = stage_config(config, params)
-            check_run(probe)
+            check(probe)
             configs.append(probe)
         except InputError as error:
             shown = ", ".join(f"{k}={v}" for k, v in params.items())
@@ -75,7 +76,7 @@ def logged_metrics(config: Config) -> set[str]:
     import torch
 
     from tbpo_ray.objectives import TokenScores
-    from tbpo_ray.training.build import objective_of
+    from tbpo_ray.training.components import objective_of
 
     objective = objective_of(config)
     zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
@@ -138,7 +139,7 @@ def check_metrics(config: Config, probes: Sequence[Config]) -> None:
                 f"nearest is {near}; logged are {' '.join(sorted(logged))}"
             )
     if any(metric.startswith(EVALUATION) for metric in tune.metrics) and not faults:
-        from tbpo_ray.evaluation.evaluate import check_evaluation
+        from tbpo_ray.evaluation.evaluator import check_evaluation
 
         model = config.model.name_or_path
         check_evaluation(config, {"start": model, "trial": model})
@@ -167,7 +168,7 @@ def check_grace(config: Config, total: int | None) -> None:
 
 def refuse_name_of_run(name: str, folder: Path) -> None:
     """Raises InputError where a training run owns the folder that the study would get."""
-    if not (folder / LEDGER).is_file() and any(
+    if not (folder / STUDY_STATE).is_file() and any(
         (folder / x).exists() for x in (RUN_NOTE, "checkpoints", "DONE")
     ):
         raise InputError(
@@ -187,7 +188,8 @@ def concurrency(config: Config, probes: Sequence[Config]) -> int:
         workers, bundle = probe.cluster.max_workers, probe.cluster.worker_resources
         held = max(size.fits(bundle, labels) for size in sizes)
         rooms[held // workers] = (
-            f"{sizes[-1].sentence(bundle)} hold {held} x ({in_words(bundle)}), a trial takes {workers}"
+            f"{sizes[-1].sentence(bundle)} hold {held} x ({format_resources(bundle)}), "
+            f"a trial takes {workers}"
         )
     fits = min(rooms, default=config.tune.trials)
     asked = config.tune.max_concurrent

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import known_keys, read_yaml_mapping, stage_config, unknown_key
+from tbpo_ray.config.loading import known_keys, read_yaml_mapping, stage_config, unknown_key
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 
 LISTED = ("choice", "grid")

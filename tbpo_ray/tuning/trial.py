@@ -13,18 +13,23 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import stage_config
+from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import TbpoError
-from tbpo_ray.storage import write_atomic
+from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.driver import RunResult, train
-from tbpo_ray.training.metrics import read_metrics
+from tbpo_ray.training.metrics_file import read_metrics
+from tbpo_ray.training.run_result import RunResult
+
+TrainRun = Callable[..., RunResult]
+EvaluateRun = Callable[..., Verdict]
+"""A trial gets the workflows that it runs as arguments: they are a layer above the search."""
 
 EVALUATION = "evaluation/"
 OBJECTIVE, STEP = "objective", "step"
@@ -75,12 +80,14 @@ def trial_config(
     return stage_config(base, params, **fixed)
 
 
-def run_trial(config: dict[str, Any], setup: dict[str, Any]) -> None:
-    """Tune's function trainable. Reports `step` and `objective` in the middle, `state` at the end.
+def run_trial(config: dict[str, Any], setup: dict[str, Any], train: TrainRun, evaluate: EvaluateRun) -> None:
+    """Tune's function trainable. Reports `step` and `objective` during the trial, `state` at the end.
 
     Args:
         config: `params` and, without slots, `number` and `since` (the last step known to the study).
         setup: a :class:`Setup` as a mapping.
+        train: trains one run of a configuration, as `tbpo_ray.workflows.train.train` does.
+        evaluate: samples and judges policies, as `tbpo_ray.workflows.evaluate.evaluate` does.
     """
     from ray import tune
 
@@ -94,7 +101,7 @@ def run_trial(config: dict[str, Any], setup: dict[str, Any]) -> None:
         number, since = shared.slots[slot], shared.known[slot]
     trial = _Trial(shared, number, dict(config.get("params") or {}), since)
     try:
-        outcome = trial.run(_taken_marker())
+        outcome = trial.run(_taken_marker(), train, evaluate)
     except TbpoError as error:
         outcome = {"state": "failed", "reason": str(error)}
     tune.report({OBJECTIVE: math.nan, **outcome, **trial.facts()})
@@ -123,7 +130,7 @@ class _Trial:
     def facts(self) -> dict[str, Any]:
         return {"params": self.params, "generation": self.generation, "lineage": self.lineage}
 
-    def run(self, marker: Marker | None) -> dict[str, Any]:
+    def run(self, marker: Marker | None, train: TrainRun, evaluate: EvaluateRun) -> dict[str, Any]:
         """Train all repeats. Returns what the study keeps.
 
         Raises:
@@ -150,7 +157,7 @@ class _Trial:
             )
             if repeat == 0:
                 parent = result.mlflow_run_id
-            values.append(measured(result, config, judged))
+            values.append(measured(result, config, evaluate if judged else None))
         return {"state": "finished", "repeats": values}
 
     def _settle_generation(self, marker: Marker | None) -> str:
@@ -246,16 +253,12 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
 
 
-def measured(result: RunResult, config: Config, judged: bool) -> dict[str, float]:
-    """The last logged row of a run and, where asked for, what judging its policy's answers gives."""
-    return _numbers(result.metrics) | (_judge(config, result) if judged else {})
-
-
-def _judge(config: Config, result: RunResult) -> dict[str, float]:
-    """Sample the trial's policy and the one it started from, and measure the answers."""
-    from tbpo_ray.evaluation.job import evaluate
-
+def measured(result: RunResult, config: Config, evaluate: EvaluateRun | None) -> dict[str, float]:
+    """The last logged row of a run and, with `evaluate`, the measures of its policy's answers."""
+    values = _numbers(result.metrics)
+    if evaluate is None:
+        return values
     policies = {"start": config.model.name_or_path, "trial": str(result.export)}
     settled = stage_config(config, {"evaluation": {"policies": policies, "baseline": "start"}})
     metrics = evaluate(settled, parent_run_id=result.mlflow_run_id)["trial"].metrics
-    return {f"{EVALUATION}{name}": estimate.value for name, estimate in metrics.items()}
+    return values | {f"{EVALUATION}{name}": estimate.value for name, estimate in metrics.items()}

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from tbpo_ray.benchmarks import generation
-from tbpo_ray.benchmarks.generation import BEST, ONE, POOL
-from tbpo_ray.benchmarks.pairs import MODEL
-from tbpo_ray.benchmarks.sampling_loop import batches, pad_left
-from tbpo_ray.config import Config
+from benchmarks import generation
+from benchmarks.generation import BEST, ONE, POOL
+from benchmarks.pairs import MODEL
+from benchmarks.sampling_loop import batches, pad_left
+from tbpo_ray.config.schema import Config
 
 MACHINE = {"processor": "p", "cores": 2, "load": 0.0, "versions": {}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tbpo_ray.benchmarks.objectives import markdown, run
+from benchmarks.objectives import markdown, run
 from tbpo_ray.errors import InputError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tbpo_ray.benchmarks.page import check_places, put
+from benchmarks.page import check_places, put
 from tbpo_ray.errors import InputError
 
 TEXT = """# How fast

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from tbpo_ray.benchmarks import search
-from tbpo_ray.benchmarks.search import BY_HAND, CASES, LIVE, QUICK_SPACE, SPACE, STUDY
-from tbpo_ray.config import Config
+from benchmarks import search
+from benchmarks.search import BY_HAND, CASES, LIVE, QUICK_SPACE, SPACE, STUDY
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.tuning.space import Space
 

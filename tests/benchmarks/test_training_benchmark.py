@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tbpo_ray.benchmarks import growth, overhead, reference, scaling, training
-from tbpo_ray.benchmarks.bare_loop import FullLogitsScorer
-from tbpo_ray.benchmarks.pairs import TINY, Size, build_case, build_model, sample_lengths
-from tbpo_ray.benchmarks.platform_loop import WorkerClock
-from tbpo_ray.benchmarks.turns import against, ratio, take_turns
-from tbpo_ray.config import Config
+from benchmarks import growth, overhead, reference, scaling, training
+from benchmarks.bare_loop import FullLogitsScorer
+from benchmarks.pairs import TINY, Size, build_case, build_model, sample_lengths
+from benchmarks.platform_loop import WorkerClock
+from benchmarks.turns import against, ratio, take_turns
+from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.training.batch import collate

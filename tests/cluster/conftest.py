@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from tbpo_ray.cluster import free_port
+from tbpo_ray.cluster.session import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = "f" * 51 + "00000"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tbpo_ray import cluster
-from tbpo_ray.capacity import Capacity, NodeKind, possible, quantity, read_cluster_file
-from tbpo_ray.configuration import load_config
+from tbpo_ray.cluster import fit
+from tbpo_ray.cluster.capacity import Capacity, NodeKind, possible, quantity, read_cluster_file
+from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,19 +62,19 @@ def test_both_cluster_files_offer_the_same_pools(name):
 def from_zero(monkeypatch):
     """A head without CPUs, of a cluster that can grow to what cluster.yaml says."""
     head = Capacity([NodeKind("head", {"CPU": 0.0, "memory": 1e9})])
-    monkeypatch.setattr(cluster, "present", lambda: head)
+    monkeypatch.setattr(fit, "present", lambda: head)
     monkeypatch.delenv("TBPO_PRIVATE_CLUSTER", raising=False)
     return f"cluster.node_types={ROOT / 'cluster.yaml'}"
 
 
 def test_from_zero_nodes_the_plan_fits_what_can_be_started(from_zero):
-    config = cluster.fit_to_cluster(load_config(None, [from_zero, LABELS, "cluster.num_workers=[1, 64]"]))
+    config = fit.fit_to_cluster(load_config(None, [from_zero, LABELS, "cluster.num_workers=[1, 64]"]))
     assert (config.cluster.use_gpu, config.cluster.num_workers) == (True, [1, 32])
 
 
 def test_more_than_the_pool_can_hold_is_refused_with_the_arithmetic(from_zero):
     with pytest.raises(InputError) as caught:
-        cluster.fit_to_cluster(load_config(None, [from_zero, LABELS, "cluster.num_workers=33"]))
+        fit.fit_to_cluster(load_config(None, [from_zero, LABELS, "cluster.num_workers=33"]))
     words = ("cluster.num_workers=33", "33 x (4 CPU, 1 GPU)", "4 x train (96 CPU, 8 GPU)", "at most 32")
     assert all(word in caught.value.faults[0] for word in words), caught.value.faults
 
@@ -82,7 +82,7 @@ def test_more_than_the_pool_can_hold_is_refused_with_the_arithmetic(from_zero):
 def test_engines_that_never_fit_are_refused(from_zero):
     config = load_config(None, [from_zero, LABELS, "generation.tensor_parallel=8"])
     with pytest.raises(InputError, match=r"generation.engines=1: 1 x \(1 CPU, 8 GPU\).*at most 0 engine"):
-        cluster.fit_engines(config, 1, {"CPU": 1.0, "GPU": 8.0})
+        fit.fit_engines(config, 1, {"CPU": 1.0, "GPU": 8.0})
 
 
 def test_without_a_cluster_file_only_what_is_up_counts(monkeypatch, tmp_path):

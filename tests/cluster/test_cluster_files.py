@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tbpo_ray.configuration import load_config, stage_config
+from tbpo_ray.config.loading import load_config, stage_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RAYJOB = ROOT / "jobs" / "kuberay" / "rayjob.yaml"

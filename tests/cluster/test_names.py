@@ -28,7 +28,7 @@ def files(folder: Path) -> set[Path]:
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("key", ["run.name", "sft.run.name"])
 def test_a_run_that_would_lead_elsewhere_is_refused(tmp_path, capsys, key, name):
-    from tbpo_ray.pipeline import run_pipeline
+    from tbpo_ray.workflows.pipeline import run_pipeline
 
     quoted = '"' + name.replace("\\", "\\\\").replace("\0", "\\0") + '"'
     assert run(run_pipeline, tmp_path, f"{key}={quoted}") == 2
@@ -38,7 +38,7 @@ def test_a_run_that_would_lead_elsewhere_is_refused(tmp_path, capsys, key, name)
 
 
 def test_a_link_in_the_place_of_a_run_is_refused(tmp_path, capsys):
-    from tbpo_ray.training.driver import train
+    from tbpo_ray.workflows.train import train
 
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -66,7 +66,7 @@ def test_a_nul_in_any_value_is_refused(capsys, tmp_path):
 
 
 def test_a_password_in_an_address_is_neither_shown_nor_kept_nor_a_change(tmp_path):
-    from tbpo_ray.configuration import load_config, to_yaml
+    from tbpo_ray.config.loading import load_config, to_yaml
     from tbpo_ray.training.plan import refuse_changes
 
     config = load_config(

@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from tbpo_ray.config import Config, DataConfig
+from tbpo_ray.config.schema import Config, DataConfig
 from tbpo_ray.data.card import card_metrics, data_card, write_card
-from tbpo_ray.data.job import prepare_all
 from tbpo_ray.data.prepare import prepare
 from tbpo_ray.errors import InputError
+from tbpo_ray.workflows.prepare import prepare_all
 
 from .conftest import pair
 

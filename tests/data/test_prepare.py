@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tbpo_ray.config import DataConfig, SourceConfig
+from tbpo_ray.config.schema import DataConfig, SourceConfig
 from tbpo_ray.data import prepare as module
 from tbpo_ray.data.prepare import prepare
 from tbpo_ray.data.shards import Prepared

@@ -3,12 +3,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tbpo_ray.config import DataConfig
+from tbpo_ray.config.schema import DataConfig
 from tbpo_ray.data.prepare import prepare
 from tbpo_ray.data.reader import PairReader
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.shards import Prepared
-from tbpo_ray.data.stream import StreamConfig, iter_micro_batches, local_micro_batches
+from tbpo_ray.data.stream import MicroBatchIterator, StreamConfig, local_micro_batches
 from tbpo_ray.data.window import decode, encode
 from tbpo_ray.errors import InputError
 
@@ -107,11 +107,11 @@ def test_the_stream_through_ray_equals_the_local_one_at_any_start_and_size(prepa
     schedule = make_schedule(prepared)
 
     def consume(iterator):
-        from tbpo_ray.data.stream import iter_micro_batches
+        from tbpo_ray.data.stream import MicroBatchIterator
 
         return [
             (m.step, m.index, m.count, m.pairs_in_step, m.pair_ids.tolist(), tokens(m))
-            for m in iter_micro_batches(iterator)
+            for m in MicroBatchIterator(iterator)
         ]
 
     def tokens(m):
@@ -136,7 +136,7 @@ def test_a_fault_of_the_stream_is_raised_where_it_is_read():
         def iter_batches(self, **_):
             raise RuntimeError("disk gone")
 
-    stream = iter_micro_batches(Broken())
+    stream = MicroBatchIterator(Broken())
     with pytest.raises(RuntimeError, match="disk gone"):
         next(stream)
     with pytest.raises(StopIteration):

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tbpo_ray.config import DataConfig
-from tbpo_ray.data.reasons import REASONS, RecordError
+from tbpo_ray.config.schema import DataConfig
 from tbpo_ray.data.records import Record, parse_record
+from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec, prompt_tokens
 
 from .conftest import CHAT, STRICT, make_tokenizer

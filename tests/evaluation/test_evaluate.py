@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from tbpo_ray.configuration import load_config
+from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError
-from tbpo_ray.evaluation.evaluate import check_evaluation, evaluate_policies
-from tbpo_ray.evaluation.job import policies_of
+from tbpo_ray.evaluation.evaluator import check_evaluation, evaluate_policies
 from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.models.tiny import build_tiny
-from tbpo_ray.pipeline import run_pipeline
-from tbpo_ray.tracking import Tracker
+from tbpo_ray.tracking.tracker import Tracker
+from tbpo_ray.workflows.evaluate import policies_of
+from tbpo_ray.workflows.pipeline import run_pipeline
 
 
 def config_for(tmp_path, *words):

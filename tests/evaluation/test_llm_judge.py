@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tbpo_ray.configuration import load_config
-from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.config.loading import load_config
+from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.evaluation.judges import make_judge
 from tbpo_ray.evaluation.llm_judge import LlmJudge, fill, parse_verdict
 
@@ -116,7 +116,7 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_not(endpoint, ma
     assert judge.preferences([make_sample(0, "a")], [make_sample(0, "b")]) == [1.0]
     assert judge.report()["retries"] == 1
     refusing = endpoint(lambda text: 401)
-    with pytest.raises(RunFailed, match="refused \\(401\\)"):
+    with pytest.raises(RunFailedError, match="refused \\(401\\)"):
         judge_at(refusing.url, tmp_path, concurrency=1).preferences(
             [make_sample(0, "c")], [make_sample(0, "d")]
         )
@@ -127,7 +127,7 @@ def test_with_the_endpoint_gone_it_fails_clearly_and_keeps_what_it_has(endpoint,
     judge_at(server.url, tmp_path).preferences([make_sample(0, "aa")], [make_sample(0, "b")])
     server.close()
     judge = judge_at(server.url, tmp_path)
-    with pytest.raises(RunFailed, match="gave no answer in 2 tries"):
+    with pytest.raises(RunFailedError, match="gave no answer in 2 tries"):
         judge.preferences(
             [make_sample(0, "aa"), make_sample(1, "c")], [make_sample(0, "b"), make_sample(1, "d")]
         )
@@ -191,8 +191,8 @@ def test_parsing_and_filling():
 @pytest.mark.e2e
 def test_a_real_vllm_server_as_judge(make_sample, tmp_path):
     """The untrained tiny model writes noise: every verdict is unparsable, counted, and nothing crashes."""
-    from tbpo_ray.cluster import free_port
-    from tbpo_ray.generation.engine import environment
+    from tbpo_ray.cluster.session import free_port
+    from tbpo_ray.generation.vllm_engine import environment
     from tbpo_ray.models.tiny import build_tiny
 
     folder = build_tiny(tmp_path / "tiny")

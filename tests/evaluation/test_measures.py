@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from tbpo_ray.configuration import load_config
-from tbpo_ray.errors import InputError, RunFailed
+from tbpo_ray.config.loading import load_config
+from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.evaluation.judges import Checker, load_function, make_judge, prefer
 from tbpo_ray.evaluation.measures import (
     Estimate,
@@ -19,7 +19,7 @@ from tbpo_ray.evaluation.measures import (
     slices,
 )
 from tbpo_ray.evaluation.prompts import read_prompts, resolve_policy, tokenize_prompts
-from tbpo_ray.evaluation.reference import kl_k1, length_batches, score_tokens
+from tbpo_ray.evaluation.reference_kl import kl_k1, length_batches, score_tokens
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
 
 
@@ -83,7 +83,7 @@ def test_pairs_count_once_per_prompt_and_verdicts_may_be_missing(make_sample):
     assert [(a.sample, b.sample) for a, b in pairs] == [(0, 0), (1, 1), (2, 2)]
     got = compare(pairs, [1.0, 0.0, None])
     assert got["win_rate"].value == 0.5
-    with pytest.raises(RunFailed, match="no verdict on any of 3"):
+    with pytest.raises(RunFailedError, match="no verdict on any of 3"):
         compare(pairs, [None] * 3)
 
 
@@ -171,7 +171,7 @@ def test_prompts_are_read_and_an_empty_file_is_a_clear_fault(tmp_path):
 def test_prompts_are_tokenized_as_training_does(tmp_path):
     from transformers import AutoTokenizer
 
-    from tbpo_ray.config import DataConfig
+    from tbpo_ray.config.schema import DataConfig
     from tbpo_ray.data.tokenize import prompt_tokens
     from tbpo_ray.models.tiny import build_tiny
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tbpo_ray.configuration import load_config, to_yaml
+from tbpo_ray.config.loading import load_config, to_yaml
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.charts import Line, Point, lines, scatter
 from tbpo_ray.evaluation.measures import Estimate, share_estimate

@@ -13,10 +13,10 @@ def classifier(tmp_path_factory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from tbpo_ray.models.tiny import build_tokenizer
+    from tbpo_ray.models.tiny import load_tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("reward")
-    tokenizer = build_tokenizer()
+    tokenizer = load_tiny_tokenizer()
     tokenizer.model_max_length = 64
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tbpo_ray.config import GenerationConfig
-from tbpo_ray.errors import RunFailed
+from tbpo_ray.config.schema import GenerationConfig
+from tbpo_ray.errors import RunFailedError
 from tbpo_ray.generation import pool
 from tbpo_ray.generation.pool import generate
 from tbpo_ray.generation.samples import MANIFEST, PromptTokens, read_parts
@@ -109,7 +109,7 @@ def test_an_engine_that_cannot_start_fails_clearly_and_leaves_nothing(
     ray_session, engines_left, tiny_model, prompts, tmp_path
 ):
     generation = GenerationConfig(engine={"block_size": 7777})
-    with pytest.raises(RunFailed, match="sampling from") as caught:
+    with pytest.raises(RunFailedError, match="sampling from") as caught:
         generate(tiny_model, prompts, generation, output=tmp_path / "out")
     assert "an engine died" not in str(caught.value)  # it never lived: what it said itself is told
     assert engines_left() == []
@@ -142,6 +142,6 @@ def test_an_engine_that_dies_again_and_again_is_given_up(
     monkeypatch.setattr(pool, "ENGINE_RESTARTS", 1)
     engine = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}
     long = [PromptTokens("long", [1, *[5] * 150, 4], "")]
-    with pytest.raises(RunFailed, match="an engine died 2 times"):
+    with pytest.raises(RunFailedError, match="an engine died 2 times"):
         generate(tiny_model, long, GenerationConfig(max_tokens=2, engine=engine), output=tmp_path / "out")
     assert engines_left() == []

@@ -6,16 +6,8 @@ import json
 
 import pytest
 
-from tbpo_ray.config import GenerationConfig
+from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.errors import InputError
-from tbpo_ray.generation.engine import (
-    check_model,
-    end_tokens,
-    engine_arguments,
-    engine_resources,
-    environment,
-    pool_size,
-)
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import (
     PromptTokens,
@@ -24,6 +16,14 @@ from tbpo_ray.generation.samples import (
     read_parts,
     write_manifest,
     write_part,
+)
+from tbpo_ray.generation.vllm_engine import (
+    check_model,
+    end_tokens,
+    engine_arguments,
+    engine_resources,
+    environment,
+    pool_size,
 )
 
 

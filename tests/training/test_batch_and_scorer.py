@@ -16,13 +16,13 @@ from transformers import (
     RwkvConfig,
 )
 
-from tbpo_ray.config import Config
-from tbpo_ray.configuration import stage_config
+from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import build_objective
 from tbpo_ray.training import pair_attention
 from tbpo_ray.training.batch import collate
-from tbpo_ray.training.build import check_shared_prompt
+from tbpo_ray.training.components import check_shared_prompt
 from tbpo_ray.training.scorer import PairScorer, to_scores
 from tbpo_ray.training.step import PreferenceStep
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from tbpo_ray.configuration import load_config, to_yaml
+from tbpo_ray.config.loading import load_config, to_yaml
 from tbpo_ray.data.schedule import ORDER
 from tbpo_ray.errors import InputError
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.driver import train
 from tbpo_ray.training.plan import refuse_other_order
+from tbpo_ray.workflows.train import train
 
 STEPS = 10
 

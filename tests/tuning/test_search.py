@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 
-from tbpo_ray.config import TuneConfig
-from tbpo_ray.configuration import load_config
-from tbpo_ray.errors import InputError, RunFailed
-from tbpo_ray.training.driver import RunResult
+from tbpo_ray.config.loading import load_config
+from tbpo_ray.config.schema import TuneConfig
+from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.tuning.check import (
     check_metrics,
     logged_metrics,
-    of_a_trial,
     refuse_other_study,
     share_cores,
+    trial_base_config,
 )
-from tbpo_ray.tuning.ledger import Ledger, Trial, interval, pareto
-from tbpo_ray.tuning.schedule import Asha, Proposals, make_scheduler
-from tbpo_ray.tuning.search import propose, size
+from tbpo_ray.tuning.ray_tune import Asha, Proposals, make_scheduler
+from tbpo_ray.tuning.searchers import propose, size
 from tbpo_ray.tuning.space import Space
-from tbpo_ray.tuning.study import _Study, check_study
+from tbpo_ray.tuning.study_state import StudyState, Trial, interval, pareto
+from tbpo_ray.workflows.train import RunResult
+from tbpo_ray.workflows.tune import _Study, check_study
 
 X, KIND = "objective.beta", "objective.bregman.generator"
 SPACE = Space.parse({X: {"uniform": [0.1, 1.0]}, KIND: {"choice": ["logistic", "sba"]}})
@@ -77,23 +77,23 @@ def test_a_grid_ends():
 
 
 def test_proposals_go_on_with_unfinished_trials_first(tmp_path):
-    ledger = Ledger(tmp_path / "study.json", {}, play(TuneConfig(), 3, 0))
-    ledger.trials[1].state, ledger.trials[1].step = "running", 6
-    ledger.save()
+    study = StudyState(tmp_path / "study.json", {}, play(TuneConfig(), 3, 0))
+    study.trials[1].state, study.trials[1].step = "running", 6
+    study.save()
     settings = TuneConfig(trials=4)
-    search = Proposals(SPACE, Ledger.open(ledger.file), settings, 0, 4)
-    assert search.suggest("a") == {"number": 1, "params": ledger.trials[1].params, "since": 6}
+    search = Proposals(SPACE, StudyState.open(study.file), settings, 0, 4)
+    assert search.suggest("a") == {"number": 1, "params": study.trials[1].params, "since": 6}
     new = search.suggest("b")
     assert new["number"] == 3
     # What is handed out is on disk before it starts.
-    assert Ledger.open(ledger.file).trials[3].params == new["params"]
+    assert StudyState.open(study.file).trials[3].params == new["params"]
     assert search.suggest("c") == Proposals.FINISHED
 
 
 def test_halving_remembers_earlier_sessions():
     def decide(past: list[Trial]) -> str:
-        ledger = Ledger(None, {}, past)  # type: ignore[arg-type]
-        asha = Asha(ledger, time_attr="step", metric="objective", mode="max", grace_period=3,
+        study = StudyState(None, {}, past)  # type: ignore[arg-type]
+        asha = Asha(study, time_attr="step", metric="objective", mode="max", grace_period=3,
                     max_t=10**9, reduction_factor=2)  # fmt: skip
         trial = SimpleNamespace(trial_id="new", config={"number": 9})
         asha.on_trial_add(None, trial)
@@ -122,9 +122,9 @@ class PopulationMember(SimpleNamespace):
 
 def population(count: int) -> tuple[Any, Any, list[PopulationMember]]:
     """A scheduler of trials that take turns, what it looks at of Tune, and the trials."""
-    ledger = Ledger(None, {}, [Trial(n, {}) for n in range(count)])  # type: ignore[arg-type]
+    study = StudyState(None, {}, [Trial(n, {}) for n in range(count)])  # type: ignore[arg-type]
     settings = TuneConfig(scheduler="pbt")
-    scheduler = make_scheduler(SPACE, ledger, settings, every=4, concurrent=1, seed=0)
+    scheduler = make_scheduler(SPACE, study, settings, every=4, concurrent=1, seed=0)
     members = [PopulationMember(f"t_{n}") for n in range(count)]
     live = set(members)
     controller = SimpleNamespace(
@@ -256,7 +256,7 @@ def test_directions():
 
 
 def test_another_study_under_the_same_name_is_refused():
-    from tbpo_ray.configuration import to_tree
+    from tbpo_ray.config.loading import to_tree
 
     facts = {"config": to_tree(CONFIG), "space": SPACE.source}
     refuse_other_study("s", facts, load_config("jobs/configs/tiny.yaml", ["tune.trials=20"]), SPACE)
@@ -278,8 +278,8 @@ def test_a_trial_s_workers_and_threads(monkeypatch):
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     config = load_config(None, ["cluster.num_workers=2", "cluster.use_gpu=false"])
-    assert of_a_trial(config).cluster.num_workers == 2
-    one = of_a_trial(load_config(None, ["cluster.num_workers=2", "tune.num_workers=1"]))
+    assert trial_base_config(config).cluster.num_workers == 2
+    one = trial_base_config(load_config(None, ["cluster.num_workers=2", "tune.num_workers=1"]))
     assert one.cluster.num_workers == 1
     for at_once, threads in ((1, 4), (2, 2), (3, 1), (8, 1)):
         assert share_cores(config, at_once).cluster.threads_per_worker == threads
@@ -328,9 +328,9 @@ class Study(_Study):
 
     def __init__(self, tmp_path, overrides=()):
         config = load_config("jobs/configs/tiny.yaml", [f"run.output_dir={tmp_path}", "sft={}", *overrides])
-        ledger = Ledger(tmp_path / "study.json", {})
+        study = StudyState(tmp_path / "study.json", {})
         tracker = SimpleNamespace(log_metrics=lambda *_: None, run_id="parent")
-        super().__init__(config, SPACE, tmp_path, ledger, tracker)  # type: ignore[arg-type]
+        super().__init__(config, SPACE, tmp_path, study, tracker)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", ["default", "best", "default best"])
@@ -341,23 +341,25 @@ def test_a_confirming_run_that_fails_does_not_take_the_study_with_it(tmp_path, m
     def train(config, **_):
         label, *_, seed = config.run.name.split("-")
         if label in bad and (seed.endswith("0") or len(bad.split()) > 1):
-            raise RunFailed("the loss is not finite")
+            raise RunFailedError("the loss is not finite")
         value = 0.9 if label == "best" else 0.6
         return RunResult(tmp_path, tmp_path, "run", {metric: value})
 
-    monkeypatch.setattr("tbpo_ray.tuning.study.train", train)
+    monkeypatch.setattr("tbpo_ray.workflows.tune.train", train)
     best = Trial(0, {X: 0.2}, "finished")
     note = study._confirm(study.config, best, at_once=1)
     assert f"{bad.split()[0]}-" in note and "the loss is not finite" in note
     if len(bad.split()) > 1:
-        assert "Not confirmed" in note and "confirmation" not in study.ledger.facts
+        assert "Not confirmed" in note and "confirmation" not in study.study.facts
     else:
         assert "With 1 new seed(s)" in note and "0.9000 against 0.6000" in note
-        assert study.ledger.facts["confirmation"]["gain"] == pytest.approx(0.3)
+        assert study.study.facts["confirmation"]["gain"] == pytest.approx(0.3)
 
 
 def test_trials_start_from_the_folder_that_a_gguf_file_became(tmp_path, monkeypatch):
-    monkeypatch.setattr("tbpo_ray.tuning.study.resolve_models", lambda _: ("/cache/gguf-1", "/cache/gguf-1"))
+    monkeypatch.setattr(
+        "tbpo_ray.workflows.tune.resolve_models", lambda _: ("/cache/gguf-1", "/cache/gguf-1")
+    )
     study = Study(tmp_path, ["model.name_or_path=/models", "model.gguf_file=m.gguf"])
     start = study._start()
     assert (start.model.name_or_path, start.model.gguf_file) == ("/cache/gguf-1", None)
@@ -366,10 +368,10 @@ def test_trials_start_from_the_folder_that_a_gguf_file_became(tmp_path, monkeypa
 def test_what_trials_are_judged_by_is_logged_when_they_are(tmp_path, monkeypatch):
     for name in ("prepare_inputs", "score_inputs", "resolve_models"):
         monkeypatch.setattr(
-            f"tbpo_ray.tuning.study.{name}", lambda *_: SimpleNamespace(data=SimpleNamespace(lengths=list))
+            f"tbpo_ray.workflows.tune.{name}", lambda *_: SimpleNamespace(data=SimpleNamespace(lengths=list))
         )
     monkeypatch.setattr(
-        "tbpo_ray.tuning.study.make_schedule", lambda *_: SimpleNamespace(steps_total=50)
+        "tbpo_ray.workflows.tune.make_schedule", lambda *_: SimpleNamespace(steps_total=50)
     )  # a look every 12 steps
     settings = ["tune.metric=rewards/accuracy", "training.log_every=10", "tune.scheduler=asha"]
     study = Study(tmp_path, settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbpo_ray.configuration import load_config, stage_config
+from tbpo_ray.config.loading import load_config, stage_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.tuning.space import Space
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tbpo_ray.configuration import load_config
-from tbpo_ray.tuning.insight import compared, importances
-from tbpo_ray.tuning.ledger import Ledger, Trial, pareto
-from tbpo_ray.tuning.report import write_report
+from tbpo_ray.config.loading import load_config
+from tbpo_ray.tuning.importance import compared, importances
 from tbpo_ray.tuning.space import Space
+from tbpo_ray.tuning.study_report import write_report
+from tbpo_ray.tuning.study_state import StudyState, Trial, pareto
 
 GENERATOR, LAM, BETA = "objective.bregman.generator", "objective.bregman.lam", "objective.beta"
 SPACE = Space.parse(
@@ -76,10 +76,10 @@ def written(tmp_path):
         (run / "metrics.jsonl").write_text(
             "".join(json.dumps({"step": s, METRIC: s / 200, KL: s / 300}) + "\n" for s in (30, 60, 120))
         )
-    ledger = Ledger(tmp_path / "study.json", {"search_seconds": 60.0, "reference_scorings": 2}, study)
+    state = StudyState(tmp_path / "study.json", {"search_seconds": 60.0, "reference_scorings": 2}, study)
     tracker = SimpleNamespace(url_hint=lambda: "mlflow ui")
     front = pareto(study, config.tune)
-    write_report(config, SPACE, ledger, front, "It held up.", tmp_path, tracker)  # type: ignore[arg-type]
+    write_report(config, SPACE, state, front, "It held up.", tmp_path, tracker)  # type: ignore[arg-type]
     return tmp_path, study, front
 
 

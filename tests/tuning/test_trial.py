@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tbpo_ray.configuration import load_config, to_tree
+from tbpo_ray.config.loading import load_config, to_tree
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.tuning.trial import Marker, Setup, _Trial
 

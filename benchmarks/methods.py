@@ -1,0 +1,119 @@
+"""The method itself, measured: every objective from the same SFT policy, several seeds, sampled answers.
+
+Run by `jobs/benchmark.py --only methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.turns import table
+from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.schema import Config
+
+METHODS: dict[str, dict[str, Any]] = {
+    "tbpo_q": {"objective.name": "tbpo_q"},
+    "tbpo_a exact": {"objective.name": "tbpo_a", "objective.state_baseline.kind": "exact_kl"},
+    "no baseline": {"objective.name": "tbpo_q", "objective.state_baseline.kind": "none"},
+    "tdpo2": {"objective.name": "tdpo2"},
+    "dpo": {"objective.name": "dpo"},
+}
+LEARNING_RATES = {
+    "tbpo_q": 5e-6,
+    "tbpo_a exact": 4e-5,
+    "no baseline": 5e-6,
+    "tdpo2": 4e-5,
+    "dpo": 8e-6,
+}
+CREDIT_PAIRS = 4
+"""Pairs that the token credit map of each seed shows; its areas under the curve are over all."""
+
+
+def run(
+    config: Config,
+    *,
+    quick: bool = False,
+    seeds: Sequence[int] = (0, 1, 2),
+    methods: Mapping[str, Mapping[str, Any]] | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate; finished runs are used again.
+
+    Args:
+        quick: the first seed only.
+
+    Returns:
+        `{"rows": [{"seed", "method", "learning_rate", "metrics": {name: {value, low, high}}}]}`.
+    """
+    from tbpo_ray.cluster.fit import fit_to_cluster
+    from tbpo_ray.cluster.session import start_ray
+    from tbpo_ray.evaluation.evaluator import evaluate_policies
+    from tbpo_ray.storage.paths import run_dir
+    from tbpo_ray.workflows.train import train
+
+    rows = []
+    name = config.run.name
+    for seed in seeds[:1] if quick else seeds:
+        sft = stage_config(
+            config, config.sft, objective__name="sft", run__name=f"{name}-sft-{seed}", run__seed=seed
+        )
+        start = str(train(sft, kind="sft").export)
+        policies, used = {"sft": start}, {"sft": sft.training.learning_rate}
+        for method, overrides in (methods or METHODS).items():
+            rate = (rates or LEARNING_RATES)[method]
+            label = f"{method.replace(' ', '-')}-{rate:g}"
+            changes = {
+                **overrides,
+                "training.learning_rate": rate,
+                "model.name_or_path": start,
+                "run.name": f"{name}-{label}-{seed}",
+                "run.seed": seed,
+            }
+            policies[label] = str(train(stage_config(config, changes)).export)
+            used[label] = rate
+        start_ray()
+        changes = {"run.seed": seed, "run.name": f"{name}-{seed}", "evaluation.credit_pairs": CREDIT_PAIRS}
+        settled = fit_to_cluster(stage_config(config, changes))
+        verdict = evaluate_policies(settled, policies, output=run_dir(settled) / "evaluation")
+        for label, rate in used.items():
+            metrics = {key: estimate.to_json() for key, estimate in verdict[label].metrics.items()}
+            rows.append({"seed": seed, "method": label, "learning_rate": rate, "metrics": metrics})
+    return {"rows": rows}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A table: exact match of sampled answers per seed with its 95 % interval, and more as means."""
+    rows = result["rows"]
+    seeds = sorted({row["seed"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    head = ["policy", *(f"exact match, seed {seed}" for seed in seeds), *MEANS.values()]
+    lines = []
+    for method in methods:
+        mine = {row["seed"]: row["metrics"] for row in rows if row["method"] == method}
+        cells = [_share(mine[seed].get("exact_match")) if seed in mine else "" for seed in seeds]
+        lines.append([method, *cells, *(_mean(mine.values(), key) for key in MEANS)])
+    return table(head, lines)
+
+
+MEANS = {
+    "distinct_1": "distinct-1",
+    "kl_k1": "KL from SFT",
+    "credit_auc": "credit AUC, log-ratio",
+    "credit_auc_advantage": "credit AUC, advantage",
+}
+
+
+def _mean(found: Iterable[Mapping[str, Any]], key: str) -> str:
+    """Mean over the seeds and, of several, the least and the largest."""
+    values = [metrics[key]["value"] for metrics in found if key in metrics]
+    if not values:
+        return "-"
+    span = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{span}"
+
+
+def _share(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{100 * estimate['value']:.1f} % [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"

@@ -1,0 +1,123 @@
+"""What Ray Train, Ray Data and DeepSpeed add to a step: the worker loop over the bare PyTorch loop.
+
+One worker, the same steps, batches and threads, compared step by step in the second of two epochs, when the
+memory of either has grown to what it needs. Once with as many threads as there are cores, for which Ray's own
+processes have no room but theirs, and once with a core less.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import pairs as shapes
+from benchmarks.bare_loop import run_bare, score_reference
+from benchmarks.pairs import build_case, sample_lengths
+from benchmarks.platform_loop import others_share, run_platform
+from benchmarks.turns import (
+    Measured,
+    against,
+    machine,
+    median,
+    of_turns,
+    section,
+    spread,
+    take_turns,
+)
+from tbpo_ray.config.schema import Config
+
+GOAL = 1.05
+PAIRS, QUICK_PAIRS = 64, 32
+PLATFORM, BARE = "worker loop", "bare loop"
+
+
+def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
+    """Measure both in turns.
+
+    Args:
+        quick: a tiny model, to see that it runs; its figures mean little.
+
+    Returns:
+        `{"machine", "steps", "parameters", "threads": {number: {"ways": {way: rows}, "ratio": {ratio, low,
+        high} of a step's time over the same step's in the bare loop, "cpu_ratio": the same in CPU seconds of
+        the worker}}}`.
+    """
+    about = machine()
+    pairs = QUICK_PAIRS if quick else PAIRS
+    with tempfile.TemporaryDirectory(prefix="tbpo-overhead-") as name:
+        folder = Path(name)
+        size = shapes.TINY if quick else shapes.MODEL
+        case = build_case(config, folder, sample_lengths("hh_rlhf", pairs), size, training__epochs=2)
+        score_reference(case, folder / "scores")
+        steps = pairs // case.config.training.pairs_per_step
+        threads = sorted({about["cores"], max(1, about["cores"] - 1)}, reverse=True)
+        ways: dict[str, Callable[[], Measured]] = {}
+        for number in threads:
+            change: dict[str, Any] = {"cluster__threads_per_worker": number}
+            ways[f"{PLATFORM} {number}"] = partial(
+                run_platform, case, "overhead", untimed=steps, cluster__num_workers=1, **change
+            )
+            ways[f"{BARE} {number}"] = partial(run_bare, case, folder / "scores", **change)
+        found = take_turns(ways, 1 if quick else 2)
+    return {
+        "machine": about,
+        "steps": steps,
+        "parameters": case.parameters,
+        "threads": {n: compare(found[f"{PLATFORM} {n}"], found[f"{BARE} {n}"], steps) for n in threads},
+    }
+
+
+def compare(platform: list[Measured], bare: list[Measured], steps: int) -> dict[str, Any]:
+    """The last `steps` steps of both, turn by turn: medians over the steps, sums of CPU seconds."""
+    wall, cpu = [], []
+    for over, under in zip(platform, bare, strict=True):
+        same = zip(over["step_seconds"][-steps:], under["step_seconds"][-steps:], strict=True)
+        wall.append(statistics.median(a / b for a, b in same))
+        cpu.append(over["worker_cpu_seconds"] / sum(under["step_cpu_seconds"][-steps:]))
+    return {
+        "ways": {PLATFORM: platform, BARE: bare},
+        "ratio": of_turns(wall),
+        "cpu_ratio": of_turns(cpu),
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A table, a row for each number of threads."""
+    rows: list[list[str]] = []
+    for number, found in result["threads"].items():
+        seconds = {
+            way: statistics.median(s for row in turns for s in row["step_seconds"][-result["steps"] :])
+            for way, turns in found["ways"].items()
+        }
+        goal = None if rows else GOAL
+        rows.append(
+            [
+                str(number),
+                f"{seconds[PLATFORM]:.2f}",
+                f"{seconds[BARE]:.2f}",
+                spread(found["ratio"], 3),
+                against(found["ratio"]["ratio"], goal, at_most=True),
+                spread(found["cpu_ratio"], 3),
+                f"{median(found['ways'][PLATFORM], 'data_wait_share'):.2%}",
+                others_share(found["ways"][PLATFORM]),
+            ]
+        )
+    head = [
+        "threads",
+        "worker loop, s/step",
+        "bare loop, s/step",
+        "ratio",
+        "goal",
+        "CPU-time ratio",
+        "waiting for data",
+        "driver and Ray's own processes",
+    ]
+    intro = (
+        f"One worker, {result['steps']} steps of 8 pairs with HH-RLHF's lengths, the second epoch, "
+        f"{result['parameters'] / 1e6:.0f} M parameters."
+    )
+    return section(intro, head, rows, result["machine"])

@@ -1,0 +1,206 @@
+"""Models and pairs to measure on: random weights, real lengths."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.schema import Config
+from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.schedule import pair_tokens
+from tbpo_ray.data.shards import Prepared
+
+# fmt: off
+_HH_QUANTILES = np.array([
+    [9, 14, 16, 19, 22, 29, 41, 54, 63, 74, 86, 97, 109, 122, 135, 152, 173, 204, 250, 319, 385,
+     506, 554, 780],
+    [2, 7, 9, 11, 13, 15, 17, 19, 21, 24, 27, 30, 34, 39, 44, 51, 59, 71, 85, 113, 141, 183, 212, 250],
+    [2, 7, 10, 12, 15, 18, 21, 24, 27, 31, 35, 40, 45, 51, 56, 63, 72, 85, 105, 137, 170, 232, 251, 546],
+])
+# fmt: on
+_HH_SHARES = np.array([*np.arange(0, 100, 5), 97.5, 99, 99.5, 100]) / 100
+"""Tokens of prompt, chosen and rejected at these shares of the pairs. Measured on HH-RLHF's harmless-base
+test split (2,307 pairs with one prompt) with Llama 3's tokenizer, BOS and EOS included."""
+_HH_RANK_CORRELATION = np.array([[1.0, 0.255, 0.251], [0.255, 1.0, 0.300], [0.251, 0.300, 1.0]])
+"""Spearman's, between the same three."""
+LENGTHS = ("hh_rlhf", "ultrafeedback")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A shape with tied embeddings: Llama's, or Gemma 3's with its heads of a size of their own, one of keys
+    and values, and windows in five layers of six."""
+
+    vocabulary: int = 32_000
+    width: int = 384
+    layers: int = 8
+    heads: int = 6
+    intermediate: int = 1024
+    positions: int = 2048
+    gemma_head: int | None = None
+    """Width of a head, for Gemma's shape."""
+
+
+MODEL = Size()
+LARGE_VOCABULARY = Size(vocabulary=128_256, width=256, layers=4, heads=4, intermediate=704)
+GEMMA_270M = Size(
+    vocabulary=262_144, width=640, layers=18, heads=4, intermediate=2048, positions=32_768, gemma_head=256
+)
+TINY = Size(vocabulary=2048, width=64, layers=2, heads=2, intermediate=128)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model folder and prepared pairs, with the configuration of a run on them."""
+
+    config: Config
+    model: str
+    prepared: Prepared
+    parameters: int
+
+
+def sample_lengths(kind: str, pairs: int, seed: int = 0) -> np.ndarray:
+    """[pairs, 3] tokens of prompt, chosen and rejected.
+
+    `hh_rlhf`: the measured quantiles, evenly covered, joined by a Gaussian copula with the measured rank
+    correlations. `ultrafeedback`: prompts of 150 tokens, answers of 150 to 600.
+    """
+    rng = np.random.default_rng(seed)
+    if kind == "ultrafeedback":
+        shares = (rng.permuted(np.tile(np.arange(pairs), (2, 1)), axis=1) + 0.5) / pairs
+        answers = np.round(150 + 450 * shares).astype(int).T
+        return np.column_stack([np.full(pairs, 150), answers])
+    factor = np.linalg.cholesky(2 * np.sin(math.pi / 6 * _HH_RANK_CORRELATION))
+    ranks = (rng.standard_normal((pairs, 3)) @ factor.T).argsort(axis=0).argsort(axis=0)
+    shares = (ranks + 0.5) / pairs
+    columns = [np.interp(shares[:, i], _HH_SHARES, _HH_QUANTILES[i]) for i in range(3)]
+    return np.round(np.column_stack(columns)).astype(int)
+
+
+def sample_steps(kind: str, steps: int, pairs_per_step: int = 8) -> np.ndarray:
+    """[steps * pairs_per_step, 3] lengths of whole steps out of a long run in length order.
+
+    Sorting few pairs by length leaves unlike ones together; a real run sorts hundreds. So a population is
+    sorted and cut into steps, and one step is drawn from each of `steps` equal parts of it: of 200 draws
+    the one whose mean lengths are nearest to the population's. In random order the same pairs are a fair
+    sample as well.
+    """
+    population = sample_lengths(kind, 256 * pairs_per_step)
+    ranked = population[np.argsort(pair_tokens(population, cut_tail=True), kind="stable")]
+    groups = ranked.reshape(-1, pairs_per_step, 3)
+    rng = np.random.default_rng(0)
+    edges = np.linspace(0, len(groups), steps + 1).astype(int)
+    draws = [groups[rng.integers(edges[:-1], edges[1:])].reshape(-1, 3) for _ in range(200)]
+    mean = population.mean(axis=0)
+    return min(draws, key=lambda drawn: float((np.abs(drawn.mean(axis=0) - mean) / mean).sum()))
+
+
+def typical_lengths(pairs: int) -> np.ndarray:
+    """[pairs, 3]: every pair has the mean lengths of `hh_rlhf`."""
+    return np.tile([112, 39, 49], (pairs, 1))
+
+
+def build_case(config: Config, folder: Path, lengths: np.ndarray, size: Size = MODEL, **changes: Any) -> Case:
+    """Write a model with random weights and a file of pairs into `folder`, and prepare them.
+
+    Args:
+        config: what it says of evaluation and tracking stays; model, data and training are set here:
+            TBPO-A with the k3 baseline, RMSprop, fp32, 8 pairs a step, one epoch.
+        changes: further changes of the configuration, with `__` for the dots.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = build_model(folder / "model", size)
+    file = folder / "pairs.jsonl"
+    write_pairs(file, lengths)
+    settled = stage_config(
+        config,
+        {
+            "model.name_or_path": str(folder / "model"),
+            "data.train": str(file),
+            "data.eval": None,
+            "data.max_length": 2048,
+            "data.max_prompt_length": 1024,
+            "data.cache_dir": str(folder / "cache"),
+            "run.output_dir": str(folder / "runs"),
+            "objective.name": "tbpo_a",
+            "objective.state_baseline.kind": "k3",
+            "training.epochs": 1,
+            "training.max_steps": None,
+            "training.pairs_per_step": 8,
+            "training.micro_batch_pairs": 8,
+            "training.learning_rate": 1e-6,
+            "training.optimizer": "rmsprop",
+            "training.scheduler": "constant",
+            "training.precision": "fp32",
+            "training.length_batches": True,
+            "training.eval_every": None,
+        },
+        **changes,
+    )
+    prepared = prepare(
+        str(file), settled.data, str(folder / "model"), cache_dir=folder / "cache", progress=False
+    )
+    if not np.array_equal(prepared.lengths(), lengths):
+        raise AssertionError("the prepared pairs have other lengths than the ones asked for")
+    return Case(settled, str(folder / "model"), prepared, parameters)
+
+
+def build_model(folder: Path, size: Size, seed: int = 0) -> int:
+    """Save a model with random weights and the built-in tokenizer; returns its number of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+
+    from tbpo_ray.models.tiny import load_tiny_tokenizer
+
+    tokenizer = load_tiny_tokenizer()
+    shape: dict[str, Any] = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.width,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": size.positions,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if size.gemma_head is None:
+        facts: Any = LlamaConfig(num_key_value_heads=size.heads, **shape)
+    else:
+        facts = Gemma3TextConfig(
+            num_key_value_heads=1,
+            head_dim=size.gemma_head,
+            query_pre_attn_scalar=size.gemma_head,
+            sliding_window=512,
+            **shape,
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(facts, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def write_pairs(file: Path, lengths: np.ndarray, seed: int = 0) -> None:
+    """JSON lines of words that are one token each for the built-in tokenizer, so many that the prepared
+    pairs have these lengths."""
+    words = ("red", "blue", "cat", "dog", "tree", "hat", "pen", "desk", "gold", "bird", "boat", "sand")
+    rng = random.Random(seed)
+
+    def text(tokens: int) -> str:
+        return " ".join(rng.choices(words, k=max(1, tokens)))
+
+    with file.open("w", encoding="utf-8") as out:
+        for prompt, chosen, rejected in lengths.tolist():
+            # The template adds three tokens to a prompt and one to an answer.
+            row = {"prompt": text(prompt - 3), "chosen": text(chosen - 1), "rejected": text(rejected - 1)}
+            out.write(json.dumps(row) + "\n")

@@ -1,0 +1,199 @@
+"""The work of preparing one chunk of a source: parse, tokenize, write its shard and its quarantine.
+
+Runs in Ray Data tasks, or in the calling process. What a worker needs stands in the build folder, so that a
+task carries nothing but its chunk; the tokenizer is loaded once in each worker process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tbpo_ray.data.records import BadRecord, Record, parse_record
+from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.data.shards import file_digest, write_shard
+from tbpo_ray.data.sources import Chunk
+from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
+
+JOB, TOKENIZER = "job.json", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """Settings of one build, as they lie in its folder."""
+
+    files: list[tuple[str, str]]
+    """Address and format of each file."""
+    weights: list[float]
+    """Copies of each record, by file."""
+    seed: int
+    max_length: int
+    prompt_limit: int
+    card_column: str | None
+    limit: int | None
+    chunk_rows: int
+
+    def save(self, folder: Path, spec: TokenizerSpec) -> None:
+        (folder / JOB).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        (folder / TOKENIZER).write_text(spec.to_json(), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What became of a chunk. `lengths` is [pairs, 3] int32, `hashes` [pairs] uint64, both as bytes."""
+
+    file: int
+    first_row: int
+    records: int
+    pairs: int
+    shard: dict[str, Any] | None
+    quarantine: str | None
+    counts: dict[str, int]
+    column: dict[str, int]
+    lengths: bytes = b""
+    hashes: bytes = b""
+    memory_bytes: int = 0
+    """Private memory of the worker, when the chunk was done and still held."""
+    cpu_seconds: float = 0.0
+    process: int = 0
+
+
+@dataclass
+class _Columns:
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    chosen_ids: list[list[int]] = field(default_factory=list)
+    rejected_ids: list[list[int]] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+
+    def add(self, record: Record, pair: TokenizedPair, copies: int) -> None:
+        self.prompt_ids += [pair.prompt_ids] * copies
+        self.chosen_ids += [pair.chosen_ids] * copies
+        self.rejected_ids += [pair.rejected_ids] * copies
+        self.source += [record.source] * copies
+        self.row += [record.row] * copies
+        self.metadata += [json.dumps(record.metadata, default=str)] * copies
+
+
+@lru_cache(maxsize=2)
+def load_job(folder: str) -> BuildJob:
+    """The settings of a build, read once in a process."""
+    return BuildJob(**json.loads((Path(folder) / JOB).read_text(encoding="utf-8")))
+
+
+@lru_cache(maxsize=2)
+def load_tokenizer(folder: str) -> PairTokenizer:
+    """The tokenizer of a build, loaded once in a process."""
+    # Workers are spread over the cores already; threads inside each would only get in their way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    job = load_job(folder)
+    spec = TokenizerSpec.from_json((Path(folder) / TOKENIZER).read_text(encoding="utf-8"))
+    return PairTokenizer(spec, job.max_length, job.prompt_limit)
+
+
+def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
+    """Prepare one chunk: writes `part-*.parquet` and `bad-*.jsonl` into `folder`, as far as there are any."""
+    job, tokenizer = load_job(folder), load_tokenizer(folder)
+    began = time.process_time()
+    counts: Counter[str] = Counter()
+    tokenizer.counts = counts
+    records, bad = _parse(chunk, counts)
+    read = len(records) + len(bad)
+    columns, seen, column = _Columns(), [], Counter[str]()
+    copies = _copies(job, file, chunk)
+    for record, pair in zip(records, tokenizer.pairs(records), strict=True):
+        if isinstance(pair, RecordError):
+            given = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+            given |= record.metadata
+            bad.append(BadRecord(record.source, record.row, pair.reason, pair.detail, given))
+            counts[f"quarantined/{pair.reason}"] += 1
+            continue
+        times = int(copies[record.row - chunk.first_row])
+        columns.add(record, pair, times)
+        seen += [_hash(record)] * times
+        counts["repeated_by_weight"] += max(times - 1, 0)
+        counts["left_out_by_weight"] += times == 0
+        if job.card_column is not None:
+            column[str(record.metadata.get(job.card_column))] += times
+    return ChunkResult(
+        file=file,
+        first_row=chunk.first_row,
+        records=read,
+        pairs=len(columns.row),
+        shard=_write(folder, file, chunk, columns),
+        quarantine=_write_bad(folder, file, chunk, bad),
+        counts={name: number for name, number in counts.items() if number},
+        column=dict(column),
+        lengths=_lengths(columns).tobytes(),
+        hashes=np.array(seen, dtype=np.uint64).tobytes(),
+        memory_bytes=private_bytes(),
+        cpu_seconds=time.process_time() - began,
+        process=os.getpid(),
+    )
+
+
+def _parse(chunk: Chunk, counts: Counter[str]) -> tuple[list[Record], list[BadRecord]]:
+    records, bad = [], []
+    for raw in chunk:
+        try:
+            records.append(parse_record(raw.load(), raw.source, raw.row))
+        except RecordError as error:
+            bad.append(BadRecord(raw.source, raw.row, error.reason, error.detail, raw.as_read()))
+            counts[f"quarantined/{error.reason}"] += 1
+    return records, bad
+
+
+def _copies(job: BuildJob, file: int, chunk: Chunk) -> np.ndarray:
+    """How often each row of the chunk is taken: [rows] int, `weight` on average, seeded."""
+    weight = job.weights[file]
+    whole = int(weight)
+    if weight == whole:
+        return np.full(chunk.rows, whole)
+    draw = np.random.default_rng([job.seed, file, chunk.first_row]).random(chunk.rows)
+    return whole + (draw < weight - whole)
+
+
+def _hash(record: Record) -> int:
+    text = json.dumps([record.prompt, record.chosen, record.rejected])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _lengths(columns: _Columns) -> np.ndarray:
+    sides = (columns.prompt_ids, columns.chosen_ids, columns.rejected_ids)
+    return np.array([[len(ids) for ids in side] for side in sides], dtype=np.int32).T.reshape(-1, 3)
+
+
+def _write(folder: str, file: int, chunk: Chunk, columns: _Columns) -> dict[str, Any] | None:
+    if not columns.row:
+        return None
+    path = Path(folder) / f"part-{file:05d}-{chunk.first_row:012d}.parquet"
+    write_shard(path, columns.__dict__)
+    size = path.stat().st_size
+    return {"file": path.name, "pairs": len(columns.row), "bytes": size, "sha256": file_digest(path)}
+
+
+def _write_bad(folder: str, file: int, chunk: Chunk, bad: list[BadRecord]) -> str | None:
+    if not bad:
+        return None
+    path = Path(folder) / f"bad-{file:05d}-{chunk.first_row:012d}.jsonl"
+    lines = [item.to_json() + "\n" for item in sorted(bad, key=lambda item: item.row)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path.name
+
+
+def private_bytes() -> int:
+    """Memory of this process alone; what it maps of the object store is not its own."""
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return info.rss - getattr(info, "shared", 0)

@@ -1,0 +1,163 @@
+"""Preference pairs under a policy and its reference: the policy's own reward, and which tokens it credits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from tbpo_ray.config.schema import Config
+from tbpo_ray.data.records import BadRecord, Record, iter_records
+from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
+from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.measures import Estimate, mean_estimate
+from tbpo_ray.evaluation.token_credit import TokenCredit, token_credit
+from tbpo_ray.evaluation.win_rates import win_rate
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """One pair with what a policy says of every answer token."""
+
+    record: Record
+    tokens: TokenizedPair
+    chosen: TokenCredit
+    rejected: TokenCredit
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """Held-out preference pairs, tokenized as training does."""
+
+    source: str
+    records: list[Record]
+    tokens: list[TokenizedPair]
+    spec: TokenizerSpec
+    left_out: int
+
+
+def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutPairs:
+    """The first pairs of `evaluation.prompts`, else `data.eval`, in this model's tokens.
+
+    Raises:
+        InputError: no source, or no pair in it.
+    """
+    source = config.evaluation.prompts or config.data.eval
+    if not source:
+        raise InputError("evaluation.prompts: no held-out pairs; give a file or builtin:copyedit?split=test")
+    names = [source] if isinstance(source, str) else [item.source for item in source]
+    spec = TokenizerSpec.load(model, config.model.chat_template)
+    tokenizer = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
+    bad: list[BadRecord] = []
+    room = limit or config.evaluation.max_prompts
+    records = [record for name in names for record in iter_records(name, room, bad.append)][:room]
+    encoded = list(zip(records, tokenizer.pairs(records), strict=True))
+    kept = [(r, t) for r, t in encoded if not isinstance(t, RecordError)]
+    if not kept:
+        raise InputError(f"evaluation.prompts={', '.join(names)}: there is no preference pair in it")
+    left_out = len(bad) + len(encoded) - len(kept)
+    return HeldOutPairs(", ".join(names), [r for r, _ in kept], [t for _, t in kept], spec, left_out)
+
+
+def score_pairs(
+    pairs: HeldOutPairs, policy: str, reference: str, *, use_gpu: bool = False
+) -> list[ScoredPair]:
+    """Token credit of both answers under `policy` (see :func:`token_credit`)."""
+    if use_gpu:
+        import ray
+
+        remote = ray.remote(num_gpus=1, max_calls=1)(token_credit)
+        found = ray.get(remote.remote(pairs.tokens, policy, reference, "cuda"))
+    else:
+        found = token_credit(pairs.tokens, policy, reference, "cpu")
+    return [
+        ScoredPair(record, tokens, chosen, rejected)
+        for record, tokens, (chosen, rejected) in zip(pairs.records, pairs.tokens, found, strict=True)
+    ]
+
+
+def implicit_rewards(
+    scored: Sequence[ScoredPair], *, beta: float, compared_only: bool
+) -> dict[str, Estimate]:
+    """How often, and by how much, the policy's own reward prefers the chosen answer.
+
+    The reward of an answer is beta times the sum of its log-ratios: over all tokens for DPO
+    (arXiv 2305.18290), over the first min(T_w, T_l) of both for TBPO, which compares no others.
+    """
+    margins = []
+    for pair in scored:
+        chosen, rejected = pair.chosen.log_ratio, pair.rejected.log_ratio
+        n = min(len(chosen), len(rejected)) if compared_only else None
+        margins.append(beta * (math.fsum(chosen[:n]) - math.fsum(rejected[:n])))
+    wins = [0.5 if margin == 0 else float(margin > 0) for margin in margins]
+    return {"implicit_accuracy": Estimate.of_rate(win_rate(wins)), "implicit_margin": mean_estimate(margins)}
+
+
+def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -> list[bool]:
+    """Which tokens of the rejected answer overlap its known damage; an answer that ends too soon: its EOS.
+
+    Raises:
+        InputError: the record has no `damage` spans.
+    """
+    spans: Any = record.metadata.get("damage")
+    if spans is None:
+        raise InputError("evaluation.credit_pairs: these pairs have no known damage; use builtin:copyedit")
+    offsets = _backend(spec.backend).encode(record.rejected, add_special_tokens=False).offsets
+    end = len(record.rejected)
+    marks = [any(start < e and stop > s for s, e in spans) for start, stop in offsets]
+    marks.append(any(s == e == end for s, e in spans))  # EOS
+    return marks[: len(tokens.rejected_ids)]
+
+
+@lru_cache(maxsize=2)
+def _backend(text: str) -> Any:
+    """Parsed once: every pair is marked for every policy and signal."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(text)
+    backend.encode_special_tokens = True
+    return backend
+
+
+def credit_auc(
+    scored: Sequence[ScoredPair],
+    spec: TokenizerSpec,
+    signal: Literal["log_ratio", "advantage"] = "log_ratio",
+    *,
+    resamples: int = 300,
+) -> Estimate:
+    """Area under the ROC curve with which a low signal finds the damaged tokens of rejected answers.
+
+    0.5 is chance. The interval is a bootstrap over pairs, seeded.
+
+    Raises:
+        InputError: pairs without known damage.
+    """
+    signals = [-np.asarray(getattr(pair.rejected, signal)) for pair in scored]
+    marks = [np.asarray(damaged_tokens(pair.record, pair.tokens, spec), dtype=bool) for pair in scored]
+    if not any(mark.any() for mark in marks) or all(mark.all() for mark in marks):
+        raise InputError("evaluation.credit_pairs: there are no damaged tokens beside sound ones")
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(resamples):
+        chosen = rng.integers(0, len(scored), len(scored))
+        value = _auc(np.concatenate([signals[i] for i in chosen]), np.concatenate([marks[i] for i in chosen]))
+        draws.append(value)
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return Estimate(_auc(np.concatenate(signals), np.concatenate(marks)), float(low), float(high))
+
+
+def _auc(signal: np.ndarray, marked: np.ndarray) -> float:
+    """Mann-Whitney: how often a marked token's signal exceeds an unmarked one's, ties a half."""
+    from scipy.stats import rankdata
+
+    positives = int(marked.sum())
+    negatives = len(marked) - positives
+    if not positives or not negatives:
+        return math.nan
+    return float((rankdata(signal)[marked].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -1,0 +1,115 @@
+"""The DeepSpeed engine of one worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbpo_ray.config.schema import Config
+from tbpo_ray.models.hidden_modules import hide_modules
+from tbpo_ray.training.optim import build_optimizer, set_learning_rate
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The mapping DeepSpeed gets: what the project sets, then `training.deepspeed` on top."""
+    training = config.training
+    given = dict(training.deepspeed)
+    stage = given.pop("stage", None)
+    zero = dict(given.pop("zero_optimization", None) or {})
+    if stage is not None:
+        zero["stage"] = stage
+    zero.setdefault("stage", 0)
+    # Reductions run in the order of the backward pass, so that a run is repeatable.
+    zero.setdefault("overlap_comm", False)
+    zero.setdefault("round_robin_gradients", False)
+    base: dict[str, Any] = {
+        # Micro-batches of a step differ in size and number: the loop sets the boundary itself.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": training.max_grad_norm or 0.0,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if training.precision == "bf16":
+        base["bf16"] = {"enabled": True}
+    return base | given
+
+
+def without_partitions(config: Config, world: int) -> Config:
+    """Stage 0 where ZeRO has nothing to partition and would only copy: one worker, fp32, no offload."""
+    if world > 1 or config.training.precision != "fp32" or config.training.offloads:
+        return config
+    kept = {k: v for k, v in config.training.deepspeed.items() if k != "zero_optimization"}
+    training = config.training.model_copy(update={"deepspeed": kept | {"stage": 0}})
+    return config.model_copy(update={"training": training})
+
+
+class Engine:
+    """A DeepSpeed engine around a module whose forward returns token scores."""
+
+    def __init__(self, module: nn.Module, config: Config, device: torch.device):
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed compiles a small op on first use. Kept with the environment that it was compiled for:
+        # two environments that share one cache would build it again and again.
+        if os.access(sys.prefix, os.W_OK):
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+        with hide_modules("mlflow"):
+            import deepspeed
+
+        optimizer = build_optimizer(module.parameters(), config.training)
+        self.client_optimizer = optimizer
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        self.loss = 0.0
+        optimizer.watched = lambda: [self.loss]  # type: ignore[attr-defined]
+        self.stage = self.engine.zero_optimization_stage()
+        if not self.stage and self.engine.dp_world_size == 1:
+            self.engine.enable_backward_allreduce = False  # would copy all gradients there and back
+        self.names = {id(p): n for n, p in module.named_parameters()}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate; `last` marks the step's last micro-batch."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+
+    def step(self, rate: float, loss: float = 0.0) -> float:
+        """Clip, check, update. Returns the gradient norm before clipping.
+
+        Args:
+            loss: of this rank's part of the step; the guard looks at it.
+
+        Raises:
+            NonFiniteGradient: with `training.on_nonfinite=stop`, on all ranks, before a weight moves.
+        """
+        self.loss = loss
+        set_learning_rate(self.optimizer, rate)
+        self.engine.step()
+        # With a gradient norm that is not finite ZeRO leaves out the step by itself, and says nothing.
+        if getattr(self.optimizer, "overflow", False):
+            self.client_optimizer.refuse()  # type: ignore[attr-defined]
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def skipped(self) -> int:
+        return int(getattr(self.client_optimizer, "skipped", 0))

@@ -1,0 +1,208 @@
+"""Follow a run from the driver: its metrics files become progress lines and MLflow points.
+
+Workers write to the run's folder only; nothing but the driver talks to MLflow or to the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TextIO
+
+from tbpo_ray.tracking.tracker import Tracker
+from tbpo_ray.training.metrics_file import VALIDATION
+
+FALLING_TAG = "alarm.chosen_logps"
+TIMINGS = ("step_seconds", "data_wait_share", "tokens_per_second", "padding_share")
+
+
+class Follower:
+    """Reads what is appended to `metrics.jsonl`, `timings.jsonl` and `events.log` until closed.
+
+    Use as a context manager around the training run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tracker: Tracker | None,
+        *,
+        label: str,
+        stream: TextIO | None = None,
+        every_seconds: float = 5.0,
+        on_row: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.tracker, self.label, self.stream = tracker, label, stream or sys.stderr
+        self.every_seconds, self.on_row = every_seconds, on_row
+        self.metrics = _Tail(run_dir / "metrics.jsonl")
+        self.timings = _Tail(run_dir / "timings.jsonl")
+        self.events = _Tail(run_dir / "events.log")
+        self.validations = _Tail(run_dir / VALIDATION)
+        self.timing_rows: dict[int, dict[str, Any]] = {}
+        self.done = 0
+        self.last_print = 0.0
+        self.started = time.monotonic()
+        self.first_step: int | None = None
+        self.last_row: dict[str, Any] = {}
+        self.alarm = FallingAlarm()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="follow-run", daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._poll(final=True)
+
+    def _loop(self) -> None:
+        while not self._stop.wait(0.5):
+            self._poll()
+
+    def _poll(self, *, final: bool = False) -> None:
+        for line in self.events.lines():
+            self._say(line)
+        for row in self.timings.rows():
+            self.timing_rows[int(row["step"])] = row
+        for row in self.metrics.rows():
+            self._row(row)
+        for row in self.validations.rows():
+            self._validation(row)
+        if self.last_row and (final or time.monotonic() - self.last_print > self.every_seconds):
+            self._progress(final)
+
+    def _row(self, row: dict[str, Any]) -> None:
+        step = int(row["step"])
+        # A resumed run writes some steps again, with the same values: they are logged once.
+        if step > self.done:
+            timing = self.timing_rows.pop(step, {})
+            if self.tracker is not None:
+                numbers = {k: v for k, v in row.items() if k != "step"}
+                numbers |= {k: timing[k] for k in TIMINGS if k in timing}
+                self.tracker.log_metrics(numbers, step)
+            drift = row.get("logps/chosen_drift", row.get("logps/chosen"))
+            if drift is not None and self.alarm.falls(drift):
+                self._raise_alarm(step)
+            self.done = step
+            self.first_step = step if self.first_step is None else self.first_step
+            self.last_row = row | timing
+            if self.on_row is not None:
+                self.on_row(row | {k: timing[k] for k in ("total",) if k in timing})
+
+    def _validation(self, row: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in row.items() if k != "step"}
+        if self.tracker is not None:
+            self.tracker.log_metrics(numbers, int(row["step"]))
+        shown = "  ".join(
+            f"{k.removeprefix('validation/')} {v:.3f}" for k, v in numbers.items() if v is not None
+        )
+        self._say(f"{self.label} sampled at step {row['step']}: {shown}")
+
+    def _raise_alarm(self, step: int) -> None:
+        words = (
+            f"step {step}: the chosen answers' log-prob has been falling for {3 * self.alarm.window} logged "
+            "steps; lower training.learning_rate, raise objective.beta, or look for damage in the data"
+        )
+        self._say(f"{self.label} ALARM: {words}")
+        if self.tracker is not None:
+            self.tracker.set_tags({FALLING_TAG: words})
+
+    def _progress(self, final: bool) -> None:
+        row = self.last_row
+        self.last_print = time.monotonic()
+        self.last_row = {} if not final else row
+        parts = [
+            f"{self.label} step {int(row['step'])}/{int(row.get('total', 0))}",
+            f"loss {row.get('loss', 0):.4f}",
+        ]
+        for name, key in (
+            ("margin", "rewards/margin"),
+            ("acc", "rewards/accuracy"),
+            ("kl", "kl/k3"),
+            ("eval loss", "eval/loss"),
+            ("eval acc", "eval/rewards/accuracy"),
+        ):
+            if key in row:
+                parts.append(f"{name} {row[key]:.3f}")
+        if "tokens_per_second" in row:
+            parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        left = int(row.get("total", 0)) - int(row["step"])
+        if left > 0 and self.first_step is not None and row["step"] > self.first_step:
+            pace = (time.monotonic() - self.started) / max(1, row["step"] - self.first_step + 1)
+            parts.append(f"{_duration(left * min(pace, 1.5 * row.get('step_seconds', pace)))} left")
+        self._say("  ".join(parts))
+
+    def _say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class FallingAlarm:
+    """Notices a value that falls for long: three windows in a row, each lower than the one before by
+    more than twice the standard error of their difference. Raised once until the value has recovered."""
+
+    def __init__(self, window: int = 20):
+        self.window = window
+        self.values: deque[float] = deque(maxlen=3 * window)
+        self.raised = False
+
+    def falls(self, value: float) -> bool:
+        """Take the next value; whether the alarm is raised by it."""
+        self.values.append(value)
+        if len(self.values) < 3 * self.window:
+            return False
+        values, n = list(self.values), self.window
+        parts = [values[i * n : (i + 1) * n] for i in range(3)]
+        falling = all(
+            statistics.fmean(a) - statistics.fmean(b)
+            > 2 * math.sqrt((statistics.variance(a) + statistics.variance(b)) / n)
+            for a, b in pairwise(parts)
+        )
+        news, self.raised = falling and not self.raised, falling
+        return news
+
+
+class _Tail:
+    """New whole lines of a growing file, which may shrink when a run goes back to a checkpoint."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.at = file.stat().st_size if file.exists() else 0
+
+    def lines(self) -> list[str]:
+        if not self.file.exists():
+            return []
+        size = self.file.stat().st_size
+        if size < self.at:
+            self.at = size
+        if size == self.at:
+            return []
+        with self.file.open("rb") as handle:
+            handle.seek(self.at)
+            data = handle.read()
+        end = data.rfind(b"\n") + 1
+        self.at += end
+        return [line for line in data[:end].decode("utf-8", errors="replace").split("\n") if line]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The new lines as JSON. A file that shrank and grew again between two looks is read anew."""
+        try:
+            return [json.loads(line) for line in self.lines()]
+        except ValueError:
+            self.at = 0
+            return []
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

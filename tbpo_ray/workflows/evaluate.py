@@ -1,0 +1,61 @@
+"""`jobs/evaluate.py`: the policies of a configuration, evaluated as one MLflow run that can be continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tbpo_ray.cluster.fit import fit_to_cluster
+from tbpo_ray.cluster.session import start_ray
+from tbpo_ray.config.loading import to_yaml
+from tbpo_ray.config.schema import Config
+from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.evaluator import check_evaluation, evaluate_policies
+from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.progress import log_progress
+from tbpo_ray.storage.files import file_lock, write_atomic
+from tbpo_ray.storage.paths import run_dir
+from tbpo_ray.tracking.tracker import RUN_NOTE, Tracker
+
+
+def policies_of(config: Config) -> dict[str, str]:
+    """Name to folder or run: `evaluation.policies`, else `runs`, else the run's own export.
+
+    Raises:
+        InputError: two runs with the same name, or nothing to evaluate.
+    """
+    if config.evaluation.policies:
+        return dict(config.evaluation.policies)
+    names = [Path(run).name for run in config.runs]
+    if len(set(names)) != len(names):
+        raise InputError(f"runs={config.runs}: two have the same name; name them in evaluation.policies")
+    if config.runs:
+        return dict(zip(names, config.runs, strict=True))
+    if (run_dir(config) / "export").is_dir():
+        return {config.run.name: config.run.name}
+    raise InputError("evaluation.policies: no policy to evaluate; give evaluation.policies or runs=[...]")
+
+
+def evaluate(config: Config, *, parent_run_id: str | None = None) -> Verdict:
+    """Evaluate into `<run.output_dir>/<run.name>/evaluation/`; samples that are there are used again.
+
+    Raises:
+        InputError: bad configuration or input, before any engine starts.
+        RunFailed: the engines or the judge gave nothing.
+    """
+    policies = policies_of(config)
+    check_evaluation(config, policies)
+    folder = run_dir(config) / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder / ".lock"):
+        write_atomic(folder / "config.yaml", to_yaml(config))
+        with Tracker.noted(
+            config,
+            folder / RUN_NOTE,
+            kind="evaluate",
+            name=f"{config.run.name}-evaluate",
+            parent_run_id=parent_run_id,
+        ) as tracker:
+            start_ray()
+            verdict = evaluate_policies(fit_to_cluster(config), policies, output=folder, tracker=tracker)
+        log_progress(f"MLflow: {tracker.url_hint()}")
+    return verdict

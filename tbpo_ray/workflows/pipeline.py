@@ -1,0 +1,72 @@
+"""SFT -> preference training -> evaluation before and after, as one parent run with children."""
+
+from __future__ import annotations
+
+from tbpo_ray.config.loading import expand_dotted, stage_config
+from tbpo_ray.config.schema import Config
+from tbpo_ray.evaluation.evaluator import check_settings
+from tbpo_ray.evaluation.report import compare_runs
+from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.models.resolve import policy_folder
+from tbpo_ray.progress import log_progress
+from tbpo_ray.storage.paths import run_dir
+from tbpo_ray.tracking.tracker import Tracker
+from tbpo_ray.workflows.evaluate import evaluate
+from tbpo_ray.workflows.train import train
+
+PIPELINE_NOTE = "pipeline.json"
+
+
+def stages(config: Config) -> tuple[Config | None, Config]:
+    """The configurations of SFT (None without an `sft` section) and of preference training.
+
+    SFT owns the folder `<run.name>-sft` (or the one that `sft.run.name` names); preference training owns
+    `<run.name>` and starts from its export.
+
+    Raises:
+        InputError: for faults in the `sft` section.
+    """
+    if not config.sft:
+        return None, config
+    sft = stage_config(config, config.sft, objective__name="sft", run__name=_sft_name(config))
+    start = str(run_dir(sft) / "export")
+    return sft, stage_config(config, {}, model__name_or_path=start, model__gguf_file=None)
+
+
+def _sft_name(config: Config) -> str:
+    """`<run.name>-sft`, unless the `sft` section names a run: then several pipelines can share it."""
+    given = expand_dotted(config.sft).get("run", {}).get("name")
+    return str(given or f"{config.run.name}-sft")
+
+
+def run_pipeline(config: Config) -> Verdict:
+    """Run all stages; stages that are finished are left as they are.
+
+    Raises:
+        InputError, RunFailed: as the stages do.
+    """
+    sft, preference = stages(config)
+    check_settings(preference)  # days may lie between here and the evaluation
+    folder = run_dir(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Tracker.noted(config, folder / PIPELINE_NOTE, kind="pipeline") as tracker:
+        policies = {}
+        if sft is not None:
+            log_progress("stage 1 of 3: supervised fine-tuning")
+            policies["sft"] = str(train(sft, kind="sft", parent_run_id=tracker.run_id, wait=True).export)
+        else:
+            policies["base"] = policy_folder(preference)
+        log_progress("stage 2 of 3: preference training")
+        result = train(preference, kind="train", parent_run_id=tracker.run_id)
+        policies[preference.objective.name] = str(result.export)
+        log_progress("stage 3 of 3: evaluation")
+        settled = stage_config(preference, {"evaluation": {"policies": policies}})
+        verdict = evaluate(settled, parent_run_id=tracker.run_id)
+        report = compare_runs(settled, parent_run_id=tracker.run_id)
+        after = verdict[preference.objective.name].metrics
+        tracker.log_metrics({name: estimate.value for name, estimate in after.items()})
+        tracker.log_artifact(folder / "evaluation" / "verdict.txt")
+        tracker.log_artifact(report)
+    print(verdict.table())
+    print(f"\nreport: {report}\nMLflow: {tracker.url_hint()}")
+    return verdict
