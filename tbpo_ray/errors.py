@@ -1,4 +1,4 @@
-"""The few exceptions a user can meet. Jobs turn them into exit codes (see jobs/__init__.py)."""
+"""The exceptions that a user can meet. `tbpo_ray.cli.run_job` turns them into exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class InputError(TbpoError, ValueError):
     """Bad configuration or bad input: exit status 2, one line per fault, no traceback.
 
     Args:
-        faults: one sentence per fault, each naming the field, the value and what would do.
+        faults: one sentence per fault, each naming the field, the value and an accepted value.
     """
 
     def __init__(self, *faults: str):
@@ -21,3 +21,9 @@ class InputError(TbpoError, ValueError):
 
 class RunFailedError(TbpoError, RuntimeError):
     """Work that was started could not be finished: exit status 1."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, at most `limit` characters; its class name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

@@ -201,3 +201,8 @@ def _visible(loc: Sequence[str]) -> list[str]:
 
 
 _BRANCHES = ("int", "float", "str", "list", "dict", "bool", "none", "constrained-int")
+
+
+def key_matches(key: str, pattern: str) -> bool:
+    """Whether a dotted key is `pattern`, or lies below it where `pattern` ends in a dot."""
+    return key == pattern or (pattern.endswith(".") and key.startswith(pattern))

@@ -1,22 +1,60 @@
-"""Files that are complete or absent, on a file system that all nodes share."""
+"""Files and folders that are complete or absent, on a file system that all nodes share."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomic(file: Path, text: str) -> None:
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` to write to; it replaces `target` when the block ends without an error.
+
+    The content is on disk before the name is: a reader sees the old file or the new one, never a part.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomic(target: Path, text: str) -> None:
     """Write a text file that is never seen half-written."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, file)
+    with atomic_file(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target` to fill; it becomes `target` when the block ends without an error.
+
+    Args:
+        replace: remove an existing `target` first. Otherwise a `target` that another process completed in the
+            meantime is kept, and this one is discarded.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp gives it to its owner alone
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
