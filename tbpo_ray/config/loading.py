@@ -203,6 +203,7 @@ def _visible(loc: Sequence[str]) -> list[str]:
 _BRANCHES = ("int", "float", "str", "list", "dict", "bool", "none", "constrained-int")
 
 
-def key_matches(key: str, pattern: str) -> bool:
-    """Whether a dotted key is `pattern`, or lies below it where `pattern` ends in a dot."""
-    return key == pattern or (pattern.endswith(".") and key.startswith(pattern))
+def is_at_or_below(key: str, section: str) -> bool:
+    """Whether a dotted key is `section` or lies below it; a trailing dot of `section` does not matter."""
+    section = section.rstrip(".")
+    return key == section or key.startswith(f"{section}.")
