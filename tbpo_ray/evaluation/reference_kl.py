@@ -36,11 +36,11 @@ def score_tokens(model: str, pairs: Sequence[tuple[list[int], list[int]]], devic
     """log-probabilities of answers after prompts under a causal model (see :func:`reference_logprobs`)."""
     import torch
 
-    from tbpo_ray.models.load import load_model, quiet_transformers
+    from tbpo_ray.models.load import inference_dtype, load_model, quiet_transformers
 
     quiet_transformers()
 
-    policy = load_model(model, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    policy = load_model(model, dtype=inference_dtype(device))
     policy.to(torch.device(device))  # type: ignore[arg-type]
     batch_tokens = min(8192, max(1, _LOGITS // policy.config.get_text_config().vocab_size))
     sizes = [len(prompt) + len(answer) for prompt, answer in pairs]

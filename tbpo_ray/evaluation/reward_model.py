@@ -75,11 +75,11 @@ def classify(
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from tbpo_ray.models.load import quiet_transformers
+    from tbpo_ray.models.load import inference_dtype, quiet_transformers
 
     quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, truncation_side="left")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = inference_dtype(device)
     classifier = AutoModelForSequenceClassification.from_pretrained(
         model, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )

@@ -51,12 +51,12 @@ def token_credit(
     import torch
 
     from tbpo_ray.models.baseline_head import load_state_baseline
-    from tbpo_ray.models.load import load_model, quiet_transformers
+    from tbpo_ray.models.load import inference_dtype, load_model, quiet_transformers
     from tbpo_ray.training.batch import collate
     from tbpo_ray.training.scorer import PairScorer
 
     quiet_transformers()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = inference_dtype(device)
     models: list[Any] = [load_model(folder, dtype=dtype) for folder in (policy, reference)]
     ours, theirs = (PairScorer(model.to(device)).eval() for model in models)
     head = load_state_baseline(policy)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbpo_ray.config.schema import LoraConfig, ModelConfig
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.models.tiny import build_tiny
 
@@ -86,7 +86,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.name_or_path={path}: no tokenizer could be loaded ({_first_line(error)})"
+            f"model.name_or_path={path}: no tokenizer could be loaded ({first_line(error)})"
         ) from error
     if chat_template == "none":
         tokenizer.chat_template = None
@@ -124,7 +124,7 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.name_or_path={path}: no model could be loaded ({_first_line(error)})"
+            f"model.name_or_path={path}: no model could be loaded ({first_line(error)})"
         ) from error
     model.config.use_cache = False
     return model.eval()
@@ -163,7 +163,7 @@ def model_config(path: str, model: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.name_or_path={path}: no model configuration ({_first_line(error)})"
+            f"model.name_or_path={path}: no model configuration ({first_line(error)})"
         ) from error
 
 
@@ -185,8 +185,18 @@ def layers_beside_attention(folder: str) -> str | None:
     return "recurrent layers" if recurrent else None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def training_dtype(precision: str) -> torch.dtype:
+    """The dtype of weights in training, reference scores and exports, from `training.precision`."""
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def inference_dtype(device: str) -> torch.dtype:
+    """The dtype of a model that only evaluates: float32 on a CPU, bfloat16 on an accelerator."""
+    import torch
+
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def quiet_transformers() -> None:

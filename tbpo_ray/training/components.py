@@ -10,7 +10,13 @@ from torch import nn
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import add_lora, layers_beside_attention, load_model, load_tokenizer
+from tbpo_ray.models.load import (
+    add_lora,
+    layers_beside_attention,
+    load_model,
+    load_tokenizer,
+    training_dtype,
+)
 from tbpo_ray.objectives import Objective, build_objective, build_state_baseline
 from tbpo_ray.training.plan import RunPaths
 from tbpo_ray.training.scorer import PairScorer
@@ -85,7 +91,7 @@ def check_shared_prompt(config: Config, folder: str, key: str) -> None:
 def build_parts(config: Config, run_paths: RunPaths, device: torch.device) -> TrainingComponents:
     """Load models and build the step. The same seed gives the same head on every rank."""
     objective = objective_of(config)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = training_dtype(config.training.precision)
     model_options: dict[str, Any] = {"dtype": dtype, "attention": config.model.attention}
     policy: Any = load_model(run_paths.model, **model_options)
     tokenizer = load_tokenizer(run_paths.model)

@@ -34,7 +34,13 @@ def export_checkpoint(
     from safetensors.torch import load_file
 
     from tbpo_ray.models.export import export_policy
-    from tbpo_ray.models.load import add_lora, load_model, load_tokenizer, quiet_transformers
+    from tbpo_ray.models.load import (
+        add_lora,
+        load_model,
+        load_tokenizer,
+        quiet_transformers,
+        training_dtype,
+    )
     from tbpo_ray.training.optim import head_weights
     from tbpo_ray.training.scorer import PairScorer
     from tbpo_ray.training.state import fill_module
@@ -59,7 +65,7 @@ def export_checkpoint(
     fill_module(PairScorer(model), sorted(source.glob("optimizer-*.safetensors")))
     tokenizer = load_tokenizer(at.model, chat_template=config.model.chat_template)
     at.lease.check()
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = training_dtype(config.training.precision)
     baseline = None
     if (source / "head.safetensors").is_file():
         stored = load_file(source / "head.safetensors")

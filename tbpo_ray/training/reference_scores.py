@@ -161,7 +161,7 @@ class ReferenceScorer:
     def __init__(self, tree: dict[str, Any], model: str, cut: bool, prefix: list[int], actors: int):
         import torch
 
-        from tbpo_ray.models.load import load_model, load_tokenizer, quiet_transformers
+        from tbpo_ray.models.load import load_model, load_tokenizer, quiet_transformers, training_dtype
         from tbpo_ray.training.components import uses_shared_prompt
         from tbpo_ray.training.scorer import PairScorer
 
@@ -170,7 +170,7 @@ class ReferenceScorer:
         self.config, self.cut, self.prefix = config, cut, np.asarray(prefix, dtype=np.int64)
         self.device = torch.device("cuda" if config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        dtype = training_dtype(config.training.precision)
         frozen = load_model(model, dtype=dtype, attention=config.model.attention)
         self.scorer = PairScorer(frozen.requires_grad_(False).to(self.device)).eval()  # type: ignore[arg-type]
         tokenizer = load_tokenizer(model)
