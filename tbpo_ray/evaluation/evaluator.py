@@ -18,7 +18,8 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.credit import write_credit_map
 from tbpo_ray.evaluation.harness import benchmark_settings, run_benchmarks
 from tbpo_ray.evaluation.held_out_pairs import credit_auc, implicit_rewards, read_pairs, score_pairs
-from tbpo_ray.evaluation.judges import Judge, ScoringJudge, make_judge, prefer
+from tbpo_ray.evaluation.judge import Judge, ScoringJudge, prefer
+from tbpo_ray.evaluation.judges import make_judge
 from tbpo_ray.evaluation.measures import (
     Estimate,
     Groups,

@@ -23,10 +23,10 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tbpo_ray.errors import InputError, RunFailedError
-from tbpo_ray.evaluation.judges import Judge
+from tbpo_ray.evaluation.judge import Judge
 from tbpo_ray.generation.samples import Sample
 from tbpo_ray.progress import log_progress
-from tbpo_ray.redaction import redact_text, without_user
+from tbpo_ray.redaction import redact_text, strip_credentials
 
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -159,7 +159,7 @@ class LlmJudge(Judge):
         cost = (
             self.counts["prompt_tokens"] * s.price_input + self.counts["completion_tokens"] * s.price_output
         ) / 1e6
-        where = {"pool": s.pool} if s.url is None else {"model": s.model, "url": without_user(s.url)}
+        where = {"pool": s.pool} if s.url is None else {"model": s.model, "url": strip_credentials(s.url)}
         return {"kind": self.kind, **where, **self.counts, "cost": round(cost, 6)}
 
     def _combine(self, verdicts: Sequence[float | None]) -> float | None:
@@ -215,11 +215,11 @@ class LlmJudge(Judge):
             if response.status_code != 200:
                 words = redact_text(response.text[:300])
                 raise RunFailedError(
-                    f"the judge at {without_user(address)} refused ({response.status_code}): {words}"
+                    f"the judge at {strip_credentials(address)} refused ({response.status_code}): {words}"
                 )
-            return _reply(response, without_user(address))
+            return _reply(response, strip_credentials(address))
         raise RunFailedError(
-            f"the judge at {without_user(address)} gave no answer in {self.settings.retries + 1} tries "
+            f"the judge at {strip_credentials(address)} gave no answer in {self.settings.retries + 1} tries "
             f"({redact_text(problem)}); verdicts so far are kept in {self._cache_file}, run again to go on"
         )
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.evaluation.charts import Line, Point, lines, scatter
+from tbpo_ray.evaluation.checker import load_function
 from tbpo_ray.evaluation.collect import Entry, collect, differences
-from tbpo_ray.evaluation.judges import load_function
 from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.evaluation.promotion import Gate, check_gate
 from tbpo_ray.evaluation.verdict import show

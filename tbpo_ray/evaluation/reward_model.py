@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tbpo_ray.errors import InputError
-from tbpo_ray.evaluation.judges import ScoringJudge, refuse_unknown
+from tbpo_ray.evaluation.judge import ScoringJudge, refuse_unknown
 from tbpo_ray.generation.samples import Sample
 
 

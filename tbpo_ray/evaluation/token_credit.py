@@ -72,10 +72,10 @@ def token_credit(
                 [[a[0] for a in answers], [a[1] for a in answers]],
                 pad_id=0,
                 shared=False,
-                cut=False,
+                truncate_to_shorter=False,
             ).to(device)
             logp, _, kl, ref_logp, hidden = ours(
-                tensors, want=("logp", "kl", "ref_logp"), reference=theirs.output_layer_inputs(tensors)
+                tensors, outputs=("logp", "kl", "ref_logp"), reference=theirs.output_layer_inputs(tensors)
             )
             baseline = kl if head is None else head(hidden, kl)
             ratio = logp - ref_logp

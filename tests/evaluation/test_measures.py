@@ -8,7 +8,9 @@ import pytest
 
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError, RunFailedError
-from tbpo_ray.evaluation.judges import Checker, load_function, make_judge, prefer
+from tbpo_ray.evaluation.checker import Checker, load_function
+from tbpo_ray.evaluation.judge import prefer
+from tbpo_ray.evaluation.judges import make_judge
 from tbpo_ray.evaluation.measures import (
     Estimate,
     compare,
@@ -48,7 +50,7 @@ def test_a_checker_that_misbehaves_is_named(make_sample, function, message):
     ("judge", "message"),
     [
         ("{kind: oracle}", "oracle"),
-        ("{kind: checker}", "a checker is wanted"),
+        ("{kind: checker}", r"evaluation\.judge\.function"),
         ("{kind: checker, function: 'json:nothing'}", "nothing"),
         ("{kind: checker, function: json}", "module:function"),
         ("{kind: checker, function: 'json:dumps', speed: 3}", "speed: unknown key"),
