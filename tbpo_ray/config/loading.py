@@ -1,27 +1,32 @@
-"""From a YAML file and dotted overrides to a checked :class:`tbpo_ray.config.schema.Config`, and back."""
+"""Read a :class:`tbpo_ray.config.schema.Config` from a YAML file and dotted overrides, and write it back."""
 
 from __future__ import annotations
 
-import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from tbpo_ray.config.schema import Config
+from tbpo_ray.config.schema import RENAMED_KEYS, Config
+from tbpo_ray.config.validation import section_keys, unknown_key_message, validate_section
 from tbpo_ray.errors import InputError
-from tbpo_ray.redaction import without_user
+from tbpo_ray.progress import log_progress
+from tbpo_ray.redaction import strip_credentials
+
+STAGES = ("sft",)
+"""Keys that hold overrides of the whole tree."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `dotted.key=value` overrides, validate.
+    """Read a YAML file, apply `dotted.key=value` overrides and validate the result.
 
     Raises:
-        InputError: for a missing or unreadable file and for every fault of its content.
+        InputError: the file is missing or unreadable, or its content is invalid; one sentence per fault.
     """
     tree = read_yaml(path) if path is not None else {}
     merged = merge(tree, overrides_to_tree(overrides))
@@ -29,17 +34,21 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The configuration in a YAML file, nested (an empty file is an empty mapping)."""
+    """Read the configuration in a YAML file as a nested mapping; an empty file is an empty mapping."""
     return expand_dotted(read_yaml_mapping(path))
 
 
 def read_yaml_mapping(
     path: str | Path, *, option: str = "--config", example: str = "jobs/configs/tiny.yaml"
 ) -> dict[str, Any]:
-    """The mapping in a YAML file as it is written.
+    """Read the mapping in a YAML file as it is written.
+
+    Args:
+        option: the command-line option that named the file, for messages.
+        example: a file of this kind that exists, for messages.
 
     Raises:
-        InputError: no such file, not YAML, or no mapping.
+        InputError: the file does not exist, is not YAML, or does not contain a mapping.
     """
     file = Path(path)
     if not file.is_file():
@@ -48,16 +57,16 @@ def read_yaml_mapping(
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(getattr(error, "problem_mark", "") or "").strip()
-        raise InputError(f"{path}: not YAML {where}: {getattr(error, 'problem', error)}") from error
+        raise InputError(f"{path}: not valid YAML {where}: {getattr(error, 'problem', error)}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: {option} wants a mapping, this is a {type(tree).__name__}")
+        raise InputError(f"{path}: {option} must contain a mapping, not a {type(tree).__name__}")
     return tree
 
 
 def overrides_to_tree(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=[x]"]` as a nested mapping; values are read as YAML."""
+    """Turn overrides such as `["a.b=1", "c=[x]"]` into a nested mapping; values are parsed as YAML."""
     tree: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -66,7 +75,7 @@ def overrides_to_tree(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:
-            raise InputError(f"{key}={text!r}: the value is not YAML") from error
+            raise InputError(f"{key}={text!r}: the value is not valid YAML") from error
         tree = merge(tree, expand_dotted({key: value}))
     return tree
 
@@ -83,9 +92,9 @@ def expand_dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid onto `base`, mapping by mapping; neither is changed.
+    """Merge `over` into `base`, mapping by mapping, and return the result; neither argument is changed.
 
-    An empty mapping clears what was there, and a judge of another kind takes the place of the whole section.
+    An empty mapping clears the section, and a judge of another kind replaces the whole judge section.
     """
     out = dict(base)
     for key, value in over.items():
@@ -107,36 +116,100 @@ def _other_judge(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bo
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
-    """Check a nested mapping against the typed tree."""
+    """Check a nested mapping against the typed tree.
+
+    Raises:
+        InputError: one sentence per fault.
+    """
+    tree = rename_deprecated_keys(tree)
     for key, value in flatten(tree).items():
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and "\0" in text for text in texts):
-            raise InputError(f"{key}={value!r}: holds a NUL character, which no path or name can")
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(*_faults(error)) from error
+            raise InputError(f"{key}={value!r}: contains a NUL character, which no path or name may")
+    return validate_section(Config, tree)
+
+
+def rename_deprecated_keys(tree: Mapping[str, Any], *, log: bool = True) -> dict[str, Any]:
+    """Return a configuration, nested or dotted, with every deprecated key replaced by its present name.
+
+    Args:
+        log: print one line for each deprecated key that is found.
+
+    Raises:
+        InputError: a key is given under both names with different values.
+    """
+    out = dict(tree)
+    for key in STAGES:
+        if isinstance(out.get(key), Mapping):
+            out[key] = rename_deprecated_keys(out[key], log=log)
+    for old, new in RENAMED_KEYS.items():
+        found, present = _find(out, old), _find(out, new)
+        if not found:
+            continue
+        if present and present != found:
+            raise InputError(
+                f"{old}={found[0]!r}: deprecated name of {new}, which is also given, as {present[0]!r}; "
+                f"remove {old}"
+            )
+        if log:
+            _log_deprecated(old, new)
+        out = _rename(out, old, new)
+    return out
+
+
+def _find(tree: Mapping[str, Any], wanted: str, prefix: str = "") -> list[Any]:
+    """The values that a tree, nested or dotted, has for a key."""
+    found = []
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if dotted == wanted:
+            found.append(value)
+        elif isinstance(value, Mapping) and wanted.startswith(f"{dotted}."):
+            found += _find(value, wanted, f"{dotted}.")
+    return found
+
+
+def _rename(tree: Mapping[str, Any], old: str, new: str, prefix: str = "") -> dict[str, Any]:
+    """Replace `old` by `new` wherever the tree has it; both names are keys of the same section."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if dotted == old:
+            out[new.removeprefix(prefix)] = value
+        elif isinstance(value, Mapping) and old.startswith(f"{dotted}."):
+            out[key] = _rename(value, old, new, f"{dotted}.")
+        else:
+            out[key] = value
+    return out
+
+
+@functools.cache  # one line per process, however often the configuration is validated
+def _log_deprecated(old: str, new: str) -> None:
+    log_progress(f"{old} is deprecated; use {new}")
 
 
 def stage_config(config: Config, stage: Mapping[str, Any], **fixed: Any) -> Config:
-    """`config` with a stage's overrides (dotted or nested) and then `fixed` dotted keys (`__` for `.`)."""
-    tree = merge(to_tree(config), expand_dotted(stage))
-    tree = merge(tree, expand_dotted({key.replace("__", "."): value for key, value in fixed.items()}))
-    return validate(tree)
+    """Apply a stage's overrides (dotted or nested), then `fixed` dotted keys (with `__` for `.`)."""
+    # The tree has every default written out under the present name, so deprecated names go before merging.
+    tree = merge(to_tree(config), rename_deprecated_keys(expand_dotted(stage)))
+    last = expand_dotted({key.replace("__", "."): value for key, value in fixed.items()})
+    return validate(merge(tree, rename_deprecated_keys(last)))
 
 
 def to_tree(config: BaseModel) -> dict[str, Any]:
-    """Plain nested mapping of a configuration, every default written out."""
+    """Return a configuration as a plain nested mapping with every default written out."""
     return config.model_dump(mode="json")
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The configuration as it is shown and kept: addresses without the user and password in them."""
-    return without_user(yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=10_000))
+    """Write a configuration as YAML, without the user names and passwords in its addresses."""
+    return strip_credentials(
+        yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=10_000)
+    )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to dotted keys; empty mappings and lists are kept as values."""
+    """Turn a nested mapping into one with dotted keys; empty mappings and lists stay values."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
@@ -148,62 +221,22 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """Short content digest of anything JSON can write."""
+    """Return a short content digest of a value that JSON can represent."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the tree, sections included."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from known_keys(kind, f"{prefix}{name}.")
+def known_keys() -> Iterator[str]:
+    """Every dotted key of the configuration, sections included."""
+    return section_keys(Config)
 
 
 def unknown_key(key: str) -> str:
     """The sentence for a key that does not exist, with the nearest one that does."""
-    known = list(known_keys())
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    last = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = last[0] if last else near[0]
-    return f"{key}: unknown key; the nearest known one is {hint}"
-
-
-def _faults(error: ValidationError) -> list[str]:
-    faults: dict[str, list[str]] = {}
-    shown: dict[str, str] = {}
-    for item in error.errors():
-        loc = [str(part) for part in item["loc"]]
-        key = ".".join(_visible(loc))
-        if item["type"] == "extra_forbidden":
-            faults.setdefault(unknown_key(key), [])
-            continue
-        message = item["msg"].removeprefix("Value error, ")
-        if not loc or (isinstance(item["input"], Mapping) and item["type"] == "value_error"):
-            faults.setdefault(message, [])
-            continue
-        shown[key] = repr(item["input"])
-        faults.setdefault(key, []).append(message[0].lower() + message[1:])
-    return [f"{k}={shown[k]}: {' or '.join(dict.fromkeys(v))}" if v else k for k, v in faults.items()]
-
-
-def _visible(loc: Sequence[str]) -> list[str]:
-    """Drop the union branch names that pydantic puts into a location."""
-    known = set(known_keys())
-    out: list[str] = []
-    for part in loc:
-        inside_value = bool(out) and ".".join(out) in known and ".".join([*out, part]) not in known
-        if not (inside_value and (part in _BRANCHES or not (part.isdigit() or part.isidentifier()))):
-            out.append(part)
-    return out
-
-
-_BRANCHES = ("int", "float", "str", "list", "dict", "bool", "none", "constrained-int")
+    return unknown_key_message(key, known_keys())
 
 
 def is_at_or_below(key: str, section: str) -> bool:
-    """Whether a dotted key is `section` or lies below it; a trailing dot of `section` does not matter."""
+    """Whether a dotted key is `section` itself or one of its keys; `section` may have a trailing dot."""
     section = section.rstrip(".")
     return key == section or key.startswith(f"{section}.")

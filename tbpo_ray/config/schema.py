@@ -15,6 +15,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from tbpo_ray.config.base import Count, NonNegative, Positive, Section, Share, check_name
 from tbpo_ray.config.objective import ObjectiveConfig
 
+RENAMED_KEYS = {"training.cut_dead_tail": "training.truncate_to_shorter"}
+"""Deprecated keys and their present names; both belong to the same section."""
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
@@ -130,8 +132,8 @@ class TrainingConfig(Section):
     """Recompute layer activations in the backward pass."""
     shared_prompt: bool | None = None
     """Run the prompt once for both answers; default: on where the attention implementation allows it."""
-    cut_dead_tail: bool = True
-    """Drop answer tokens that the objective cannot see."""
+    truncate_to_shorter: bool = True
+    """Truncate both answers to the shorter one's length, for objectives that compare no tokens beyond it."""
     length_batches: bool = True
     """Draw steps from pairs of like length; within a step micro-batches hold like lengths anyway."""
     checkpoint_every: Count | None = None
