@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tbpo_ray.config.schema import Config
+from tbpo_ray.config.schema import RENAMED_KEYS, Config
 
 TYPE_NAMES = {
     bool: "boolean",
@@ -41,13 +41,15 @@ def reference_markdown() -> str:
         "An unknown key, a wrong type or a value outside the accepted range ends the job with exit status 2.",
     ]
     for title, prefix, model in sections(Config):
-        parts.append(f"{'##' if title.count('.') == 0 else '###'} {title}")
-        parts.append(" ".join(inspect.getdoc(model).split()))  # type: ignore[union-attr]
-        rows = [
-            _row(prefix + name, field) for name, field in model.model_fields.items() if not _section(field)
-        ]
+        parts.append(f"{'###' if '.' in title else '##'} {title}")
+        parts.append(" ".join((model.__doc__ or "").split()))
+        fields = model.model_fields.items()
+        rows = [_row(prefix + name, field) for name, field in fields if not _is_section(field)]
         if rows:
             parts.append("\n".join([HEADER, *rows]))
+    parts.append("## Deprecated keys")
+    renamed = [f"| `{old}` | `{new}` |" for old, new in RENAMED_KEYS.items()]
+    parts.append("\n".join(["| Deprecated | Present name |\n|---|---|", *renamed]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,29 +79,31 @@ def type_text(annotation: Any) -> str:
     if origin in (list, dict) and arguments[-1] is not Any:
         return f"{TYPE_NAMES[origin]} of {type_text(arguments[-1])}s"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return f"mapping with {', '.join(annotation.model_fields)}"
+        return "mapping"
     return TYPE_NAMES[origin or annotation]
 
 
 def accepted_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     """The accepted values of a key: the alternatives of a literal, or the bounds of a number."""
+    return ", ".join(dict.fromkeys(_accepted(annotation, metadata)))
+
+
+def _accepted(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return accepted_text(arguments[0], arguments[1:])
+        yield from _accepted(arguments[0], arguments[1:])
+        return
+    yield from _bounds(metadata)
     if origin is Literal:
-        return ", ".join(
-            f"`{json.dumps(value) if not isinstance(value, str) else value}`" for value in arguments
-        )
-    bounds = list(_bounds(metadata))
-    inner = arguments if origin in (Union, types.UnionType) else arguments[-1:] if origin is list else ()
-    alternatives = [accepted_text(argument) for argument in inner]
-    return ", ".join(dict.fromkeys(text for text in [*bounds, *alternatives] if text))
+        yield from (f"`{_plain(value)}`" for value in arguments)
+    elif origin in (Union, types.UnionType, list):
+        for argument in arguments:
+            yield from _accepted(argument)
 
 
 def _row(key: str, field: FieldInfo) -> str:
-    default = (
-        "required" if field.is_required() else f"`{_json(field.get_default(call_default_factory=True))}`"
-    )
+    required = field.is_required()
+    default = "required" if required else f"`{_plain(field.get_default(call_default_factory=True))}`"
     cells = (
         f"`{key}`",
         type_text(field.annotation),
@@ -110,7 +114,7 @@ def _row(key: str, field: FieldInfo) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _json(value: Any) -> str:
+def _plain(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
 
 
@@ -128,7 +132,7 @@ def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
         yield f"{'-'.join(map(str, dict.fromkeys(lengths.values())))} items"
 
 
-def _section(field: FieldInfo) -> bool:
+def _is_section(field: FieldInfo) -> bool:
     """Whether a field is a section that is always there, whose keys have a table of their own."""
     return inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)
 

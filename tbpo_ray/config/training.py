@@ -1,0 +1,124 @@
+"""The section `training`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Positive, Section, Share
+
+
+class TrainingConfig(Section):
+    """The optimizer, the batches, the checkpoints and the metrics of a training run."""
+
+    epochs: Positive = 1.0
+    """Passes over the data; may be a fraction."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps; overrides `epochs`."""
+    pairs_per_step: Count = 128
+    """Pairs in one optimizer step, over all workers and micro-batches."""
+    micro_batch_pairs: Count = 8
+    """Maximum number of pairs in one forward and backward pass on one worker."""
+    learning_rate: NonNegative = 5e-7
+    """Peak learning rate."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """Optimizer of the policy; the paper uses RMSprop."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay: decoupled for `adamw`, an L2 penalty for `rmsprop`."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate schedule after the warm-up."""
+    warmup_ratio: Share = 0.05
+    """Fraction of all steps in which the learning rate rises linearly from 0."""
+    max_grad_norm: Positive | None = 1.0
+    """Maximum global norm of the gradient; null: no clipping."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the forward and backward pass; `bf16` keeps fp32 master weights."""
+    tf32: bool = False
+    """Allow TF32 matrix products on GPUs."""
+    activation_checkpointing: bool = False
+    """Recompute layer activations in the backward pass instead of storing them."""
+    shared_prompt: bool | None = None
+    """Compute the prompt once for both answers; default: true where the attention implementation
+    allows it."""
+    truncate_to_shorter: bool = True
+    """Truncate both answers to the length of the shorter one if the objective reads no tokens beyond it."""
+    length_batches: bool = True
+    """Form each step from pairs of similar length. Micro-batches within a step always hold pairs of similar
+    length."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; default: ten checkpoints per run."""
+    keep_checkpoints: Count = 2
+    """Number of latest checkpoints to keep."""
+    keep_best: CountOrZero = 0
+    """Number of best checkpoints by `best_metric` to keep in addition; each checkpoint is then evaluated
+    when it is written."""
+    best_metric: str = "eval/loss"
+    """Logged metric that ranks checkpoints; metrics on `data.eval` begin with `eval/`."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether a lower (`min`) or a higher (`max`) value of `best_metric` is better."""
+    export: Literal["last", "best"] = "last"
+    """Checkpoint to export as the policy; `best` requires `keep_best` of at least 1."""
+    async_checkpoints: bool = False
+    """Write checkpoints in a thread while training continues; needs memory for a second copy of the optimizer
+    state."""
+    eval_every: Count | None = None
+    """Steps between evaluations on `data.eval`; default: only at the end."""
+    validate_every: Count | None = None
+    """Steps between checkpoints that vLLM samples from and the judge scores while training continues;
+    default: none."""
+    validation_prompts: Count = 64
+    """Number of evaluation prompts for `validate_every`."""
+    log_every: Count = 1
+    """Steps between two lines of `metrics.jsonl` and between two MLflow entries."""
+    reference_scores: Literal["cached", "live"] | None = None
+    """`cached`: reference log-probs are computed once and stored; `live`: computed in every step by a
+    reference model on the worker; default: `cached` where the objective allows it."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What all workers do with a step whose loss or gradient is not finite."""
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"stage": 1})
+    """`{stage: N}` for ZeRO stage N, or any DeepSpeed configuration, which is passed through. Example with
+    the optimizer state on the CPU: `{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}`."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        zero = value.get("zero_optimization")
+        stage = value["stage"] if "stage" in value else zero.get("stage", 0) if isinstance(zero, dict) else 0
+        if stage not in (0, 1, 2, 3):
+            raise ValueError("the ZeRO stage must be 0, 1, 2 or 3")
+        if "stage" in value and len(value) > 1 and "zero_optimization" in value:
+            raise ValueError("give either `stage` or `zero_optimization`, not both")
+        for part, stages in OFFLOAD_STAGES.items():
+            if stage not in stages and isinstance(zero, dict) and _is_offloaded(zero, part):
+                use = " or ".join(map(str, stages))
+                raise ValueError(f"{part} does nothing with ZeRO stage {stage}; remove it, or use {use}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_export(self) -> Self:
+        if self.export == "best" and not self.keep_best:
+            raise ValueError(
+                "training.export=best: no best checkpoint is kept; set training.keep_best=1 or more"
+            )
+        return self
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the DeepSpeed configuration."""
+        zero = self.deepspeed.get("zero_optimization") or {}
+        return int(self.deepspeed.get("stage", zero.get("stage", 0)))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether DeepSpeed keeps the optimizer state or the weights off the device."""
+        zero = self.deepspeed.get("zero_optimization") or {}
+        return any(_is_offloaded(zero, part) for part in OFFLOAD_STAGES)
+
+
+OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+"""Keys of DeepSpeed's `zero_optimization` that offload, and the ZeRO stages in which they have an effect."""
+
+
+def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
+    return bool(zero.get(part)) and zero[part].get("device") in ("cpu", "nvme")
