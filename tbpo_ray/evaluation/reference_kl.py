@@ -1,82 +1,56 @@
-"""How far a policy went from its reference, measured on the policy's own samples.
-
-Shape letters: N samples, T tokens, V vocabulary.
-"""
+"""How far a policy is from its reference, measured on the policy's own samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from tbpo_ray.evaluation.scoring import length_batches, load_scorer
 from tbpo_ray.generation.samples import Sample
-
-_LOGITS = 2**28
-"""Most logits of one batch: 1 GiB in float32."""
 
 
 def reference_logprobs(samples: Sequence[Sample], model: str, *, use_gpu: bool = False) -> list[list[float]]:
-    """log pi_ref of every sampled token, in nats: for each of N samples a list as long as its tokens.
+    """Score samples under the reference.
 
-    Samples of like length share a batch. On a CPU the model runs here in float32; with `use_gpu` in bfloat16
-    in a Ray task that holds a GPU.
+    With `use_gpu` the model runs in a Ray task that holds a GPU, otherwise in this process.
 
     Args:
         model: the reference's folder; it must share the policy's token ids.
+
+    Returns:
+        For each sample log pi_ref of its tokens, in nats.
     """
     pairs = [(list(s.prompt_token_ids), list(s.token_ids)) for s in samples]
     if not use_gpu:
-        return score_tokens(model, pairs, "cpu")
+        return answer_logprobs(model, pairs, "cpu")
     import ray
 
-    remote = ray.remote(num_gpus=1, max_calls=1)(score_tokens)
-    return ray.get(remote.remote(model, pairs, "cuda"))
+    # max_calls=1: the process ends with the task, which is what returns its GPU memory.
+    remote = ray.remote(num_gpus=1, max_calls=1)(answer_logprobs)
+    scores: list[list[float]] = ray.get(remote.remote(model, pairs, "cuda"))
+    return scores
 
 
-def score_tokens(model: str, pairs: Sequence[tuple[list[int], list[int]]], device: str) -> list[list[float]]:
-    """log-probabilities of answers after prompts under a causal model (see :func:`reference_logprobs`)."""
+def answer_logprobs(
+    model: str, pairs: Sequence[tuple[list[int], list[int]]], device: str
+) -> list[list[float]]:
+    """Log-probs of the answer's tokens for each (prompt, answer), under the causal model in folder `model`."""
+    import numpy as np
     import torch
 
-    from tbpo_ray.models.load import inference_dtype, load_model, quiet_transformers
+    from tbpo_ray.training.batch import collate
 
-    quiet_transformers()
-
-    policy = load_model(model, dtype=inference_dtype(device))
-    policy.to(torch.device(device))  # type: ignore[arg-type]
-    batch_tokens = min(8192, max(1, _LOGITS // policy.config.get_text_config().vocab_size))
-    sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
-    out: list[list[float]] = [[] for _ in pairs]
+    scorer = load_scorer(model, device)
+    scores: list[list[float]] = [[] for _ in pairs]
     with torch.inference_mode():
-        for batch in length_batches(sizes, batch_tokens):
-            width = max(sizes[i] for i in batch)
-            first = min(len(pairs[i][0]) for i in batch) - 1
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                tokens = torch.tensor([*pairs[i][0], *pairs[i][1]])
-                ids[row, : len(tokens)] = tokens
-                mask[row, : len(tokens)] = 1
-            logits = policy(
-                input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=width - first
-            ).logits  # [N, width - first, V], the position `first` first
-            for row, i in enumerate(batch):
-                start, labels = len(pairs[i][0]) - 1 - first, torch.tensor(pairs[i][1], dtype=torch.long)
-                logps = logits[row, start : start + len(labels)].float().log_softmax(-1)
-                out[i] = logps.gather(1, labels.to(device)[:, None])[:, 0].tolist()
-    return out
-
-
-def length_batches(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Indices of sequences, sorted by size, in batches whose padded size stays within `most` where one alone
-    does; those of size 0 are left out."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
-        if not sizes[i]:
-            continue
-        if batches and sizes[i] * (len(batches[-1]) + 1) <= most:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+        for indices in length_batches([len(prompt) + len(answer) for prompt, answer in pairs]):
+            prompts = [np.array(pairs[i][0]) for i in indices]
+            answers = [np.array(pairs[i][1], dtype=np.int64) for i in indices]
+            batch = collate(prompts, [answers], pad_id=0, shared=False, truncate_to_shorter=False)
+            logps = scorer.reference_logps(batch.to(device))[0].tolist()
+            for i, values in zip(indices, logps, strict=True):
+                scores[i] = values[: len(pairs[i][1])]
+    return scores
 
 
 def kl_k1(samples: Sequence[Sample], reference: Sequence[Sequence[float]]) -> list[float]:
