@@ -4,7 +4,7 @@ With R = exp(u), the density-ratio matching loss of one sample is
 
     loss_h(u) = h'(R) R - h(R) - h'(1/R)        (additive constants dropped)
 
-and is written here from u, never from R, so that nothing overflows on the way. The ratio is rejected over
+and is computed from u, never from R, so that no intermediate value overflows. The ratio is rejected over
 chosen: smaller u is better. Source: TBPO, arXiv 2605.12288; BPO, arXiv 2505.19601 (sequence level).
 
 | name      | h(R)                                  | loss_h(u)                                          |
@@ -15,23 +15,24 @@ chosen: smaller u is better. Source: TBPO, arXiv 2605.12288; BPO, arXiv 2505.196
 | ba        | (R^{1+lam} - R) / lam                 | e^{(1+lam)u} - (1+lam) expm1(-lam u)/lam           |
 | sba       | (R^{1+lam} - R) / (scale lam (1+lam)) | [e^{(1+lam)u}/(1+lam) - expm1(-lam u)/lam] / scale |
 
-The last two are continuous in lam through 0, in value and gradient, where they are those of `kliep`
-(divided by `scale` for `sba`).
+The last two are continuous in lam at 0, in value and gradient, where they equal `kliep` (divided by `scale`
+for `sba`).
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
-from tbpo_ray.errors import InputError
+from tbpo_ray.config.objective import BregmanConfig, GeneratorName
+from tbpo_ray.config.validation import validate_section
 
+_DEFAULTS = BregmanConfig()
 MAX_EXPONENT = 30.0  # e^30 = 1e13: its square, summed in a gradient norm, still fits fp32 and bf16
 TINY_LAM = 1e-18  # below it u - lam u^2 / 2 equals u in float64 for every u within the clamp
 
@@ -44,7 +45,7 @@ def power_term(u: Tensor, lam: float) -> Tensor:
 
 
 def logistic(u: Tensor, lam: float, scale: float) -> Tensor:
-    return -F.logsigmoid(-u)  # softplus without its linear shortcut above 20, which is off by 2e-9
+    return -functional.logsigmoid(-u)  # softplus without its linear shortcut above 20, which is off by 2e-9
 
 
 def kliep(u: Tensor, lam: float, scale: float) -> Tensor:
@@ -63,7 +64,7 @@ def sba(u: Tensor, lam: float, scale: float) -> Tensor:
     return (((lam + 1) * u).exp() / (lam + 1) + power_term(u, lam)) / scale
 
 
-LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+LOSSES: dict[GeneratorName, Callable[[Tensor, float, float], Tensor]] = {
     "logistic": logistic,
     "kliep": kliep,
     "lsif": lsif,
@@ -77,17 +78,17 @@ class Generator:
     """A Bregman generator with its parameters. Build one with `make_generator`.
 
     Attributes:
-        limit: |u| beyond it is clamped (its gradient is 0); infinite for `logistic`, whose value and
-            gradient are finite for every finite u. Otherwise 30 / (largest exponent per unit of u).
+        limit: u is clamped to [-limit, limit], where its gradient is 0 beyond. Infinite for `logistic`, whose
+            value and gradient are finite for every finite u; otherwise 30 / (largest exponent per unit of u).
     """
 
-    name: str
+    name: GeneratorName
     lam: float
     scale: float
     limit: float
 
     def loss(self, u: Tensor) -> Tensor:
-        """loss_h(u), elementwise: any shape in, the same shape out, in float32 (float64 stays).
+        """Return loss_h(u), elementwise: the shape of u, in float32 (or float64 for float64 input).
 
         Terms with |u| > limit are clamped: their value is finite and their gradient 0. NaN stays NaN.
         """
@@ -103,36 +104,21 @@ class Generator:
         return u.abs() > self.limit
 
 
-def make_generator(name: str, *, lam: float = 0.0, scale: float = 4.0) -> Generator:
-    """A generator by name: logistic, kliep, lsif, ba(lam) or sba(lam, scale).
+def make_generator(name: str, *, lam: float = _DEFAULTS.lam, scale: float = _DEFAULTS.scale) -> Generator:
+    """Build a generator by name: logistic, kliep, lsif, ba(lam) or sba(lam, scale).
 
     Args:
-        lam: order of `ba` and `sba`, above -1; the other generators do not read it.
-        scale: divisor of `sba`; 4 gives it the slope of `logistic` at u = 0.
+        lam: order of `ba` and `sba`; the other generators do not read it.
+        scale: divisor of `sba`.
 
     Raises:
-        InputError: unknown name, lam not above -1, scale not positive.
+        InputError: a value that `objective.bregman` does not accept.
     """
-    if name not in LOSSES:
-        raise InputError(
-            f"objective.bregman.generator: {name!r} is not a generator; one of {' '.join(LOSSES)}"
-            + nearest(name, LOSSES)
-        )
-    if not is_finite_number(lam) or lam <= -1:
-        raise InputError(f"objective.bregman.lam: {lam!r} will not do; a finite number above -1")
-    if not is_finite_number(scale) or scale <= 0:
-        raise InputError(f"objective.bregman.scale: {scale!r} will not do; a finite number above 0")
-    rate = {"logistic": 0.0, "kliep": 1.0, "lsif": 2.0}.get(name, max(1.0, 1.0 + lam))
+    config = validate_section(
+        BregmanConfig, {"generator": name, "lam": lam, "scale": scale}, "objective.bregman"
+    )
+    # The largest exponent per unit of u decides where e^(rate u) would leave the range of MAX_EXPONENT.
+    rates = {"logistic": 0.0, "kliep": 1.0, "lsif": 2.0}
+    rate = rates.get(config.generator, max(1.0, 1.0 + config.lam))
     limit = MAX_EXPONENT / rate if rate else math.inf
-    return Generator(name, float(lam), float(scale), limit)
-
-
-def is_finite_number(value: object) -> bool:
-    """A finite int or float; bool is neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def nearest(name: object, known: object) -> str:
-    """ "; did you mean X?" for the closest known name, or nothing."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)  # type: ignore[attr-defined]
-    return f"; did you mean {close[0]}?" if close else ""
+    return Generator(config.generator, config.lam, config.scale, limit)

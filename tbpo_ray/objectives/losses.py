@@ -1,6 +1,6 @@
 """Every objective as a log model ratio u (rejected over chosen: smaller is better) and a loss of u.
 
-Each function below is one paper's formula for u, without the loss that is put on it: `softplus` for the
+Each function below is one paper's formula for u, without the loss that is applied to it: `softplus` for the
 DPO family, `(u + 1/(2 beta))^2` for IPO, any Bregman `loss_h` for TBPO and BPO (see `objective`).
 
 Shapes: B pairs, T answer tokens. w is the chosen side, l the rejected one; r_t = log pi - log pi_ref;
@@ -9,26 +9,39 @@ S = sum of r_t over the answer's own tokens, K = sum of the per-token KL(pi_ref 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
-from tbpo_ray.objectives.baseline import StateBaseline, baseline_difference, side_baseline
+from tbpo_ray.config.objective import ObjectiveConfig, StateBaselineConfig
+from tbpo_ray.objectives.baseline import baseline_difference, side_baseline
 from tbpo_ray.objectives.types import Side, masked_mean
 
 
 @dataclass(frozen=True)
 class Params:
-    """The numbers the formulas read; see `build_objective` for their defaults."""
+    """The numbers that the formulas read, with the defaults of the objective filled in."""
 
     beta: float
-    label_smoothing: float = 0.0
-    alpha: float = 0.5
-    gamma: float = 0.5
-    select_ratio: float = 0.3
-    baseline: StateBaseline = field(default_factory=StateBaseline)
+    label_smoothing: float
+    alpha: float
+    gamma: float
+    select_ratio: float
+    baseline: StateBaselineConfig
+
+    @classmethod
+    def from_config(cls, config: ObjectiveConfig) -> Params:
+        """Take the numbers from a configuration section."""
+        return cls(
+            beta=config.effective_beta,
+            label_smoothing=config.label_smoothing,
+            alpha=config.effective_alpha,
+            gamma=config.gamma,
+            select_ratio=config.select_ratio,
+            baseline=config.effective_baseline,
+        )
 
 
 def tbpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
@@ -64,7 +77,7 @@ def simpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
 
 
 def tdpo1(chosen: Side, rejected: Side, p: Params) -> Tensor:
-    """u = -beta (S^w - S^l - (K^l - K^w)); the KL comes in `*_baseline`. [B]
+    """u = -beta (S^w - S^l - (K^l - K^w)); `*_baseline` has the KL. [B]
 
     Source: TDPO, arXiv 2404.11999, method 1.
     """
@@ -73,7 +86,7 @@ def tdpo1(chosen: Side, rejected: Side, p: Params) -> Tensor:
 
 
 def tdpo2(chosen: Side, rejected: Side, p: Params) -> Tensor:
-    """u = -beta (S^w - S^l - alpha (K^l - stopgrad K^w)); the KL comes in `*_baseline`. [B]
+    """u = -beta (S^w - S^l - alpha (K^l - stopgrad K^w)); `*_baseline` has the KL. [B]
 
     Source: TDPO, arXiv 2404.11999, method 2.
     """
@@ -96,46 +109,49 @@ def tis_dpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
 def sepo(chosen: Side, rejected: Side, p: Params) -> Tensor:
     """u = beta (mean of log pi^l over its lowest tokens - mean of log pi^w over its highest). [B]
 
-    An oracle's token scores (`*_weights`) pick ceil(select_ratio * |y|) tokens of each answer: the highest
-    of the chosen one, the lowest of the rejected one. The policy is compared with itself on those tokens
-    alone: length-normalised, without a reference.
+    An oracle's token scores (`*_weights`) select ceil(select_ratio * |y|) tokens of each answer: the highest
+    of the chosen one and the lowest of the rejected one. Only these tokens enter the loss, normalized by
+    their number and without a reference.
 
-    Source: SePO, arXiv 2408.13518. The oracle is a small DPO-trained model, its scores
-    `token_weights.oracle_scores`. The paper's normaliser is |y| * select_ratio where ours is the number of
-    tokens selected, which differs by rounding.
+    Source: SePO, arXiv 2408.13518. The oracle is a small DPO-trained model; `token_weights.oracle_scores`
+    computes its scores. The paper normalizes by |y| * select_ratio, which differs from the number of selected
+    tokens by rounding.
     """
     assert chosen.weights is not None and rejected.weights is not None
     high = top_tokens(chosen.weights, chosen.mask, p.select_ratio)
     low = top_tokens(-rejected.weights, rejected.mask, p.select_ratio)
     u = p.beta * (masked_mean(rejected.logps, low) - masked_mean(chosen.logps, high))
     read = chosen.weights + rejected.weights + chosen.logps + rejected.logps
-    return u + 0 * read.detach().sum(-1)  # a NaN that was ranked, or not selected, must not pass silently
+    # A NaN among the scores, or at a token that was not selected, must not pass silently.
+    return u + 0 * read.detach().sum(-1)
 
 
 def top_tokens(scores: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """Mask of the ceil(ratio * |y|) highest-scored tokens of each row, earlier ones first in a tie. [B, T]"""
+    """Mask of the ceil(ratio * |y|) highest-scored tokens of each row; ties go to earlier tokens. [B, T]"""
     lowest = torch.full((), -torch.inf, dtype=scores.dtype, device=scores.device)
     order = torch.where(mask, scores, lowest).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
-    count = (mask.sum(-1, keepdim=True) * ratio - 1e-6).ceil()  # 0.3 * 10 must be 3 in fp32 too
+    # The small subtrahend keeps 0.3 * 10 at 3 in fp32 as well.
+    count = (mask.sum(-1, keepdim=True) * ratio - 1e-6).ceil()
     return mask & (rank < count)
 
 
 def t_reg_penalty(chosen: Side, rejected: Side, p: Params) -> Tensor:
-    """alpha times the mean squared distance of the implicit token rewards beta r_t from given ones. [B]
+    """alpha times the mean squared distance between implicit token rewards beta r_t and target rewards. [B]
 
-    The given token rewards (`*_weights`) are those the model gives itself by contrastive prompts
-    (`token_weights.self_rewards`). Both answers count, each by the mean over its tokens.
+    The targets (`*_weights`) are the rewards that the model assigns to itself under contrastive prompts
+    (`token_weights.self_rewards`). Each answer contributes the mean over its tokens. The penalty is added to
+    the DPO loss of the pair.
 
-    Source: T-REG, arXiv 2412.02685: DPO plus a regulariser that draws the implicit token rewards towards
-    self-given ones. That the distance is squared and that both answers weigh the same, whatever their
-    length and margin, is our reading of it. Added to the DPO loss of the pair.
+    Source: T-REG, arXiv 2412.02685: DPO plus a regularizer that pulls the implicit token rewards toward
+    self-assigned ones. The paper leaves the form of the distance open; the square, and the equal weight of
+    both answers whatever their length and margin, are choices made here.
     """
     return p.alpha * (reward_distance(chosen, p.beta) + reward_distance(rejected, p.beta))
 
 
 def reward_distance(side: Side, beta: float) -> Tensor:
-    """Mean over an answer's tokens of (beta r_t - given reward)^2. [B]"""
+    """Mean over an answer's tokens of (beta r_t - target reward)^2. [B]"""
     assert side.weights is not None
     return masked_mean((beta * side.log_ratio - side.weights.detach()) ** 2, side.mask)
 
@@ -147,7 +163,7 @@ def sft(chosen: Side) -> Tensor:
 
 def softplus(u: Tensor, beta: float) -> Tensor:
     """log(1 + e^u), the DPO family's loss of u. Elementwise."""
-    return -F.logsigmoid(-u)
+    return -functional.logsigmoid(-u)
 
 
 def ipo_square(u: Tensor, beta: float) -> Tensor:

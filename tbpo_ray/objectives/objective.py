@@ -1,4 +1,4 @@
-"""An objective: token scores in, a loss per pair and metrics out.
+"""The objectives: token scores in, a loss per pair and metrics out.
 
 Shapes: B pairs, T answer tokens.
 """
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tbpo_ray.config.objective import ObjectiveConfig, ObjectiveName, StateBaselineConfig
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import losses, metrics
-from tbpo_ray.objectives.baseline import StateBaseline, side_baseline
+from tbpo_ray.objectives.baseline import side_baseline
 from tbpo_ray.objectives.generators import Generator
 from tbpo_ray.objectives.losses import Params
 from tbpo_ray.objectives.types import FIELDS, ObjectiveOutput, Side, TokenScores, clean_side, masked_mean
@@ -21,43 +22,37 @@ from tbpo_ray.objectives.types import FIELDS, ObjectiveOutput, Side, TokenScores
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one named objective apart from the others.
+    """The formula of one objective. What it reads and its defaults are in `tbpo_ray.config.objective`.
 
     Attributes:
-        u: its log model ratio (None for `sft`), from `losses`.
-        link: "bregman" (the configured generator), or the function put on u.
-        token_level: u is [B, T] and averaged over the tokens both answers have; otherwise u is [B].
-        reads: fields of a side beyond `logps` and `mask`.
-        beta, alpha: the source's defaults.
+        u: the log model ratio (None for `sft`), from `losses`.
+        link: "bregman" for the configured generator, or the function that is applied to u.
+        token_level: u is [B, T] and averaged over the tokens that both answers have; otherwise u is [B].
         source: where the formula comes from.
     """
 
     u: Callable[[Side, Side, Params], Tensor] | None
     link: Callable[[Tensor, float], Tensor] | str = losses.softplus
     token_level: bool = False
-    reads: tuple[str, ...] = ("ref_logps",)
-    beta: float = 0.1
-    alpha: float = 0.5
     source: str = ""
 
 
-WITH_KL = ("ref_logps", "baseline")
-WITH_WEIGHTS = ("ref_logps", "weights")
-
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[ObjectiveName, Family] = {
     "tbpo_q": Family(losses.tbpo, "bregman", token_level=True, source="arXiv 2605.12288"),
     "tbpo_a": Family(losses.tbpo, "bregman", token_level=True, source="arXiv 2605.12288"),
     "dpo": Family(losses.dpo, source="arXiv 2305.18290"),
     "ipo": Family(losses.ipo, losses.ipo_square, source="arXiv 2310.12036"),
-    "simpo": Family(losses.simpo, reads=(), beta=2.0, source="arXiv 2405.14734"),
+    "simpo": Family(losses.simpo, source="arXiv 2405.14734"),
     "bpo": Family(losses.dpo, "bregman", source="arXiv 2505.19601"),
-    "tdpo1": Family(losses.tdpo1, reads=WITH_KL, source="arXiv 2404.11999"),
-    "tdpo2": Family(losses.tdpo2, reads=WITH_KL, source="arXiv 2404.11999"),
-    "tis_dpo": Family(losses.tis_dpo, reads=WITH_WEIGHTS, source="arXiv 2410.04350"),
-    "sepo": Family(losses.sepo, reads=("weights",), beta=2.0, source="arXiv 2408.13518"),
-    "t_reg": Family(losses.dpo, reads=WITH_WEIGHTS, alpha=0.1, source="arXiv 2412.02685"),
-    "sft": Family(None, reads=()),
+    "tdpo1": Family(losses.tdpo1, source="arXiv 2404.11999"),
+    "tdpo2": Family(losses.tdpo2, source="arXiv 2404.11999"),
+    "tis_dpo": Family(losses.tis_dpo, source="arXiv 2410.04350"),
+    "sepo": Family(losses.sepo, source="arXiv 2408.13518"),
+    "t_reg": Family(losses.dpo, source="arXiv 2412.02685"),
+    "sft": Family(None),
 }
+FIELD_OF_INPUT = {"reference": "ref_logps", "kl": "baseline", "weights": "weights"}
+"""Which field of a side carries each input of an objective."""
 
 
 class Objective:
@@ -66,53 +61,53 @@ class Objective:
     Attributes:
         name: its configured name.
         params: beta, label_smoothing, alpha, gamma, select_ratio and the state baseline.
-        generator: the Bregman generator, None where the loss of u is fixed.
-        needs_reference: reads per-token reference log-probs.
+        generator: the Bregman generator; None if the loss of u is fixed.
+        needs_reference: reads the reference's log-probs of the answer tokens.
         needs_kl: reads (or its head reads) the exact KL from both distributions.
-        needs_samples: reference tokens to draw per state (`k3_sampled`), otherwise 0.
-        needs_weights: reads `*_weights`: token weights, oracle scores or self-given rewards.
+        needs_samples: number of reference tokens to draw per state (`k3_sampled`), otherwise 0.
+        needs_weights: reads `*_weights`: token weights, oracle scores or self-assigned rewards.
         needs_rejected: reads the rejected answer (all but `sft`).
-        compares_to_shorter: reads tokens up to the shorter answer only: the rest may be cut off.
-        learned_baseline: a head from `build_state_baseline` has to be trained beside the policy.
+        compares_to_shorter: reads tokens only up to the shorter answer's length, so that the rest can be
+            truncated.
+        learned_baseline: a head from `build_state_baseline` must be trained with the policy.
     """
 
-    def __init__(self, name: str, params: Params, generator: Generator | None):
-        self.name = name
-        self.params = params
-        self.family = FAMILIES[name]
+    def __init__(self, config: ObjectiveConfig, generator: Generator | None):
+        self.name = config.name
+        self.params = Params.from_config(config)
+        self.family = FAMILIES[config.name]
         self.generator = generator
-        tbpo = self.family.u is losses.tbpo
-        baseline = params.baseline
-        self.needs_reference: bool = "ref_logps" in self.family.reads
-        self.needs_kl: bool = baseline.needs_kl if tbpo else "baseline" in self.family.reads
-        self.needs_samples: int = baseline.samples if tbpo and baseline.kind == "k3_sampled" else 0
-        self.needs_weights: bool = "weights" in self.family.reads
+        self.fields = ("logps", "mask", *(FIELD_OF_INPUT[name] for name in config.traits.inputs))
+        self.needs_reference: bool = config.needs_reference
+        self.needs_kl: bool = config.needs_kl
+        self.needs_samples: int = config.needed_samples
+        self.needs_weights: bool = config.needs_weights
         self.needs_rejected: bool = self.family.u is not None
         self.compares_to_shorter: bool = self.family.token_level
-        self.learned_baseline: bool = tbpo and baseline.learned
+        self.learned_baseline: bool = config.effective_baseline.learned
 
     def __repr__(self) -> str:
         return f"Objective({self.name!r}, {self.params}, {self.generator})"
 
     @property
-    def state_baseline(self) -> StateBaseline:
-        """The state baseline's settings."""
+    def state_baseline(self) -> StateBaselineConfig:
+        """The settings of the state baseline, with its kind filled in."""
         return self.params.baseline
 
     def __call__(self, scores: TokenScores) -> ObjectiveOutput:
-        """Loss of each pair, their mean, and metrics.
+        """Return the loss of each pair, their mean, and metrics.
 
-        A pair with nothing to compare (an answer without tokens) has loss 0 and gradient 0. A NaN at a
-        masked-in position makes the loss of its pair NaN, never a number; `check` names the culprit.
+        Fields that the objective does not read may be None, for `sft` the whole rejected side. A pair with
+        nothing to compare (an answer without tokens) has loss 0 and gradient 0. A NaN at a position that the
+        mask selects makes the loss of its pair NaN, never a number; `check` finds its field.
 
         Raises:
-            InputError: a field this objective reads is missing, or shapes disagree.
+            InputError: a field that this objective reads is None, or shapes disagree.
         """
-        reads = ("logps", "mask", *self.family.reads)
-        chosen = clean_side(scores, "chosen", reads)
+        chosen = clean_side(scores, "chosen", self.fields)
         if self.family.u is None:
             return self._sft(chosen)
-        rejected = clean_side(scores, "rejected", reads)
+        rejected = clean_side(scores, "rejected", self.fields)
         u = self.family.u(chosen, rejected, self.params)
         per_pair, compared = self._reduce(self._smoothed(u), chosen, rejected)
         extra: dict[str, Tensor] = {}
@@ -161,25 +156,32 @@ class Objective:
         if self.generator is not None:
             clamped = self.generator.is_clamped(u).to(u.dtype)
             found["u/clamped_share"] = metrics.token_mean(clamped, over)
-        if self.family.token_level:
-            token_u = u
-        elif self.needs_reference:
-            token_u = rejected.log_ratio - chosen.log_ratio
-        else:
-            token_u = rejected.logps - chosen.logps
+        token_u = self._token_u(u, chosen, rejected)
         found["rewards/token_accuracy"] = metrics.token_mean((token_u < 0).to(u.dtype), both)
-        if self.family.u is losses.tbpo and self.params.baseline.kind != "none":
-            c = [side_baseline(self.params.baseline, side, "") for side in (chosen, rejected)]
-            found |= metrics.baseline_metrics(c[0], c[1], chosen, rejected)
-        elif chosen.baseline is not None and rejected.baseline is not None and self.needs_kl:
-            found |= metrics.baseline_metrics(chosen.baseline, rejected.baseline, chosen, rejected)
+        found |= self._baseline_metrics(chosen, rejected)
         return {name: value.detach() for name, value in found.items()}
 
+    def _token_u(self, u: Tensor, chosen: Side, rejected: Side) -> Tensor:
+        """A log model ratio per token, also for sequence-level objectives. [B, T]"""
+        if self.family.token_level:
+            return u
+        if self.needs_reference:
+            return rejected.log_ratio - chosen.log_ratio
+        return rejected.logps - chosen.logps
+
+    def _baseline_metrics(self, chosen: Side, rejected: Side) -> dict[str, Tensor]:
+        if self.family.u is losses.tbpo and self.params.baseline.kind != "none":
+            c = [side_baseline(self.params.baseline, side, "") for side in (chosen, rejected)]
+            return metrics.baseline_metrics(c[0], c[1], chosen, rejected)
+        if self.needs_kl and chosen.baseline is not None and rejected.baseline is not None:
+            return metrics.baseline_metrics(chosen.baseline, rejected.baseline, chosen, rejected)
+        return {}
+
     def check(self, scores: TokenScores) -> None:
-        """Look for NaN at masked-in positions. Waits for the device: a diagnosis, not for every step.
+        """Look for NaN at positions that the mask selects. Waits for the device, so not for every step.
 
         Raises:
-            InputError: naming each field with a NaN, its first pair and token, and how many there are.
+            InputError: names each field with a NaN, its first pair and token, and how many there are.
         """
         faults = []
         for side in ("chosen", "rejected") if self.needs_rejected else ("chosen",):
@@ -193,12 +195,12 @@ class Objective:
                     pair, token = at[0].tolist()
                     faults.append(
                         f"{side}_{name}: nan at pair {pair}, token {token} ({len(at)} in all) where the mask "
-                        "is true; the model's outputs have to be finite there"
+                        "is true; the model's outputs must be finite there"
                     )
         if faults:
             raise InputError(*faults)
 
 
 def mean(per_pair: Tensor) -> Tensor:
-    """Mean over pairs; a zero that can be differentiated for an empty batch. Scalar."""
+    """Mean over pairs; for an empty batch a zero with a gradient. Scalar."""
     return per_pair.sum() / max(1, per_pair.shape[0])

@@ -5,6 +5,7 @@ Shapes: B pairs (or rows), T tokens, H hidden, V vocabulary, N tokens selected b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives.blockwise import TokenStatistics
-from tbpo_ray.objectives.generators import is_finite_number
 from tbpo_ray.objectives.vocab_scan import Plan
 
 WANTS = ("logp", "entropy", "kl", "k3", "ref_logp")
@@ -139,6 +139,11 @@ def token_log_probs(
         whole = values.new_zeros(mask.numel()).index_copy(0, selected, values)
         setattr(stats, name, whole.reshape(mask.shape))
     return stats
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a finite int or float; a bool is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check(

@@ -6,15 +6,20 @@ import pytest
 import torch
 from objective_cases import random_scores
 
+from tbpo_ray.config.objective import READ_BY, TRAITS, ObjectiveConfig, StateBaselineConfig
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import (
+    GENERATORS,
     OBJECTIVES,
     build_objective,
     contrastive_weights,
     distribution_metrics,
+    make_generator,
     oracle_scores,
     self_rewards,
 )
+from tbpo_ray.objectives.generators import LOSSES
+from tbpo_ray.objectives.objective import FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -22,24 +27,36 @@ from tbpo_ray.objectives import (
     [
         ({}, ["objective.name", "None", "tbpo_q"]),
         ({"name": "tbpo_qq"}, ["objective.name", "'tbpo_qq'", "did you mean tbpo_q?"]),
-        ({"name": "dpo", "bata": 1}, ["objective.bata", "did you mean beta?"]),
-        ({"name": "dpo", "beta": 0}, ["objective.beta", "0", "above 0"]),
+        ({"name": "dpo", "bata": 1}, ["objective.bata", "objective.beta"]),
+        ({"name": "dpo", "beta": 0}, ["objective.beta=0", "greater than 0"]),
         ({"name": "dpo", "beta": "big"}, ["objective.beta", "'big'"]),
         ({"name": "dpo", "beta": float("inf")}, ["objective.beta", "inf"]),
+        ({"name": "dpo", "beta": True}, ["objective.beta=True", "number"]),
+        ({"name": "dpo", "label_smoothing": 0.5}, ["objective.label_smoothing=0.5", "less than 0.5"]),
+        ({"name": "simpo", "gamma": -1}, ["objective.gamma=-1", "0"]),
         ({"name": "dpo", "label_smoothing": 0.7}, ["objective.label_smoothing", "0.7", "0.5"]),
         ({"name": "sft", "label_smoothing": 0.1}, ["objective.label_smoothing", "sft"]),
         ({"name": "sepo", "select_ratio": 0}, ["objective.select_ratio", "0"]),
         ({"name": "tdpo2", "alpha": -1}, ["objective.alpha", "-1"]),
-        ({"name": "bpo", "bregman": {"lam": -1}}, ["objective.bregman.lam", "-1", "above -1"]),
+        ({"name": "bpo", "bregman": {"lam": -1}}, ["objective.bregman.lam=-1", "greater than -1"]),
         ({"name": "bpo", "bregman": {"generator": "x"}}, ["objective.bregman.generator", "'x'"]),
-        ({"name": "bpo", "bregman": {"lamb": 1}}, ["objective.bregman.lamb", "did you mean lam?"]),
+        ({"name": "bpo", "bregman": {"lamb": 1}}, ["objective.bregman.lamb", "objective.bregman.lam"]),
         ({"name": "bpo", "bregman": "sba"}, ["objective.bregman", "'sba'", "mapping"]),
         ({"name": "tbpo_q", "state_baseline": {"kind": "kl"}}, ["state_baseline.kind", "'kl'", "exact_kl"]),
-        ({"name": "tbpo_q", "state_baseline": {"center": 1}}, ["state_baseline.center", "true or false"]),
-        ({"name": "tbpo_q", "state_baseline": {"clip": 0}}, ["state_baseline.clip", "above 0"]),
-        ({"name": "tbpo_q", "state_baseline": {"samples": 0}}, ["state_baseline.samples", "1 or more"]),
-        ({"name": "tbpo_q", "state_baseline": {"hidden": -1}}, ["state_baseline.hidden", "0 or more"]),
-        ({"name": "tbpo_q", "state_baseline": {"lr": 0}}, ["state_baseline.lr", "above 0"]),
+        (
+            {"name": "tbpo_q", "state_baseline": {"center": 1}},
+            ["objective.state_baseline.center=1", "boolean"],
+        ),
+        (
+            {"name": "tbpo_q", "state_baseline": {"clip": 0}},
+            ["objective.state_baseline.clip=0", "greater than 0"],
+        ),
+        ({"name": "tbpo_q", "state_baseline": {"samples": 0}}, ["objective.state_baseline.samples=0", "1"]),
+        ({"name": "tbpo_q", "state_baseline": {"hidden": -1}}, ["objective.state_baseline.hidden=-1", "0"]),
+        (
+            {"name": "tbpo_q", "state_baseline": {"lr": 0}},
+            ["objective.state_baseline.lr=0", "greater than 0"],
+        ),
         ({"name": "tbpo_q", "state_baseline": {"width": 9}}, ["state_baseline.width", "unknown key"]),
     ],
 )
@@ -49,7 +66,36 @@ def test_bad_configuration(section: dict, words: list[str]) -> None:
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_every_fault_is_told_at_once() -> None:
+def test_a_mapping_and_the_typed_section_build_the_same_objective() -> None:
+    for name in OBJECTIVES:
+        config = ObjectiveConfig(name=name)
+        assert repr(build_objective(config)) == repr(build_objective({"name": name}))
+        assert repr(build_objective(config.model_dump())) == repr(build_objective(config))
+    assert build_objective({"name": "tbpo_a"}).state_baseline.samples == StateBaselineConfig().samples
+    assert make_generator("sba") == build_objective({"name": "tbpo_q"}).generator
+
+
+def test_every_objective_has_a_formula_and_traits() -> None:
+    assert set(FAMILIES) == set(TRAITS) == set(OBJECTIVES)
+    assert set(LOSSES) == set(GENERATORS)
+    settings = {key.removeprefix("objective.") for key in READ_BY}
+    assert settings < set(ObjectiveConfig.model_fields)
+    for name, family in FAMILIES.items():
+        assert ("bregman" in TRAITS[name].settings) == (family.link == "bregman")
+
+
+def test_the_rejected_side_may_be_none_for_sft_only() -> None:
+    scores = random_scores()
+    for field in ("logps", "ref_logps", "mask", "baseline", "weights"):
+        setattr(scores, f"rejected_{field}", None)
+    whole, alone = build_objective({"name": "sft"})(random_scores()), build_objective({"name": "sft"})(scores)
+    torch.testing.assert_close(alone.per_pair_loss, whole.per_pair_loss, rtol=0, atol=0)
+    build_objective({"name": "sft"}).check(scores)
+    with pytest.raises(InputError, match="rejected_logps: None"):
+        build_objective({"name": "dpo"})(scores)
+
+
+def test_every_fault_is_reported_at_once() -> None:
     with pytest.raises(InputError) as error:
         build_objective({"name": "tbpo_q", "state_baseline": {"clip": -1, "hidden": -1}})
     assert len(error.value.faults) == 2

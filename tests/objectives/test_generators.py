@@ -106,12 +106,12 @@ def test_slope_at_zero_of_sba_is_that_of_logistic() -> None:
     ("arguments", "words"),
     [
         ({"name": "sbaa"}, ["sbaa", "did you mean sba"]),
-        ({"name": "sba", "lam": -1}, ["lam", "-1", "above -1"]),
+        ({"name": "sba", "lam": -1}, ["objective.bregman.lam=-1", "greater than -1"]),
         ({"name": "ba", "lam": -2.5}, ["lam", "-2.5"]),
         ({"name": "kliep", "lam": -1}, ["lam"]),
         ({"name": "sba", "lam": float("nan")}, ["lam", "nan"]),
         ({"name": "sba", "lam": "x"}, ["lam", "'x'"]),
-        ({"name": "sba", "scale": 0}, ["scale", "above 0"]),
+        ({"name": "sba", "scale": 0}, ["objective.bregman.scale=0", "greater than 0"]),
     ],
 )
 def test_bad_parameters(arguments: dict, words: list[str]) -> None:
