@@ -1,0 +1,28 @@
+"""The difference between two configurations of the same run or study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tbpo_ray.config.loading import flatten, is_at_or_below, rename_deprecated_keys
+
+
+def changed_values(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ, with the old and the new value, in alphabetical order.
+
+    Args:
+        old: a nested configuration, which may have been written by an older version with deprecated keys.
+        new: a nested configuration.
+        ignored: keys and sections that are not compared.
+    """
+    before = flatten(rename_deprecated_keys(old, log=False))
+    after = flatten(new)
+    sections = tuple(ignored)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(is_at_or_below(key, section) for section in sections)
+    }
