@@ -1,4 +1,4 @@
-"""Tune's parts, fed from the study's ledger: proposals, early stopping, population-based training."""
+"""Ray Tune components that read and write the study state: proposals, schedulers, and a callback."""
 
 from __future__ import annotations
 
@@ -20,54 +20,56 @@ from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_state import StudyState, Trial
 from tbpo_ray.tuning.trial import OBJECTIVE, STEP
 
-ENDLESS = 10**9
+NO_LIMIT = 10**9
+MAX_REASON_CHARS = 500
 
 
 class Proposals(Searcher):
-    """Hands out unfinished trials first, then new ones, each noted before it starts."""
+    """Suggests unfinished trials first, then new ones, and stores each before it starts."""
 
-    def __init__(self, space: Space, study: StudyState, tune: TuneConfig, seed: int, size: int):
+    def __init__(self, space: Space, state: StudyState, tune: TuneConfig, seed: int, size: int):
         super().__init__(metric=None, mode=None)
-        self.space, self.study, self.tune, self.seed, self.size = space, study, tune, seed, size
-        self.waiting = [trial.number for trial in study.unfinished()]
+        self.space, self.state, self.tune, self.seed, self.size = space, state, tune, seed, size
+        self.waiting = [trial.number for trial in state.unfinished()]
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:  # type: ignore[override]
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
         if self.waiting:
-            return task(self.study.trials[self.waiting.pop(0)])
-        trial = propose_next(self.space, self.study, self.tune, self.seed, self.size)
-        return task(trial) if trial is not None else Searcher.FINISHED  # type: ignore[return-value]
+            return trial_task(self.state.trials[self.waiting.pop(0)])
+        trial = propose_next(self.space, self.state, self.tune, self.seed, self.size)
+        return trial_task(trial) if trial is not None else Searcher.FINISHED  # type: ignore[return-value]
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """The ledger knows already."""
+        """Do nothing; :class:`Recorder` has already updated the state."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is to be kept is in the ledger."""
+        """Do nothing; the study state holds everything that must survive."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as :meth:`save`."""
+        """Do nothing, as in :meth:`save`."""
 
 
-def propose_next(space: Space, study: StudyState, tune: TuneConfig, seed: int, size: int) -> Trial | None:
-    """A new trial, in the ledger already; None when the study has all its trials."""
-    number = len(study.trials)
-    params = propose(space, number, study.trials, tune, seed) if number < size else None
+def propose_next(space: Space, state: StudyState, tune: TuneConfig, seed: int, size: int) -> Trial | None:
+    """Add a new trial to the stored state and return it, or None once the study has `size` trials."""
+    number = len(state.trials)
+    params = propose(space, number, state.trials, tune, seed) if number < size else None
     if params is None:
         return None
-    study.trials.append(Trial(number, params))
-    study.save()
-    return study.trials[-1]
+    state.trials.append(Trial(number, params))
+    state.save()
+    return state.trials[-1]
 
 
-def task(trial: Trial) -> dict[str, Any]:
+def trial_task(trial: Trial) -> dict[str, Any]:
+    """The config that Tune passes to a trial."""
     return {"number": trial.number, "params": trial.params, "since": trial.step}
 
 
 class Asha(ASHAScheduler):
-    """Successive halving that remembers the trials of earlier sessions."""
+    """Asynchronous successive halving that also compares with the trials of earlier sessions."""
 
-    def __init__(self, study: StudyState, **options: Any):
+    def __init__(self, state: StudyState, **options: Any):
         super().__init__(**options)
-        self.past = [trial for trial in study.trials if trial.reports]
+        self.past = [trial for trial in state.trials if trial.reports]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -82,26 +84,26 @@ class Asha(ASHAScheduler):
 
 
 class Population(PopulationBasedTraining):
-    """Population-based training in which nobody waits for a trial that ended or for a step that is past."""
+    """Population-based training that does not wait for ended trials or for rounds that are already past."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        # Trials that go on from a later step than the first round's have passed the next round too.
-        self._go_on(tune_controller)
+        # Trials that resume beyond the first round's step have passed the next round too.
+        self._advance(tune_controller)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
         super().on_trial_complete(tune_controller, trial, result)
-        self._go_on(tune_controller, trial)
+        self._advance(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_error(tune_controller, trial)
-        # Ray keeps it among the live ones, for which a round would wait for ever.
+        # Ray keeps a failed trial among the live ones, and a synchronous round would wait for it forever.
         tune_controller.get_live_trials().discard(trial)
-        self._go_on(tune_controller, trial)
+        self._advance(tune_controller, trial)
 
-    def _go_on(self, tune_controller: Any, ended: Any = None) -> None:
-        """Begin the next round where all that are left have reached this one's step."""
+    def _advance(self, tune_controller: Any, ended: Any = None) -> None:
+        """Begin the next round if all remaining trials have reached the step of this one."""
         left = [t for t in tune_controller.get_trials() if t is not ended and not t.is_finished()]
         times = [self._trial_state[t].last_train_time for t in left]
         if self._synch and times and min(times) >= self._next_perturbation_sync:
@@ -109,103 +111,133 @@ class Population(PopulationBasedTraining):
 
 
 def make_scheduler(
-    space: Space, study: StudyState, tune: TuneConfig, every: int, concurrent: int, seed: int
+    space: Space, state: StudyState, tune: TuneConfig, every: int, concurrent: int, seed: int
 ) -> TrialScheduler:
-    """The scheduler that `tune.scheduler` names, by the first metric."""
+    """The scheduler that `tune.scheduler` names, using the first metric.
+
+    Args:
+        every: steps before a trial may be stopped (asha) or between exploits (pbt).
+        concurrent: how many trials run at the same time.
+    """
     options: dict[str, Any] = {"time_attr": STEP, "metric": OBJECTIVE, "mode": tune.modes[0]}
     if tune.scheduler == "asha":
-        # Whoever gets to the last step is finished, so the ladder has no top of its own.
-        grace, rungs = every, {"max_t": ENDLESS, "reduction_factor": tune.reduction_factor}
-        return Asha(study, grace_period=grace, **rungs, **options)
+        # A trial that reaches its last step is finished by itself, so the ladder of rungs has no top.
+        return Asha(
+            state, grace_period=every, max_t=NO_LIMIT, reduction_factor=tune.reduction_factor, **options
+        )
     if tune.scheduler == "none":
-        return FIFOScheduler()
+        return FIFOScheduler()  # type: ignore[no-untyped-call]
     rng = random.Random(seed)
 
     def explore(config: dict[str, Any]) -> dict[str, Any]:
-        return config | {"params": space.in_force(space.explore(config["params"], rng))}
+        return config | {"params": space.active_values(space.explore(config["params"], rng))}
 
     return Population(
         perturbation_interval=every,
         custom_explore_fn=explore,
         require_attrs=False,
-        # Trials that take turns wait for each other; a population that runs whole need not.
-        synch=concurrent < len(study.unfinished()),
+        # Only a population that does not fit the cluster at once runs in synchronous rounds.
+        synch=concurrent < len(state.unfinished()),
         log_config=False,
         **options,
     )
 
 
 class Recorder(Callback):
-    """Writes what Tune hears from trials into the ledger, and tells the person who follows."""
+    """Writes Tune's events to the study state and logs the progress."""
 
-    def __init__(self, study: StudyState, tune: TuneConfig, slots: Sequence[int] | None, workers: int):
-        self.study, self.tune, self.slots, self.workers = study, tune, slots, workers
-        self.before: dict[int, float] = {}
+    def __init__(self, state: StudyState, tune: TuneConfig, slots: Sequence[int] | None, workers: int):
+        """
+        Args:
+            slots: pbt: trial numbers in the order of Tune's own trials; otherwise None.
+            workers: training workers of each trial.
+        """
+        self.state, self.tune, self.slots, self.workers = state, tune, slots, workers
+        self.seconds_before: dict[int, float] = {}
 
     def setup(self, *args: Any, **info: Any) -> None:
-        self.before = {trial.number: trial.seconds for trial in self.study.trials}
-        self.began, self.spent = time.monotonic(), float(self.study.facts.get("search_seconds", 0.0))
+        self.seconds_before = {trial.number: trial.seconds for trial in self.state.trials}
+        self.start_time = time.monotonic()
+        self.earlier_seconds = float(self.state.facts.get("search_seconds", 0.0))
 
     def save(self) -> None:
-        self.study.facts["search_seconds"] = self.spent + time.monotonic() - self.began
-        self.study.save()
+        self.state.facts["search_seconds"] = self.earlier_seconds + time.monotonic() - self.start_time
+        self.state.save()
 
-    def trial_of(self, trial: Any) -> Trial:
-        if self.slots is None:
-            return self.study.trials[trial.config["number"]]
-        return self.study.trials[self.slots[int(trial.trial_id.rsplit("_", 1)[1])]]
+    def recorded_trial(self, tune_trial: Any) -> Trial:
+        """The trial of the study that one of Tune's trials runs."""
+        # An exploited trial carries its donor's config, so under pbt only its id identifies it.
+        if self.slots is not None:
+            return self.state.trials[self.slots[int(tune_trial.trial_id.rsplit("_", 1)[1])]]
+        trial: Trial = self.state.trials[tune_trial.config["number"]]
+        return trial
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        own = self.trial_of(trial)
-        own.state, own.workers = "running", self.workers
+        recorded = self.recorded_trial(trial)
+        recorded.state, recorded.workers = "running", self.workers
         self.save()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        own = self.trial_of(trial)
-        if own.ended:
+        recorded = self.recorded_trial(trial)
+        if recorded.ended:
             return
-        own.seconds = self.before.get(own.number, 0.0) + float(result["time_total_s"])
+        before = self.seconds_before.get(recorded.number, 0.0)
+        recorded.seconds = before + float(result["time_total_s"])
         for fact in ("params", "generation", "lineage"):
-            setattr(own, fact, result.get(fact, getattr(own, fact)))
+            setattr(recorded, fact, result.get(fact, getattr(recorded, fact)))
         if "state" in result:
-            own.state, own.reason = result["state"], result.get("reason", "")
-            own.repeats = result.get("repeats", [])
-            if own.repeats:
-                keys = set.intersection(*(set(row) for row in own.repeats))
-                own.values = {k: sum(r[k] for r in own.repeats) / len(own.repeats) for k in sorted(keys)}
-                own.step = int(own.values.get("step", own.step))
+            _record_outcome(recorded, result)
         else:
-            own.step, own.values = int(result[STEP]), result["row"]
-            own.reports = [r for r in own.reports if r[STEP] < own.step]
-            own.reports.append({STEP: own.step, OBJECTIVE: result[OBJECTIVE], **result["row"]})
+            _record_report(recorded, result)
         self.save()
-        if own.ended:
-            self._say(own)
+        if recorded.ended:
+            self._log(recorded)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        own = self.trial_of(trial)
-        if not own.ended:
-            own.state = "stopped"
+        recorded = self.recorded_trial(trial)
+        # A trial that ran to its end has reported its outcome; any other was stopped by the scheduler.
+        if not recorded.ended:
+            recorded.state = "stopped"
             self.save()
-            self._say(own)
+            self._log(recorded)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        own = self.trial_of(trial)
-        own.state = "failed"
-        own.reason = str(trial.get_error() or "the trial's process died").strip().splitlines()[-1][:500]
+        recorded = self.recorded_trial(trial)
+        recorded.state = "failed"
+        # The last line of Ray's error is the exception itself; the lines above are its traceback.
+        message = str(trial.get_error() or "the trial's process died").strip()
+        recorded.reason = message.splitlines()[-1][:MAX_REASON_CHARS]
         self.save()
-        self._say(own)
+        self._log(recorded)
 
-    def _say(self, trial: Trial) -> None:
-        shown = [f"{m} {trial.values[m]:.4g}" for m in self.tune.metrics if not _missing(trial, m)]
-        done = len([t for t in self.study.trials if t.ended])
+    def _log(self, trial: Trial) -> None:
+        measured = [f"{m} {trial.values[m]:.4g}" for m in self.tune.metrics if _has_value(trial, m)]
+        ended = len([t for t in self.state.trials if t.ended])
+        outcome = trial.reason or ", ".join(measured)
         log_progress(
             f"trial {trial.name} {trial.state} at step {trial.step} after {trial.seconds:.0f} s"
-            f"{': ' if shown or trial.reason else ''}{trial.reason or ', '.join(shown)}   ({done} ended)"
+            f"{': ' if outcome else ''}{outcome}   ({ended} ended)"
         )
 
 
-def _missing(trial: Trial, metric: str) -> bool:
-    return not math.isfinite(trial.values.get(metric, math.nan))
+def _record_outcome(trial: Trial, result: dict[str, Any]) -> None:
+    """The last report of a trial: how it ended, and the final metrics of each seed."""
+    trial.state, trial.reason = result["state"], result.get("reason", "")
+    trial.repeats = result.get("repeats", [])
+    if trial.repeats:
+        keys = set.intersection(*(set(row) for row in trial.repeats))
+        trial.values = {k: sum(row[k] for row in trial.repeats) / len(trial.repeats) for k in sorted(keys)}
+        trial.step = int(trial.values.get("step", trial.step))
+
+
+def _record_report(trial: Trial, result: dict[str, Any]) -> None:
+    """An intermediate report; after a resume or a takeover it replaces those at the same or a later step."""
+    trial.step, trial.values = int(result[STEP]), result["row"]
+    trial.reports = [r for r in trial.reports if r[STEP] < trial.step]
+    trial.reports.append({STEP: trial.step, OBJECTIVE: result[OBJECTIVE], **result["row"]})
+
+
+def _has_value(trial: Trial, metric: str) -> bool:
+    return math.isfinite(trial.values.get(metric, math.nan))

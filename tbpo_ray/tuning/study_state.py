@@ -1,4 +1,4 @@
-"""What a study knows: one file, replaced whole at each change, from which a killed study goes on."""
+"""The state of a study: one file, replaced as a whole on every change, from which a killed study resumes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from tbpo_ray.config.schema import TuneConfig
 from tbpo_ray.storage.files import write_atomic
 
 ENDED = ("finished", "stopped", "failed")
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom."""
 
 
 @dataclass
@@ -23,42 +23,47 @@ class Trial:
 
     number: int
     params: dict[str, Any]
-    """Sampled values by dotted key; under pbt those in force now."""
+    """Sampled values by dotted key; under pbt, the current ones."""
     state: str = "waiting"
     """`waiting`, `running`, `finished`, `stopped` or `failed`."""
     reports: list[dict[str, float]] = field(default_factory=list)
-    """What was reported in the middle: `step` and the metrics, of the first seed."""
+    """Intermediate reports of the first seed: `step` and the metrics."""
     values: dict[str, float] = field(default_factory=dict)
-    """The last row of metrics; means over the seeds in a finished trial."""
+    """The last row of metrics; means over the seeds once the trial is finished."""
     repeats: list[dict[str, float]] = field(default_factory=list)
-    """The last row of each seed."""
+    """The last row of metrics of each seed."""
     step: int = 0
     seconds: float = 0.0
-    """Wall seconds, start-up included, of all sessions."""
+    """Wall-clock seconds over all sessions, including startup."""
     workers: int = 1
     reason: str = ""
-    """Why it failed."""
+    """Why the trial failed."""
     generation: int = 0
-    """How often it has taken over another trial's weights."""
+    """How many times the trial has taken over another trial's weights."""
     lineage: list[dict[str, Any]] = field(default_factory=list)
-    """One entry per take-over: `step`, `donor`, `checkpoint`, `params`."""
+    """One entry per takeover: `step`, `donor`, `checkpoint`, `params`."""
 
     @property
     def name(self) -> str:
         return f"t{self.number:03d}"
 
     @property
+    def run_name(self) -> str:
+        """Name of the training run that holds the trial's latest weights."""
+        return f"{self.name}-x{self.generation}" if self.generation else self.name
+
+    @property
     def ended(self) -> bool:
         return self.state in ENDED
 
-    def at_step(self, step: int, metric: str) -> float | None:
-        """The metric as reported at `step`, or None."""
-        found = [r[metric] for r in self.reports if r["step"] == step and metric in r]
-        return found[-1] if found else None
+    def value_at(self, step: int, metric: str) -> float | None:
+        """The metric as last reported at `step`, or None."""
+        reported = [r[metric] for r in self.reports if r["step"] == step and metric in r]
+        return reported[-1] if reported else None
 
 
 class StudyState:
-    """The trials of a study, kept in `study.json`."""
+    """The trials of a study and what is known about it as a whole, stored in `study.json`."""
 
     def __init__(self, file: Path, facts: Mapping[str, Any], trials: Sequence[Trial] = ()):
         self.file, self.facts, self.trials = file, dict(facts), list(trials)
@@ -81,35 +86,41 @@ class StudyState:
         return [trial for trial in self.trials if trial.state in states]
 
 
-def objectives(trial: Trial, tune: TuneConfig) -> list[float] | None:
-    """The trial's values of the study's metrics; None where one is missing or not finite."""
+def metric_values(trial: Trial, tune: TuneConfig) -> list[float] | None:
+    """The trial's values of the study's metrics, or None if one of them is missing or not finite."""
     values = [trial.values.get(metric, math.nan) for metric in tune.metrics]
     return values if all(math.isfinite(value) for value in values) else None
 
 
-def pareto(trials: Sequence[Trial], tune: TuneConfig) -> list[Trial]:
-    """The finished trials that no other finished trial beats in every metric; one metric: the best alone."""
+def pareto_front(trials: Sequence[Trial], tune: TuneConfig) -> list[Trial]:
+    """The finished trials that no other finished trial dominates, sorted by the first metric, best first.
+
+    With a single metric, this is the best trial alone.
+    """
     signs = [1 if mode == "max" else -1 for mode in tune.modes]
-    known = []
+    scored: list[tuple[Trial, list[float]]] = []
     for trial in trials:
-        values = objectives(trial, tune)
+        values = metric_values(trial, tune)
         if trial.state == "finished" and values is not None:
-            known.append((trial, [s * v for s, v in zip(signs, values, strict=True)]))
-    front = [(trial, own) for trial, own in known if not any(_beats(other, own) for _, other in known)]
-    ranked = [trial for trial, own in sorted(front, key=lambda item: item[1], reverse=True)]
+            scored.append((trial, [sign * value for sign, value in zip(signs, values, strict=True)]))
+    front = [item for item in scored if not any(_dominates(other, item[1]) for _, other in scored)]
+    ranked = [trial for trial, _ in sorted(front, key=lambda item: item[1], reverse=True)]
     return ranked if len(signs) > 1 else ranked[:1]
 
 
-def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval (Student's t) of values from different seeds; nan bounds for a single one."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and two-sided 95 % confidence interval (Student's t, n - 1 degrees of freedom).
+
+    The bounds of a single value are NaN.
+    """
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
         return mean, math.nan, math.nan
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96
-    half = t * math.sqrt(variance / len(values))
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(variance / count)
     return mean, mean - half, mean + half

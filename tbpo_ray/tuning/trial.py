@@ -1,8 +1,8 @@
-"""A trial: training runs of the project's own driver, inside a Ray Tune trial.
+"""A trial: training runs of this project's own driver inside a Ray Tune trial.
 
-A trial `t003` is the run `<study>/trials/t003`, its repeats with other seeds `t003-s1` ..., and under
-population-based training its further generations `t003-x1` ...: a run with a new name that starts with
-another trial's checkpoint in its folder, so that it goes on from there as any interrupted run does.
+A trial `t003` is the run `<study>/trials/t003`, and its repeats with other seeds are `t003-s1` and so on.
+Under population-based training its further generations are `t003-x1` and so on: each is a run with a new
+name whose folder starts with another trial's checkpoint, so it resumes as any interrupted run does.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import TbpoError
 from tbpo_ray.evaluation.verdict import Verdict
-from tbpo_ray.storage.files import write_atomic
+from tbpo_ray.storage.files import atomic_folder
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.run_result import RunResult
 
 TrainRun = Callable[..., RunResult]
 EvaluateRun = Callable[..., Verdict]
-"""A trial gets the workflows that it runs as arguments: they are a layer above the search."""
+"""The workflows that a trial runs are passed in as arguments because they belong to a higher layer."""
 
 EVALUATION = "evaluation/"
 OBJECTIVE, STEP = "objective", "step"
@@ -43,15 +43,15 @@ class Setup:
     """What all trials of a study share."""
 
     tree: dict[str, Any]
-    """The study's configuration: where trials start from, settled on the cluster."""
+    """The configuration that trials start from, resolved for the cluster."""
     trials_dir: str
     parent_run_id: str
     every: int
     """Steps between reports."""
     slots: list[int] | None
-    """pbt: trial numbers in the order of Tune's own trials; otherwise a trial is told its number."""
+    """pbt: trial numbers in the order of Tune's own trials. Otherwise None: Tune's config has the number."""
     known: list[int]
-    """pbt: the last step of each that the study knows of, in the same order."""
+    """pbt: the last recorded step of each trial, in the same order."""
     cwd: str
 
     @property
@@ -61,7 +61,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Marker:
-    """What a trial leaves with Tune for others to take over: where its checkpoint lies."""
+    """What a trial gives Tune in place of a checkpoint: where the real one is, for others to take over."""
 
     number: int
     step: int
@@ -74,17 +74,17 @@ def trial_config(
     """The configuration of one run of a trial.
 
     Raises:
-        InputError: values that do not go together.
+        InputError: the values are inconsistent.
     """
     fixed = {"run__name": name, "run__output_dir": str(trials_dir), "run__seed": seed}
     return stage_config(base, params, **fixed)
 
 
 def run_trial(config: dict[str, Any], setup: dict[str, Any], train: TrainRun, evaluate: EvaluateRun) -> None:
-    """Tune's function trainable. Reports `step` and `objective` during the trial, `state` at the end.
+    """Run a trial as Tune's function trainable; it reports `step` and `objective`, and `state` at the end.
 
     Args:
-        config: `params` and, without slots, `number` and `since` (the last step known to the study).
+        config: `params` and, without slots, `number` and `since` (the last recorded step).
         setup: a :class:`Setup` as a mapping.
         train: trains one run of a configuration, as `tbpo_ray.workflows.train.train` does.
         evaluate: samples and judges policies, as `tbpo_ray.workflows.evaluate.evaluate` does.
@@ -96,7 +96,7 @@ def run_trial(config: dict[str, Any], setup: dict[str, Any], train: TrainRun, ev
     if shared.slots is None:
         number, since = int(config["number"]), int(config["since"])
     else:
-        # An exploited trial carries its donor's config; who it is, only its id still tells.
+        # An exploited trial carries its donor's config, so only the trial id identifies it.
         slot = int(tune.get_context().get_trial_id().rsplit("_", 1)[1])
         number, since = shared.slots[slot], shared.known[slot]
     trial = _Trial(shared, number, dict(config.get("params") or {}), since)
@@ -109,13 +109,8 @@ def run_trial(config: dict[str, Any], setup: dict[str, Any], train: TrainRun, ev
 
 class _Trial:
     def __init__(self, setup: Setup, number: int, params: dict[str, Any], since: int):
-        self.setup, self.base, self.number, self.params, self.since = (
-            setup,
-            setup.config,
-            number,
-            params,
-            since,
-        )
+        self.setup, self.base = setup, setup.config
+        self.number, self.params, self.since = number, params, since
         self.folder = Path(setup.trials_dir)
         self.pbt = setup.slots is not None
         self.generation = 0
@@ -131,12 +126,13 @@ class _Trial:
         return {"params": self.params, "generation": self.generation, "lineage": self.lineage}
 
     def run(self, marker: Marker | None, train: TrainRun, evaluate: EvaluateRun) -> dict[str, Any]:
-        """Train all repeats. Returns what the study keeps.
+        """Train all repeats and return the outcome that the study stores.
 
         Raises:
-            InputError, RunFailed: as the driver does.
+            InputError, RunFailedError: as the driver does.
         """
-        name = self._settle_generation(marker)
+        name = self._resolve_generation(marker)
+        judged = any(metric.startswith(EVALUATION) for metric in self.base.tune.metrics)
         values = []
         parent: str | None = self.setup.parent_run_id
         for repeat in range(self.base.tune.repeats):
@@ -144,7 +140,6 @@ class _Trial:
             run_name = name if repeat == 0 else f"{self.name}-s{repeat}"
             config = trial_config(self.base, self.folder, run_name, self.params, seed)
             self.run_dir = self.folder / run_name
-            judged = any(metric.startswith(EVALUATION) for metric in self.base.tune.metrics)
             if repeat == 0:
                 self._replay()
             result = train(
@@ -153,50 +148,48 @@ class _Trial:
                 parent_run_id=parent,
                 export=judged,
                 on_row=self._report if repeat == 0 else None,
-                wait=True,  # an earlier session of the trial may be just ending
+                wait=True,  # an earlier session of the trial may not have ended yet
             )
             if repeat == 0:
                 parent = result.mlflow_run_id
-            values.append(measured(result, config, evaluate if judged else None))
+            values.append(final_metrics(result, config, evaluate if judged else None))
         return {"state": "finished", "repeats": values}
 
-    def _settle_generation(self, marker: Marker | None) -> str:
-        """Find the newest generation, or begin one from a donor's checkpoint. Returns the run's name."""
+    def _resolve_generation(self, marker: Marker | None) -> str:
+        """Find the newest generation, or begin one from a donor's checkpoint; return the run's name."""
         origins = sorted(self.folder.glob(f"{self.name}-x*/{ORIGIN}"), key=lambda f: f.stat().st_mtime_ns)
         self.lineage = [json.loads(file.read_text(encoding="utf-8")) for file in origins]
         self.generation = len(self.lineage)
         if marker is not None:
-            own = marker.number == self.number
             self.since = marker.step
-            taken = {"donor": marker.number, "step": marker.step, "checkpoint": marker.checkpoint}
-            begun = bool(self.lineage) and all(self.lineage[-1][k] == v for k, v in taken.items())
-            if not own and not begun:
-                self._take_over(taken)
+            takeover = {"donor": marker.number, "step": marker.step, "checkpoint": marker.checkpoint}
+            # After a restart Tune hands out the same marker again.
+            begun = bool(self.lineage) and all(self.lineage[-1][k] == v for k, v in takeover.items())
+            if marker.number != self.number and not begun:
+                self._take_over(takeover)
         if self.lineage:
             self.params = self.lineage[-1]["params"]
-            # Rows up to there are the donor's.
+            # The rows up to that step are the donor's.
             self.since = max(self.since, int(self.lineage[-1]["step"]))
         return self.name if not self.generation else f"{self.name}-x{self.generation}"
 
-    def _take_over(self, taken: dict[str, Any]) -> None:
+    def _take_over(self, takeover: dict[str, Any]) -> None:
         """Make the next generation's folder: the donor's checkpoint and metrics, this trial's MLflow run."""
-        target = self.folder / f"{self.name}-x{self.generation + 1}"
-        partial = self.folder / f".{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        source = Path(taken["checkpoint"])
-        shutil.copytree(source, partial / "checkpoints" / source.name)
-        upto = json.loads((source / "state.json").read_text(encoding="utf-8"))["metrics_bytes"]
-        with (source.parent.parent / "metrics.jsonl").open("rb") as donor:
-            (partial / "metrics.jsonl").write_bytes(donor.read(upto))
-        shutil.copyfile(self.folder / self.name / "run.json", partial / "run.json")
-        origin = taken | {"params": self.params}
-        write_atomic(partial / ORIGIN, json.dumps(origin))
-        os.rename(partial, target)
+        source = Path(takeover["checkpoint"])
+        metrics_bytes = json.loads((source / "state.json").read_text(encoding="utf-8"))["metrics_bytes"]
+        origin = takeover | {"params": self.params}
+        with atomic_folder(self.folder / f"{self.name}-x{self.generation + 1}") as partial:
+            shutil.copytree(source, partial / "checkpoints" / source.name)
+            # The donor may have trained on since: keep only the rows that its checkpoint includes.
+            with (source.parent.parent / "metrics.jsonl").open("rb") as donor:
+                (partial / "metrics.jsonl").write_bytes(donor.read(metrics_bytes))
+            shutil.copyfile(self.folder / self.name / "run.json", partial / "run.json")
+            (partial / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
         self.lineage.append(origin)
         self.generation += 1
 
     def _replay(self) -> None:
-        """Report what earlier sessions computed and the study does not know of."""
+        """Report the rows of earlier sessions that the study has not recorded."""
         reached = ckpt.newest(self.run_dir / "checkpoints").step
         if (self.run_dir / "DONE").is_file():
             return
@@ -205,41 +198,54 @@ class _Trial:
                 self._report(row)
 
     def _report(self, row: dict[str, Any]) -> None:
-        """Pass a row on to Tune, which may answer by ending this process."""
+        """Pass a row on to Tune, which may respond by ending this process."""
         from ray import tune
         from ray.tune import Checkpoint
 
         step = int(row["step"])
-        if step <= self.since or step % self.setup.every or step == row.get("total"):
-            return
-        if self.metric not in row:
+        if not self._is_due(row, step):
             return
         self.since = step
-        told = {
+        result = {
             STEP: step,
             OBJECTIVE: row[self.metric],
             "row": _numbers(row | {"total": None}),
             **self.facts(),
         }
         if not self.pbt:
-            tune.report(told)
+            tune.report(result)
             return
         checkpoint = ckpt.step_folder(self.run_dir / "checkpoints", step)
-        waited, whole = time.monotonic() + CHECKPOINT_WAIT_S, f"step-*/{ckpt.MANIFEST}"
-        while not (checkpoint / ckpt.MANIFEST).is_file():
-            # The row is written before the checkpoint of the same step; one that is passed over never comes.
-            later = any(other.parent.name > checkpoint.name for other in checkpoint.parent.glob(whole))
-            if later or time.monotonic() > waited:
-                return
-            time.sleep(0.05)
+        if not _wait_for_checkpoint(checkpoint):
+            return
         with tempfile.TemporaryDirectory() as folder:
             marker = Marker(self.number, step, str(checkpoint))
             (Path(folder) / "marker.json").write_text(json.dumps(asdict(marker)), encoding="utf-8")
-            tune.report(told, checkpoint=Checkpoint.from_directory(folder))
+            tune.report(result, checkpoint=Checkpoint.from_directory(folder))
+
+    def _is_due(self, row: Mapping[str, Any], step: int) -> bool:
+        """Whether a row is at a reporting step, is new, and has the metric; the last step is not reported."""
+        is_last = step == row.get("total")
+        return step > self.since and step % self.setup.every == 0 and not is_last and self.metric in row
+
+
+def _wait_for_checkpoint(folder: Path) -> bool:
+    """Wait until a checkpoint is complete; False if it was skipped or does not appear in time.
+
+    A row is written before the checkpoint of its step. A checkpoint is skipped when a later one replaces it.
+    """
+    deadline = time.monotonic() + CHECKPOINT_WAIT_S
+    while not (folder / ckpt.MANIFEST).is_file():
+        complete = folder.parent.glob(f"step-*/{ckpt.MANIFEST}")
+        was_skipped = any(manifest.parent.name > folder.name for manifest in complete)
+        if was_skipped or time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _taken_marker() -> Marker | None:
-    """What Tune hands over: the trial's own marker after a pause, a donor's after an exploit."""
+    """The marker that Tune restores: the trial's own after a pause, a donor's after an exploit."""
     from ray import tune
 
     checkpoint = tune.get_checkpoint()
@@ -253,12 +259,12 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
 
 
-def measured(result: RunResult, config: Config, evaluate: EvaluateRun | None) -> dict[str, float]:
-    """The last logged row of a run and, with `evaluate`, the measures of its policy's answers."""
+def final_metrics(result: RunResult, config: Config, evaluate: EvaluateRun | None) -> dict[str, float]:
+    """The last logged row of a run and, with `evaluate`, the metrics of its policy's answers."""
     values = _numbers(result.metrics)
     if evaluate is None:
         return values
     policies = {"start": config.model.name_or_path, "trial": str(result.export)}
-    settled = stage_config(config, {"evaluation": {"policies": policies, "baseline": "start"}})
-    metrics = evaluate(settled, parent_run_id=result.mlflow_run_id)["trial"].metrics
+    judged = stage_config(config, {"evaluation": {"policies": policies, "baseline": "start"}})
+    metrics = evaluate(judged, parent_run_id=result.mlflow_run_id)["trial"].metrics
     return values | {f"{EVALUATION}{name}": estimate.value for name, estimate in metrics.items()}

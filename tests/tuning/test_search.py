@@ -1,4 +1,4 @@
-"""Proposals and what a study keeps, on functions instead of training runs."""
+"""Proposals, schedulers and the state of a study, on functions instead of training runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ import pytest
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.config.schema import TuneConfig
 from tbpo_ray.errors import InputError, RunFailedError
-from tbpo_ray.tuning.check import (
-    check_metrics,
-    logged_metrics,
-    refuse_other_study,
-    share_cores,
-    trial_base_config,
-)
+from tbpo_ray.tuning.check import refuse_other_study, share_cores, trial_base_config
+from tbpo_ray.tuning.metrics import check_metrics, logged_metrics
 from tbpo_ray.tuning.ray_tune import Asha, Proposals, make_scheduler
-from tbpo_ray.tuning.searchers import propose, size
+from tbpo_ray.tuning.searchers import propose, trial_count
 from tbpo_ray.tuning.space import Space
-from tbpo_ray.tuning.study_state import StudyState, Trial, interval, pareto
+from tbpo_ray.tuning.study_state import StudyState, Trial, pareto_front, t_interval
 from tbpo_ray.workflows.train import RunResult
 from tbpo_ray.workflows.tune import _Study, check_study
 
@@ -59,7 +54,7 @@ def test_proposals_depend_on_what_is_known_alone(algorithm):
     assert propose(SPACE, 11, trials, settings, 2**31 - 1)  # the largest seed of a run
 
 
-def test_every_state_and_several_metrics_can_be_told():
+def test_optuna_accepts_every_state_and_several_metrics():
     settings = TuneConfig(metric=["a", "b"], mode=["max", "min"])
     trials = play(settings, 5, seed=0)
     for trial, state in zip(trials, ("waiting", "running", "stopped", "failed", "finished"), strict=True):
@@ -69,14 +64,14 @@ def test_every_state_and_several_metrics_can_be_told():
     assert propose(SPACE, 5, trials, TuneConfig(metric="a"), 0)
 
 
-def test_a_grid_ends():
+def test_a_grid_is_exhausted():
     grid = Space.parse({X: {"grid": [0.1, 0.2]}, KIND: {"choice": ["logistic", "sba"]}})
     settings = TuneConfig(algorithm="grid", trials=12)
-    assert size(grid, settings) == 4
+    assert trial_count(grid, settings) == 4
     assert [propose(grid, n, [], settings, 0) is None for n in range(5)] == [False] * 4 + [True]
 
 
-def test_proposals_go_on_with_unfinished_trials_first(tmp_path):
+def test_unfinished_trials_resume_before_new_ones(tmp_path):
     study = StudyState(tmp_path / "study.json", {}, play(TuneConfig(), 3, 0))
     study.trials[1].state, study.trials[1].step = "running", 6
     study.save()
@@ -85,12 +80,12 @@ def test_proposals_go_on_with_unfinished_trials_first(tmp_path):
     assert search.suggest("a") == {"number": 1, "params": study.trials[1].params, "since": 6}
     new = search.suggest("b")
     assert new["number"] == 3
-    # What is handed out is on disk before it starts.
+    # A suggested trial is on disk before it starts.
     assert StudyState.open(study.file).trials[3].params == new["params"]
     assert search.suggest("c") == Proposals.FINISHED
 
 
-def test_halving_remembers_earlier_sessions():
+def test_halving_compares_with_trials_of_earlier_sessions():
     def decide(past: list[Trial]) -> str:
         study = StudyState(None, {}, past)  # type: ignore[arg-type]
         asha = Asha(study, time_attr="step", metric="objective", mode="max", grace_period=3,
@@ -105,7 +100,7 @@ def test_halving_remembers_earlier_sessions():
 
 
 class PopulationMember(SimpleNamespace):
-    """What Ray's scheduler looks at of a trial."""
+    """The part of a trial that Ray's scheduler reads."""
 
     __hash__ = object.__hash__
 
@@ -121,7 +116,7 @@ class PopulationMember(SimpleNamespace):
 
 
 def population(count: int) -> tuple[Any, Any, list[PopulationMember]]:
-    """A scheduler of trials that take turns, what it looks at of Tune, and the trials."""
+    """A scheduler of trials that run in rounds, the part of Tune that it reads, and the trials."""
     study = StudyState(None, {}, [Trial(n, {}) for n in range(count)])  # type: ignore[arg-type]
     settings = TuneConfig(scheduler="pbt")
     scheduler = make_scheduler(SPACE, study, settings, every=4, concurrent=1, seed=0)
@@ -141,7 +136,7 @@ def report(scheduler: Any, controller: Any, member: PopulationMember, step: int)
     member.status = "PAUSED"
 
 
-def test_a_population_that_goes_on_late_does_not_wait_for_rounds_that_are_past():
+def test_a_resumed_population_does_not_wait_for_past_rounds():
     scheduler, controller, members = population(2)
     scheduler._checkpoint_or_exploit = lambda *_: None
     for step in (12, 16):
@@ -152,7 +147,7 @@ def test_a_population_that_goes_on_late_does_not_wait_for_rounds_that_are_past()
 
 
 @pytest.mark.parametrize("how", ["complete", "error"])
-def test_a_population_does_not_wait_for_a_trial_that_is_no_more(how):
+def test_a_population_does_not_wait_for_an_ended_trial(how):
     scheduler, controller, members = population(3)
     for member in members[:2]:
         report(scheduler, controller, member, 4)
@@ -167,7 +162,7 @@ def test_a_population_does_not_wait_for_a_trial_that_is_no_more(how):
         scheduler.on_trial_error(controller, members[2])
         members[2].status = "ERROR"
     assert scheduler.choose_trial_to_run(controller) in members[:2]
-    # The next round is judged as any: nobody waits for the one that is gone.
+    # The next round does not wait for the ended trial.
     assert members[2] not in controller.get_live_trials()
     assert scheduler._next_perturbation_sync == 8
 
@@ -177,15 +172,29 @@ def test_pareto_front():
     points = [(0.7, 0.2), (0.6, 0.1), (0.6, 0.3), (0.9, 0.9), (math.nan, 0.0)]
     trials = [Trial(n, {}, "finished", values={"gain": g, "kl": k}) for n, (g, k) in enumerate(points)]
     trials.append(Trial(5, {}, "stopped", values={"gain": 2.0, "kl": 0.0}))
-    assert [t.number for t in pareto(trials, settings)] == [3, 0, 1]
-    assert [t.number for t in pareto(trials, TuneConfig(metric="kl", mode="min"))] == [4]
+    assert [t.number for t in pareto_front(trials, settings)] == [3, 0, 1]
+    assert [t.number for t in pareto_front(trials, TuneConfig(metric="kl", mode="min"))] == [4]
 
 
-def test_interval_by_hand():
-    mean, low, high = interval([1.0, 2.0, 3.0])
+def test_interval_worked_by_hand():
+    mean, low, high = t_interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert (high - mean, mean - low) == pytest.approx((4.303 / math.sqrt(3),) * 2, rel=1e-3)
-    assert math.isnan(interval([1.0])[1])
+    assert math.isnan(t_interval([1.0])[1])
+
+
+def test_interval_of_eleven_values_uses_ten_degrees_of_freedom():
+    # 1 to 11: mean 6, sum of squared deviations 110, variance 11, standard error sqrt(11 / 11) = 1.
+    mean, low, high = t_interval([float(value) for value in range(1, 12)])
+    assert mean == 6.0
+    assert (low, high) == pytest.approx((6 - 2.228, 6 + 2.228), abs=5e-4)
+
+
+def test_interval_of_many_values_approaches_the_normal_one():
+    values = [0.0, 1.0] * 5000
+    _, low, high = t_interval(values)
+    error = math.sqrt(0.25 * 10000 / 9999 / 10000)
+    assert (high - low) / 2 / error == pytest.approx(1.960, abs=5e-4)
 
 
 CONFIG = load_config("jobs/configs/tiny.yaml")
@@ -216,10 +225,13 @@ def test_objectives_with_token_weights_can_be_searched(name):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["tune.metric=eval/acuracy"], ["eval/acuracy", "nothing logs it", "eval/rewards/accuracy"]),
-        (["tune.metric=eval/entropy"], ["eval/entropy", "logged are"]),
+        (["tune.metric=eval/acuracy"], ["eval/acuracy", "eval/rewards/accuracy"]),
+        (["tune.metric=eval/entropy"], ["eval/entropy", "eval/rewards/accuracy"]),
         (["tune.metric=evaluation/win"], ["evaluation/win", "evaluation/win_rate"]),
-        (["tune.metric=evaluation/win_rate"], ["known at the end only", "tune.scheduler=none"]),
+        (
+            ["tune.metric=evaluation/win_rate"],
+            ["tune.scheduler=asha", "tune.scheduler=none"],
+        ),
         (["tune.scheduler=pbt", "tune.repeats=2"], ["tune.repeats=2"]),
         (["tune.metric=evaluation/self_bleu"], ["generation.samples=1", "evaluation/distinct_1"]),
         (["tune.metric=evaluation/score"], ["judge.kind=checker", "evaluation/exact_match"]),
@@ -229,7 +241,7 @@ def test_objectives_with_token_weights_can_be_searched(name):
         ),
     ],
 )
-def test_metrics_that_cannot_be_had(overrides, words):
+def test_unavailable_metrics_are_refused(overrides, words):
     config = load_config("jobs/configs/tiny.yaml", overrides)
     with pytest.raises(InputError) as caught:
         check_metrics(config, [config])
@@ -239,11 +251,11 @@ def test_metrics_that_cannot_be_had(overrides, words):
 def test_a_metric_that_some_trials_do_not_log():
     config = load_config("jobs/configs/tiny.yaml", ["tune.metric=eval/entropy"])
     space = Space.parse({"objective.state_baseline.kind": {"choice": ["learned", "exact_kl"]}})
-    with pytest.raises(InputError, match="eval/entropy: not every trial logs it"):
+    with pytest.raises(InputError, match="eval/entropy: not every trial"):
         check_study(config, space)
 
 
-def test_values_that_do_not_go_together_are_found_before_the_start():
+def test_inconsistent_values_are_found_before_the_start():
     config = load_config("jobs/configs/tiny.yaml", ["training.reference_scores=cached"])
     space = Space.parse({"objective.name": {"choice": ["dpo", "tdpo1"]}})
     with pytest.raises(InputError, match=r"objective\.name=.?tdpo1"):
@@ -262,7 +274,7 @@ def test_another_study_under_the_same_name_is_refused():
     refuse_other_study("s", facts, load_config("jobs/configs/tiny.yaml", ["tune.trials=20"]), SPACE)
     for overrides, words in (
         (["objective.beta=0.3"], r"objective\.beta=0\.3: study s was started with 0\.1"),
-        (["tune.trials=3"], r"tune\.trials=3: .* only a larger"),
+        (["tune.trials=3"], r"tune\.trials=3: study s was started with 12"),
         (["tune.metric=loss"], r"tune\.metric='loss'"),
         (["sft.training.max_steps=7"], r"sft\.training\.max_steps=7"),
         (["run.output_dir=elsewhere"], r"run\.output_dir='elsewhere'"),
@@ -281,15 +293,15 @@ def test_a_trial_s_workers_and_threads(monkeypatch):
     assert trial_base_config(config).cluster.num_workers == 2
     one = trial_base_config(load_config(None, ["cluster.num_workers=2", "tune.num_workers=1"]))
     assert one.cluster.num_workers == 1
-    for at_once, threads in ((1, 4), (2, 2), (3, 1), (8, 1)):
-        assert share_cores(config, at_once).cluster.threads_per_worker == threads
+    for concurrent, threads in ((1, 4), (2, 2), (3, 1), (8, 1)):
+        assert share_cores(config, concurrent).cluster.threads_per_worker == threads
     own = load_config(None, ["cluster.threads_per_worker=3", "cluster.use_gpu=false"])
     assert share_cores(own, 2).cluster.threads_per_worker == 3
     gpus = load_config(None, ["cluster.use_gpu=true"])
     assert share_cores(gpus, 2).cluster.threads_per_worker is None
 
 
-def test_a_grid_is_tried_whole_before_the_start():
+def test_a_whole_grid_is_validated_before_the_start():
     lengths, prompts = [64, *range(200, 290, 10)], [8, 16, 24, 32, 40, 48, 64]
     space = Space.parse({"data.max_length": {"grid": lengths}, "data.max_prompt_length": {"grid": prompts}})
     config = load_config("jobs/configs/tiny.yaml", ["tune.algorithm=grid", "tune.trials=100"])
@@ -297,20 +309,20 @@ def test_a_grid_is_tried_whole_before_the_start():
         check_study(config, space)
 
 
-def test_a_grid_that_is_cut_says_so(capsys):
+def test_a_truncated_grid_is_reported(capsys):
     space = Space.parse({X: {"grid": [0.1, 0.2, 0.3]}})
     check_study(load_config("jobs/configs/tiny.yaml", ["tune.algorithm=grid", "tune.trials=2"]), space)
-    assert "the first 2 of the grid's 3 points" in "".join(capsys.readouterr())
+    assert "first 2" in "".join(capsys.readouterr())
 
 
-def test_trials_that_would_never_be_judged_are_refused():
+def test_a_grace_period_as_long_as_a_trial_is_refused():
     settings = ["tune.scheduler=asha", "training.max_steps=20", "tune.grace_steps=20"]
     with pytest.raises(InputError, match=r"tune\.grace_steps=20: a trial has 20 steps"):
         check_study(load_config("jobs/configs/tiny.yaml", settings), SPACE)
 
 
 def test_a_study_and_a_run_do_not_share_a_name(tmp_path):
-    from tbpo_ray.training.plan import refuse_changes
+    from tbpo_ray.training.resume_checks import refuse_changes
 
     config = load_config("jobs/configs/tiny.yaml", [f"run.output_dir={tmp_path}"])
     folder = tmp_path / config.run.name
@@ -324,7 +336,7 @@ def test_a_study_and_a_run_do_not_share_a_name(tmp_path):
 
 
 class Study(_Study):
-    """One whose parts are called by hand, without a cluster."""
+    """A study whose methods are called directly, without a cluster."""
 
     def __init__(self, tmp_path, overrides=()):
         config = load_config("jobs/configs/tiny.yaml", [f"run.output_dir={tmp_path}", "sft={}", *overrides])
@@ -334,7 +346,7 @@ class Study(_Study):
 
 
 @pytest.mark.parametrize("bad", ["default", "best", "default best"])
-def test_a_confirming_run_that_fails_does_not_take_the_study_with_it(tmp_path, monkeypatch, bad):
+def test_a_failing_confirming_run_does_not_fail_the_study(tmp_path, monkeypatch, bad):
     study = Study(tmp_path, ["tune.confirm=2"])
     metric = study.config.tune.metrics[0]
 
@@ -345,15 +357,15 @@ def test_a_confirming_run_that_fails_does_not_take_the_study_with_it(tmp_path, m
         value = 0.9 if label == "best" else 0.6
         return RunResult(tmp_path, tmp_path, "run", {metric: value})
 
-    monkeypatch.setattr("tbpo_ray.workflows.tune.train", train)
+    monkeypatch.setattr("tbpo_ray.workflows.confirmation.train", train)
     best = Trial(0, {X: 0.2}, "finished")
-    note = study._confirm(study.config, best, at_once=1)
+    note = study._confirm(study.config, best, concurrent=1)
     assert f"{bad.split()[0]}-" in note and "the loss is not finite" in note
     if len(bad.split()) > 1:
-        assert "Not confirmed" in note and "confirmation" not in study.study.facts
+        assert "Not confirmed" in note and "confirmation" not in study.state.facts
     else:
         assert "With 1 new seed(s)" in note and "0.9000 against 0.6000" in note
-        assert study.study.facts["confirmation"]["gain"] == pytest.approx(0.3)
+        assert study.state.facts["confirmation"]["gain"] == pytest.approx(0.3)
 
 
 def test_trials_start_from_the_folder_that_a_gguf_file_became(tmp_path, monkeypatch):
@@ -361,18 +373,18 @@ def test_trials_start_from_the_folder_that_a_gguf_file_became(tmp_path, monkeypa
         "tbpo_ray.workflows.tune.resolve_models", lambda _: ("/cache/gguf-1", "/cache/gguf-1")
     )
     study = Study(tmp_path, ["model.name_or_path=/models", "model.gguf_file=m.gguf"])
-    start = study._start()
+    start = study._starting_config()
     assert (start.model.name_or_path, start.model.gguf_file) == ("/cache/gguf-1", None)
 
 
-def test_what_trials_are_judged_by_is_logged_when_they_are(tmp_path, monkeypatch):
+def test_the_metric_is_logged_at_the_steps_that_compare_trials(tmp_path, monkeypatch):
     for name in ("prepare_inputs", "score_inputs", "resolve_models"):
         monkeypatch.setattr(
             f"tbpo_ray.workflows.tune.{name}", lambda *_: SimpleNamespace(data=SimpleNamespace(lengths=list))
         )
     monkeypatch.setattr(
         "tbpo_ray.workflows.tune.make_schedule", lambda *_: SimpleNamespace(steps_total=50)
-    )  # a look every 12 steps
+    )  # trials are compared every 12 steps
     settings = ["tune.metric=rewards/accuracy", "training.log_every=10", "tune.scheduler=asha"]
     study = Study(tmp_path, settings)
     assert study._prepare(study.config).training.log_every == 2

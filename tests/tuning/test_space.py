@@ -1,4 +1,4 @@
-"""Search spaces: every fault is told before anything starts; what is proposed is always in the space."""
+"""Search spaces: faults are reported before anything starts, and proposals are always in the space."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ def faults(tree: dict) -> list[str]:
         ({LAM: {"choice": [-2]}}, [f"{LAM}=-2", "greater than -1"]),
         ({LAM: {"uniform": [-3, 0]}}, [f"{LAM}=-3"]),
         ({BETA: {"choice": []}}, [BETA, "empty"]),
-        ({BETA: {"uniform": [1, 0.5]}}, [BETA, "wrong way round", "[0.5, 1]"]),
+        ({BETA: {"uniform": [1, 0.5]}}, [BETA, "[0.5, 1]"]),
         ({BETA: {"uniform": [1, 1]}}, [BETA, "lo equals hi"]),
-        ({BETA: {"uniform": [1]}}, [BETA, "two bounds"]),
-        ({BETA: {"loguniform": [0, 1]}}, [BETA, "above 0"]),
+        ({BETA: {"uniform": [1]}}, [BETA, "uniform=[1]"]),
+        ({BETA: {"loguniform": [0, 1]}}, [BETA, "loguniform=[0, 1]"]),
         ({BETA: {"uniform": ["1e-6", 1]}}, [BETA, "1.0e-6"]),
         ({BETA: {"unifrom": [0.1, 1]}}, ["unifrom", "uniform"]),
         ({BETA: {"uniform": [0.1, 1], "choice": [1]}}, [BETA, "choice and uniform"]),
-        ({"training.micro_batch_pairs": {"randint": [1, 2.5]}}, ["whole numbers"]),
+        ({"training.micro_batch_pairs": {"randint": [1, 2.5]}}, ["randint=[1, 2.5]"]),
         ({"training.micro_batch_pairs": {"uniform": [1, 4]}}, ["training.micro_batch_pairs", "integer"]),
         ({"objective.name": {"choice": ["dpo", "tbop"]}}, ["objective.name='tbop'"]),
         ({"training.deepspeed.stage": {"choice": [1, 9]}}, ["stage=9", "ZeRO stage"]),
-        ({"run.name": {"choice": ["a"]}}, ["run.name", "not a trial's"]),
-        ({BETA: {"uniform": [0.1, 1], "when": {GENERATOR: "sba"}}}, ["is not in the space"]),
-        (CONDITIONAL | {BETA: {"uniform": [0.1, 1], "when": {GENERATOR: "kliep"}}}, ["'kliep' never"]),
+        ({"run.name": {"choice": ["a"]}}, ["run.name"]),
+        ({BETA: {"uniform": [0.1, 1], "when": {GENERATOR: "sba"}}}, [BETA, GENERATOR]),
+        (CONDITIONAL | {BETA: {"uniform": [0.1, 1], "when": {GENERATOR: "kliep"}}}, [f"{GENERATOR}='kliep'"]),
         (CONDITIONAL | {BETA: {"uniform": [0.1, 1], "when": {LAM: 0.5}}}, [f"{LAM} is a uniform"]),
-        ({BETA: {"choice": [1], "when": {BETA: 1}}}, [BETA, "waits for itself"]),
+        ({BETA: {"choice": [1], "when": {BETA: 1}}}, [BETA, "itself"]),
         ({}, ["empty"]),
     ],
 )  # fmt: skip
-def test_a_fault_names_the_key_and_what_would_do(tree, words):
+def test_a_fault_names_the_key_and_an_accepted_value(tree, words):
     found = faults(tree)
     assert len(found) == 1
     assert all(word in found[0] for word in words), found
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_reported_at_once():
     assert len(faults({BETA: {"choice": []}, LAM: 3, GENERATOR: {"grid": "sba"}})) == 3
 
 
@@ -71,7 +71,7 @@ def test_shipped_spaces_fit_the_embedded_default(file):
     config = load_config(ROOT / "jobs" / "configs" / "tiny.yaml")
     space = Space.load(str(file))
     space.check(config)
-    for params in space.samples(50, seed=0):
+    for params in space.random_samples(50, seed=0):
         stage_config(config, params)
 
 
@@ -82,21 +82,21 @@ def test_four_spaces_ship():
 def test_a_condition_holds_in_every_sample():
     space = Space.parse(CONDITIONAL)
     assert list(space.parameters).index(GENERATOR) < list(space.parameters).index(LAM)
-    samples = space.samples(200, seed=1)
+    samples = space.random_samples(200, seed=1)
     assert all((LAM in values) == (values[GENERATOR] != "logistic") for values in samples)
     assert {values[GENERATOR] for values in samples} == {"logistic", "ba", "sba"}
     assert all(0.01 <= values[BETA] <= 1.0 for values in samples)
     assert {values["training.micro_batch_pairs"] for values in samples} == {1, 2, 3, 4}
 
 
-def test_a_grid_has_every_combination_that_is_in_force_once():
+def test_a_grid_has_every_active_combination_once():
     space = Space.parse({GENERATOR: {"grid": ["logistic", "sba"]}, BETA: {"choice": [0.1, 0.2]},
                          LAM: {"grid": [0.0, 0.5], "when": {GENERATOR: "sba"}}})  # fmt: skip
-    points = list(space.points())
+    points = list(space.grid_points())
     assert len(points) == 2 + 4
     assert {GENERATOR: "logistic", BETA: 0.1} in points
     with pytest.raises(InputError, match=r"objective\.beta: loguniform has no grid"):
-        list(Space.parse(CONDITIONAL).points())
+        list(Space.parse(CONDITIONAL).grid_points())
 
 
 def test_exploring_stays_in_the_space_and_moves():
@@ -110,17 +110,17 @@ def test_exploring_stays_in_the_space_and_moves():
     assert len({v[BETA] for v in found}) > 10
 
 
-def test_only_some_keys_can_change_in_the_middle_of_a_run():
+def test_only_some_keys_can_change_during_a_run():
     Space.parse(
         {BETA: {"uniform": [0.1, 1]}, "training.learning_rate": {"uniform": [0.1, 1]}}
     ).check_changeable()
-    with pytest.raises(InputError, match=r"pbt: objective\.state_baseline\.hidden cannot change"):
+    with pytest.raises(InputError, match=r"pbt: objective\.state_baseline\.hidden"):
         Space.parse({"objective.state_baseline.hidden": {"choice": [0, 8]}}).check_changeable()
 
 
-def test_a_file_that_is_none(tmp_path):
+def test_a_missing_or_invalid_file(tmp_path):
     with pytest.raises(InputError, match=r"--space .*nowhere\.yaml: no such file"):
         Space.load(str(tmp_path / "nowhere.yaml"))
     (tmp_path / "list.yaml").write_text(yaml.safe_dump([1]))
-    with pytest.raises(InputError, match="wants a mapping"):
+    with pytest.raises(InputError, match=r"list\.yaml.*mapping"):
         Space.load(str(tmp_path / "list.yaml"))

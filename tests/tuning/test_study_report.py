@@ -1,4 +1,4 @@
-"""The report: from a study's ledger to a page, tables, and what is said about what mattered."""
+"""The report of a study: the page, the tables, and parameter importance."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from tbpo_ray.config.loading import load_config
-from tbpo_ray.tuning.importance import compared, importances
+from tbpo_ray.tuning.importance import comparable_values, importances
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_report import write_report
-from tbpo_ray.tuning.study_state import StudyState, Trial, pareto
+from tbpo_ray.tuning.study_state import StudyState, Trial, pareto_front
 
 GENERATOR, LAM, BETA = "objective.bregman.generator", "objective.bregman.lam", "objective.beta"
 SPACE = Space.parse(
@@ -33,7 +33,7 @@ def trials(count: int) -> list[Trial]:
     """The generator decides the metric, the rest is noise; every third trial is stopped at step 30."""
     rng = random.Random(1)
     out = []
-    for number, params in enumerate(SPACE.samples(count, 0)):
+    for number, params in enumerate(SPACE.random_samples(count, 0)):
         score = 0.5 + 0.2 * (params[GENERATOR] == "<sba>") + 0.02 * rng.random()
         row = {METRIC: score, KL: rng.random()}
         stopped = number % 3 == 2
@@ -47,21 +47,21 @@ def trials(count: int) -> list[Trial]:
     return out
 
 
-def test_importance_finds_what_mattered_and_calls_noise_noise():
+def test_importance_separates_a_decisive_parameter_from_noise():
     study = trials(24)
-    step, values = compared(study, METRIC)
+    step, values = comparable_values(study, METRIC)
     assert (step, len(values)) == (30, 24)
     ranked = importances(SPACE, study, values)
     assert ranked[0].key == GENERATOR
-    assert ranked[0].share > 0.8 and ranked[0].chance < 0.01
+    assert ranked[0].share > 0.8 and ranked[0].p_value < 0.01
     assert all(item.share < 0.4 for item in ranked[1:])
     in_force = sum(LAM in t.params for t in study)
     assert {item.key: item.trials for item in ranked}[LAM] == in_force < 24
 
 
-def test_too_few_trials_say_nothing():
+def test_too_few_trials_give_no_importance():
     study = trials(4)
-    assert importances(SPACE, study, compared(study, METRIC)[1]) == []
+    assert importances(SPACE, study, comparable_values(study, METRIC)[1]) == []
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def written(tmp_path):
     config = load_config(None, ["run.name=demo", "tune.repeats=2", f"tune.metric=[{METRIC}, {KL}]",
                                 "tune.mode=[max, min]"])  # fmt: skip
     study = trials(12)
-    study.append(Trial(12, SPACE.samples(1, 5)[0], "failed", reason="the <loss> is NaN"))
+    study.append(Trial(12, SPACE.random_samples(1, 5)[0], "failed", reason="the <loss> is NaN"))
     for t in study[:3]:
         run = tmp_path / "trials" / t.name
         run.mkdir(parents=True)
@@ -78,12 +78,12 @@ def written(tmp_path):
         )
     state = StudyState(tmp_path / "study.json", {"search_seconds": 60.0, "reference_scorings": 2}, study)
     tracker = SimpleNamespace(url_hint=lambda: "mlflow ui")
-    front = pareto(study, config.tune)
+    front = pareto_front(study, config.tune)
     write_report(config, SPACE, state, front, "It held up.", tmp_path, tracker)  # type: ignore[arg-type]
     return tmp_path, study, front
 
 
-def test_the_page_is_whole_and_needs_nothing_else(written):
+def test_the_page_is_complete_and_self_contained(written):
     folder, _, front = written
     page = (folder / "report.html").read_text()
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.S):
@@ -95,11 +95,11 @@ def test_the_page_is_whole_and_needs_nothing_else(written):
     assert not re.search(r"(src|href)=.?(http|//)|@import|url\(|<script", page)
     assert "<sba>" not in page and "&lt;sba&gt;" in page
     assert "t012 failed: the &lt;loss&gt; is NaN" in page
-    assert len(front) > 1 and "No trial beats another of these" in page
+    assert len(front) > 1 and all(f"{trial.name}" in page for trial in front)
     assert "It held up." in page
 
 
-def test_the_tables_hold_every_trial_and_its_cost(written):
+def test_the_tables_list_every_trial_and_its_cost(written):
     folder, study, _ = written
     rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
     assert [row["trial"] for row in rows] == [t.name for t in study]
@@ -110,7 +110,7 @@ def test_the_tables_hold_every_trial_and_its_cost(written):
     assert (folder / "trials.txt").read_text().count("\n") == 14
 
 
-def test_the_stopped_trial_s_line_ends_where_it_was_stopped(written):
+def test_the_curve_of_a_stopped_trial_ends_at_its_last_step(written):
     folder, _, _ = written
     page = (folder / "report.html").read_text()
     chart = next(s for s in re.findall(r"<svg.*?</svg>", page, flags=re.S) if f'"{METRIC} over step"' in s)

@@ -1,4 +1,4 @@
-"""Taking over another trial's checkpoint: what lies where, and that it happens once."""
+"""Takeover of another trial's checkpoint: the files of the new generation, and that it happens once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLD, NEW = {"objective.beta": 0.1}, {"objective.beta": 0.3}
 
 @pytest.fixture
 def trials(tmp_path) -> Path:
-    """Two trials; the first has a checkpoint at step 4 and has gone on to step 6."""
+    """Two trials; the first has a checkpoint at step 4 and has trained on to step 6."""
     for name in ("t000", "t001"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"mlflow_run_id": f"run of {name}"}))
@@ -26,7 +26,7 @@ def trials(tmp_path) -> Path:
     folder = ckpt.step_folder(tmp_path / "t000" / "checkpoints", 4)
     folder.mkdir(parents=True)
     (folder / "optimizer-0000.safetensors").write_bytes(b"weights of t000")
-    ckpt.seal(folder, {"step": 4, "metrics_bytes": len(lines) * 4 // 6})
+    ckpt.commit_checkpoint(folder, {"step": 4, "metrics_bytes": len(lines) * 4 // 6})
     return tmp_path
 
 
@@ -40,9 +40,9 @@ def marker(folder: Path, number: int = 0) -> Marker:
     return Marker(number, 4, str(ckpt.step_folder(folder / f"t{number:03d}" / "checkpoints", 4)))
 
 
-def test_a_take_over_is_a_run_that_goes_on_from_the_donor_s_checkpoint(trials):
+def test_a_takeover_is_a_run_that_resumes_from_the_donor_s_checkpoint(trials):
     trial = second(trials, NEW)
-    assert trial._settle_generation(marker(trials)) == "t001-x1"
+    assert trial._resolve_generation(marker(trials)) == "t001-x1"
     run = trials / "t001-x1"
     found = ckpt.newest(run / "checkpoints")
     assert (found.step, found.rejected) == (4, ())
@@ -59,33 +59,33 @@ def test_a_take_over_is_a_run_that_goes_on_from_the_donor_s_checkpoint(trials):
     assert trial.since == 4
 
 
-def test_the_same_take_over_does_not_happen_twice(trials):
-    second(trials, NEW)._settle_generation(marker(trials))
+def test_the_same_takeover_does_not_happen_twice(trials):
+    second(trials, NEW)._resolve_generation(marker(trials))
     again = second(trials, NEW)
-    assert again._settle_generation(marker(trials)) == "t001-x1"
+    assert again._resolve_generation(marker(trials)) == "t001-x1"
     assert not (trials / "t001-x2").exists()
 
 
 def test_a_restarted_study_finds_the_newest_generation_and_its_values(trials):
-    second(trials, NEW)._settle_generation(marker(trials))
+    second(trials, NEW)._resolve_generation(marker(trials))
     restarted = second(trials, OLD)
-    assert restarted._settle_generation(None) == "t001-x1"
+    assert restarted._resolve_generation(None) == "t001-x1"
     assert restarted.params == NEW
-    assert restarted.since == 4  # what lies before it is the donor's
+    assert restarted.since == 4  # earlier rows are the donor's
 
 
-def test_a_checkpoint_that_was_passed_over_is_not_waited_for(trials):
+def test_a_skipped_checkpoint_is_not_waited_for(trials):
     trial = second(trials, OLD)
     trial.run_dir = trials / "t000"
     later = ckpt.step_folder(trials / "t000" / "checkpoints", 12)
     later.mkdir()
-    ckpt.seal(later, {"step": 12, "metrics_bytes": 0})
+    ckpt.commit_checkpoint(later, {"step": 12, "metrics_bytes": 0})
     began = time.monotonic()
     trial._report({"step": 8, "total": 20, trial.metric: 0.5})
     assert time.monotonic() - began < 5 and trial.since == 8
 
 
-def test_a_trial_that_was_paused_goes_on_as_itself(trials):
+def test_a_paused_trial_resumes_as_itself(trials):
     trial = second(trials, OLD)
-    assert trial._settle_generation(marker(trials, number=1)) == "t001"
+    assert trial._resolve_generation(marker(trials, number=1)) == "t001"
     assert (trial.params, trial.since, trial.generation) == (OLD, 4, 0)
