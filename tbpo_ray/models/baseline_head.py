@@ -1,6 +1,6 @@
-"""The learned state baseline beside an exported policy, in `state_baseline/`: safetensors and its shape.
+"""Save and load the learned state baseline of an exported policy, in its subfolder `state_baseline/`.
 
-A folder of its own, since vLLM takes every safetensors file beside `config.json` for the policy's weights.
+It has a folder of its own because vLLM loads every safetensors file beside `config.json` as policy weights.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ WEIGHTS, SHAPE = "model.safetensors", "config.json"
 
 
 def save_state_baseline(export: Path, weights: Mapping[str, Tensor], kind: str, width: int) -> None:
-    """Write a head's weights.
+    """Write the weights and the shape of a baseline head.
 
     Args:
-        export: the exported policy's folder.
-        weights: the head's state dict.
+        export: folder of the exported policy.
+        weights: state dict of the head.
         kind: `learned` or `mixed`.
-        width: of its hidden layer, 0 for a linear head.
+        width: size of its hidden layer, 0 for a linear head.
     """
     from safetensors.torch import save_file
 
@@ -35,10 +35,10 @@ def save_state_baseline(export: Path, weights: Mapping[str, Tensor], kind: str, 
 
 
 def load_state_baseline(export: str | Path) -> nn.Module | None:
-    """The head beside a policy, on the CPU; None where it was exported without one.
+    """The baseline head of an exported policy on the CPU, or None if it was exported without one.
 
     Raises:
-        ValueError: the weights do not fit the shape that is written beside them.
+        ValueError: when the weights do not match the recorded shape.
     """
     from safetensors.torch import load_file
 
@@ -51,9 +51,9 @@ def load_state_baseline(export: str | Path) -> nn.Module | None:
     spec = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
     head = build_state_baseline(spec, weights["head.0.weight"].shape[-1])
     if head is None:
-        raise ValueError(f"{folder}: a state baseline of kind {spec['kind']} has nothing to load")
+        raise ValueError(f"{folder}: a state baseline of kind {spec['kind']} has no weights to load")
     try:
         head.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights do not fit {spec}: {error}") from error
+        raise ValueError(f"{folder}: the weights do not match {spec}: {error}") from error
     return head

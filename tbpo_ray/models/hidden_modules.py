@@ -1,4 +1,4 @@
-"""Import heavy libraries without the parts that nobody here uses."""
+"""Import heavy libraries without the optional dependencies that this project never uses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def hide_modules(*modules: str) -> Iterator[None]:
-    """Make modules that are not loaded yet look as if they were not installed.
+    """Within the block, make modules that are not loaded yet look as if they were not installed.
 
-    DeepSpeed's autotuner loads MLflow, and the assisted generation of transformers scikit-learn: a second of
-    CPU time each in every process, of which a study starts dozens.
+    DeepSpeed's autotuner imports MLflow, and assisted generation in transformers imports scikit-learn. Each
+    costs a second of CPU time in every process, and a study starts dozens of processes.
     """
     hidden = [name for name in modules if name not in sys.modules]
+    # None in sys.modules makes `import` raise ModuleNotFoundError and `find_spec` return None.
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Load tokenizers and causal models: safetensors only, no remote code."""
+"""Load tokenizers and causal models, from safetensors and without remote code."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BUILTIN = "builtin:"
 
 
 def resolve_model(name: str, cache_dir: str | Path, *, seed: int = 0, key: str = "model.name_or_path") -> str:
-    """A name that transformers and vLLM can load: an absolute folder, or a hub name as it is.
+    """A name that transformers and vLLM can load: an absolute folder, or a hub name unchanged.
 
     Raises:
-        InputError: for a folder that is no model and for an unknown built-in.
+        InputError: for a folder that is not a model, and for an unknown built-in model.
     """
     if name.startswith(BUILTIN):
         if name != "builtin:tiny":
@@ -35,7 +35,9 @@ def resolve_model(name: str, cache_dir: str | Path, *, seed: int = 0, key: str =
         _check_folder(folder, name, key)
         return str(folder.absolute())
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"{key}={name}: no such model folder; give a folder with config.json, or a hub name")
+        raise InputError(
+            f"{key}={name}: no such model folder; must be a folder with config.json, or a hub name"
+        )
     return name
 
 
@@ -49,36 +51,46 @@ def _check_folder(folder: Path, name: str, key: str) -> None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{key}={name}: config.json is not JSON ({error})") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{key}={name}: config.json names no model_type; give a transformers model folder")
+        raise InputError(
+            f"{key}={name}: config.json has no model_type; must be the folder of a transformers model"
+        )
     if config.get("auto_map") and "transformers_version" not in config:
-        raise InputError(f"{key}={name}: needs code of its own (auto_map), which is never run")
+        raise InputError(f"{key}={name}: requires custom code (auto_map), which is never executed")
     if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{key}={name}: no *.safetensors in it; convert the weights to safetensors")
+        raise InputError(f"{key}={name}: it contains no *.safetensors; convert the weights to safetensors")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{key}={name}: no tokenizer in it; save the tokenizer beside the model")
+        raise InputError(f"{key}={name}: it contains no tokenizer; save the tokenizer in the same folder")
 
 
 def check_same_tokenizer(policy: str, other: str, key: str) -> None:
-    """Scores of one model's tokens by another mean nothing unless both read the same token ids.
+    """Check that two models share their token ids; otherwise one cannot score the tokens of the other.
 
     Raises:
-        InputError: naming `key`, when the vocabularies differ.
+        InputError: naming `key`, if the vocabularies differ.
     """
     if policy == other:
         return
-    own = load_tokenizer(policy).get_vocab()
-    theirs = load_tokenizer(other).get_vocab()
-    if own != theirs:
+    expected = load_tokenizer(policy).get_vocab()
+    vocabulary = load_tokenizer(other).get_vocab()
+    if vocabulary != expected:
         raise InputError(
-            f"{key}={other}: its tokenizer has {len(theirs)} tokens, another vocabulary than that of "
-            f"{policy} ({len(own)}); give a model of the same family"
+            f"{key}={other}: its vocabulary ({len(vocabulary)} tokens) differs from that of {policy} "
+            f"({len(expected)} tokens); must be a model of the same family"
         )
 
 
 def load_tokenizer(
     path: str, *, chat_template: str | None = None, revision: str | None = None, gguf_file: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with its chat template: its own, the file `chat_template`, or none for `"none"`."""
+    """A tokenizer with the chat template that a run uses.
+
+    Args:
+        path: a folder or a hub name.
+        chat_template: a Jinja file that replaces the tokenizer's own template, or `none` to remove it.
+
+    Raises:
+        InputError: when the tokenizer or the template does not exist, or the tokenizer has no EOS token.
+    """
     from transformers import AutoTokenizer
 
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
@@ -90,11 +102,11 @@ def load_tokenizer(
         ) from error
     if chat_template == "none":
         tokenizer.chat_template = None
-    elif chat_template:
+    elif chat_template is not None:
         file = Path(chat_template)
         if not file.is_file():
             raise InputError(
-                f"model.chat_template={chat_template}: no such file; give a Jinja template or `none`"
+                f"model.chat_template={chat_template}: no such file; must be a Jinja template file or `none`"
             )
         tokenizer.chat_template = file.read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
@@ -109,7 +121,7 @@ def load_model(
     attention: str = "sdpa",
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """A causal model in `dtype`, in eval mode, on the CPU (or the default device)."""
+    """A causal model in `dtype` and eval mode, on the default device."""
     with hide_modules("sklearn"):
         from transformers import AutoModelForCausalLM
 
@@ -131,14 +143,14 @@ def load_model(
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-    """Wrap `model` with a trainable low-rank adapter; everything else is frozen (LoRA, arXiv 2106.09685)."""
+    """Wrap `model` with a trainable low-rank adapter (LoRA, arXiv 2106.09685) and freeze everything else."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
     targets = lora.target_modules
-    if isinstance(targets, list) and not _any_module(model, targets):
+    if isinstance(targets, list) and not _has_module(model, targets):
         raise InputError(
-            f"model.lora.target_modules={targets}: no module of the model ends in any of these names"
+            f"model.lora.target_modules={targets}: no module of the model has one of these names"
         )
     peft = PeftConfig(
         r=lora.r,
@@ -150,12 +162,12 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     return get_peft_model(model, peft)
 
 
-def _any_module(model: PreTrainedModel, names: list[str]) -> bool:
+def _has_module(model: PreTrainedModel, names: list[str]) -> bool:
     return any(module.rsplit(".", 1)[-1] in names or module in names for module, _ in model.named_modules())
 
 
 def model_config(path: str, model: ModelConfig) -> Any:
-    """The transformers configuration alone, without weights."""
+    """The transformers configuration of a model, without loading its weights."""
     from transformers import AutoConfig
 
     extra: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file else {}
@@ -167,11 +179,11 @@ def model_config(path: str, model: ModelConfig) -> Any:
         ) from error
 
 
-def layers_beside_attention(folder: str) -> str | None:
-    """What carries one position's state to later ones in this model, other than attention; None: nothing.
+def non_attention_layers(folder: str) -> str | None:
+    """The kind of layers other than attention that carry state from one position to later ones, if any.
 
     Raises:
-        InputError: for a folder whose configuration cannot be read.
+        InputError: when the configuration in the folder cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -179,7 +191,8 @@ def layers_beside_attention(folder: str) -> str | None:
     kinds = set(getattr(facts.get_text_config(), "layer_types", None) or [])
     others = sorted(kinds - {"full_attention", "sliding_attention"})
     if others:
-        return f"layers of the kind {others[0]}"
+        return f"layers of the type {others[0]}"
+    # Mamba-like models declare no layer types; transformers marks their classes as stateful.
     known: Any = AutoModelForCausalLM._model_mapping
     recurrent = type(facts) in known and getattr(known[type(facts)], "_is_stateful", False)
     return "recurrent layers" if recurrent else None
@@ -200,7 +213,7 @@ def inference_dtype(device: str) -> torch.dtype:
 
 
 def quiet_transformers() -> None:
-    """No progress bars and no advice from transformers in workers."""
+    """Switch off the progress bars and advisory warnings of transformers, for use in workers."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import logging
 

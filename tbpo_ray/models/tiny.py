@@ -1,24 +1,22 @@
 """`builtin:tiny`: a small Llama-shaped model with a byte-level BPE tokenizer, built from a seed.
 
-Nothing is downloaded. Head size is 32, the least that vLLM's CPU attention takes.
+Nothing is downloaded. The head size is 32, the smallest that vLLM's CPU attention supports.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tbpo_ray.models.hidden_modules import hide_modules
+from tbpo_ray.storage.files import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 1024
-"""Entries of the tokenizer, specials included: 256 bytes, then merges."""
+"""Entries of the tokenizer, including special tokens: 256 bytes, then merges."""
 LAYERS, WIDTH, HEADS, INTERMEDIATE, POSITIONS = 4, 192, 6, 512, 2048
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"
 
@@ -33,35 +31,25 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny(folder: str | Path, seed: int = 0) -> Path:
-    """Write model and tokenizer into `folder`, unless a whole one is there; the folder appears at once.
+    """Write model and tokenizer to `folder` atomically, unless they are there already.
 
     Args:
-        folder: where `AutoModelForCausalLM.from_pretrained` will find it.
-        seed: of the weights; the tokenizer does not depend on it.
+        folder: the folder to load with `AutoModelForCausalLM.from_pretrained`.
+        seed: seed of the weights; the tokenizer does not depend on it.
     """
     target = Path(folder)
     if (target / "model.safetensors").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with atomic_folder(target) as partial:
         _save(partial, seed)
-        partial.chmod(0o755)
-        os.rename(partial, target)
-    except OSError:
-        # Another process was first: its folder is whole, since a rename is atomic.
-        if not (target / "model.safetensors").is_file():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def load_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE; the words of `builtin:copyedit` are one token each.
+    """The byte-level BPE tokenizer, in which each word of `builtin:copyedit` is one token.
 
-    The trained tokenizer ships with the package, so that the ids never depend on a library's version.
-    `tests/models/test_tiny_tokenizer.py` trains it again and compares.
+    The trained tokenizer is part of the package, so that token ids never depend on a library version.
+    `tests/models/test_tiny_tokenizer.py` trains it again and compares the two.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -100,7 +88,7 @@ def _save(folder: Path, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leave the random state of the caller alone
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
