@@ -1,4 +1,4 @@
-"""Lines for the person who follows a job."""
+"""Progress messages for the person who watches a job."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 
 
 def log_progress(text: str) -> None:
-    """Print one line to stderr; a reader who has gone is no error."""
+    """Print one line to stderr; a closed pipe at its other end is not an error."""
     with contextlib.suppress(BrokenPipeError):
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Keeps secrets out of MLflow, reports and logs: by the name of a key, and by the shape of a value."""
+"""Keep secrets out of MLflow, reports and logs, judging by the name of a key and the form of a value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 REDACTED = "<redacted>"
 
-# The last words of a key that make its value a secret; `max_tokens` and `api_key_env` are none.
+# A key whose last words are among these has a secret value; `max_tokens` and `api_key_env` do not.
 _SECRET_KEY = re.compile(
     r"(^|[._-])(secret|password|passwd|credentials?|authorization|bearer|token|"
     r"(api|access|private|secret)[_-]?key)$",
@@ -20,21 +20,21 @@ _LOOKS_SECRET = re.compile(r"\b(?:sk|hf|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]
 
 
 def redact(key: str, value: Any) -> str:
-    """`value` as text, hidden where the key or the value says that it is a secret."""
+    """`value` as text, redacted if the key or the value indicates a secret."""
     if isinstance(value, Mapping | list):
         inner = redact_tree({key: value})[key]
         return inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False, default=str)
     return str(redact_tree({key: value})[key])
 
 
-def without_user(address: str) -> str:
-    """An address without user and password."""
+def strip_credentials(address: str) -> str:
+    """An address without its user name and password."""
     return _USER_INFO.sub("", address)
 
 
 def redact_text(text: str) -> str:
-    """Text without the user and password of addresses and without what looks like an access token."""
-    return _LOOKS_SECRET.sub(REDACTED, without_user(text))
+    """Text without the user names and passwords of addresses, and with access tokens redacted."""
+    return _LOOKS_SECRET.sub(REDACTED, strip_credentials(text))
 
 
 def redact_tree(tree: Any, key: str = "") -> Any:
