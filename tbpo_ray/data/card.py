@@ -1,39 +1,40 @@
-"""The data card: what a prepared source is made of, as numbers (JSON) and as a picture (PNG)."""
+"""The data card: statistics of prepared pairs as JSON and as a figure."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tbpo_ray.config.schema import TrainingConfig
+from tbpo_ray.data.rejection_reasons import rejection_counts
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data.shards import PreparedPairs
+from tbpo_ray.storage.files import atomic_file, write_atomic
 
-CARD, PICTURE = "data_card.json", "data_card.png"
+CARD, FIGURE = "data_card.json", "data_card.png"
 _SIDES = ("prompt", "chosen", "rejected")
 _BINS = 40
 
 
-def data_card(prepared: Prepared, training: TrainingConfig | None = None) -> dict[str, Any]:
-    """What is in the pairs; lengths in tokens, shares from 0 to 1.
+def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -> dict[str, Any]:
+    """Statistics of prepared pairs, with lengths in tokens and shares from 0 to 1.
 
     Args:
         prepared: the pairs.
-        training: also tell how much padding its micro-batches have, in random order and by length.
+        training: also compute the padding share of its micro-batches, in random order and by length.
     """
     lengths, counts = np.asarray(prepared.lengths()), prepared.counts
     chosen, rejected = lengths[:, 1].astype(np.int64), lengths[:, 2].astype(np.int64)
     edges = np.unique(np.linspace(0, lengths.max() + 1, _BINS + 1).astype(int))
-    reasons = {k.split("/", 1)[1]: int(n) for k, n in counts.items() if k.startswith("quarantined/")}
+    reasons = rejection_counts(counts)
     card: dict[str, Any] = {
         "fingerprint": prepared.fingerprint,
         "records": prepared.records,
         "pairs": prepared.pairs,
-        "quarantined": {"total": prepared.quarantined, **dict(sorted(reasons.items(), key=lambda i: -i[1]))},
+        "quarantined": {"total": prepared.quarantined, **reasons},
         "identical_answers": reasons.get("answers_identical", 0) + reasons.get("pair_same_tokens", 0),
         "duplicate_pairs": int(counts["duplicate_pairs"]),
         "tokens": {side: int(counts[f"{side}_tokens"]) for side in _SIDES},
@@ -50,7 +51,7 @@ def data_card(prepared: Prepared, training: TrainingConfig | None = None) -> dic
         "truncated": {
             side: int(counts.get(f"{side}_truncated", 0)) / max(1, prepared.records) for side in _SIDES
         },
-        "dead_tail_share": float(np.abs(chosen - rejected).sum() / (chosen + rejected).sum()),
+        "tail_share": float(np.abs(chosen - rejected).sum() / (chosen + rejected).sum()),
         "sources": _by_source(prepared),
         "column": prepared.column,
     }
@@ -62,11 +63,11 @@ def data_card(prepared: Prepared, training: TrainingConfig | None = None) -> dic
 
 
 def card_metrics(card: dict[str, Any]) -> dict[str, float]:
-    """The card's single numbers, by name, for a tracker."""
+    """The scalar entries of a card by name, for a tracker."""
     out = {
         "duplicate_pairs": float(card["duplicate_pairs"]),
         "identical_answers": float(card["identical_answers"]),
-        "dead_tail_share": card["dead_tail_share"],
+        "tail_share": card["tail_share"],
         "chosen_longer_share": card["length_bias"]["chosen_longer"],
     }
     out |= {f"{side}_truncated_share": share for side, share in card["truncated"].items()}
@@ -74,23 +75,20 @@ def card_metrics(card: dict[str, Any]) -> dict[str, float]:
 
 
 def write_card(
-    prepared: Prepared, folder: str | Path | None = None, training: TrainingConfig | None = None
+    prepared: PreparedPairs, folder: str | Path | None = None, training: TrainingConfig | None = None
 ) -> tuple[dict[str, Any], Path, Path]:
-    """Write `data_card.json` and `data_card.png` into `folder` (default: beside the shards).
+    """Write `data_card.json` and `data_card.png` to `folder`, by default beside the shards.
 
     Returns:
-        The card and the two files.
+        The card and the paths of the two files.
     """
     target = Path(folder or prepared.path)
     target.mkdir(parents=True, exist_ok=True)
     card = data_card(prepared, training)
-    partial = target / f".{CARD}.{os.getpid()}"
-    partial.write_text(json.dumps(card, indent=1), encoding="utf-8")
-    os.replace(partial, target / CARD)
-    partial = target / f".{os.getpid()}.{PICTURE}"
-    _draw(card, prepared, partial)
-    os.replace(partial, target / PICTURE)
-    return card, target / CARD, target / PICTURE
+    write_atomic(target / CARD, json.dumps(card, indent=1))
+    with atomic_file(target / FIGURE) as partial:
+        _draw(card, prepared, partial)
+    return card, target / CARD, target / FIGURE
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:
@@ -98,10 +96,10 @@ def _summary(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "p50": p50, "p90": p90, "p99": p99, "max": int(values.max())}
 
 
-def _by_source(prepared: Prepared) -> dict[str, int]:
-    """Pairs by address; a shard's name begins with the number of its file."""
-    out = {item["address"]: 0 for item in prepared.inputs["sources"]}
+def _by_source(prepared: PreparedPairs) -> dict[str, int]:
+    """The number of pairs by address; the name of a shard contains the number of its source file."""
     addresses = [item["address"] for item in prepared.inputs["sources"]]
+    out = dict.fromkeys(addresses, 0)
     for name, pairs in prepared.shards:
         out[addresses[int(name.split("-")[1])]] += pairs
     return out
@@ -118,32 +116,33 @@ def _padding(lengths: np.ndarray, training: TrainingConfig, by_length: bool) -> 
     return schedule.padding_share()
 
 
-def _draw(card: dict[str, Any], prepared: Prepared, file: Path) -> None:
+def _draw(card: dict[str, Any], prepared: PreparedPairs, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 2)
+    top, bottom = figure.subplots(2, 2)
     edges = card["histogram"]["edges"]
-    for side, colour in zip(_SIDES, ("tab:gray", "tab:green", "tab:red"), strict=True):
-        above[0].stairs(card["histogram"][side], edges, label=side, color=colour)
-    above[0].set(xlabel="tokens", ylabel="pairs", title="lengths")
-    above[0].legend()
+    for side, color in zip(_SIDES, ("tab:gray", "tab:green", "tab:red"), strict=True):
+        top[0].stairs(card["histogram"][side], edges, label=side, color=color)
+    top[0].set(xlabel="tokens", ylabel="pairs", title="lengths")
+    top[0].legend()
     lengths = np.asarray(prepared.lengths())
-    above[1].hist(lengths[:, 1].astype(int) - lengths[:, 2], bins=_BINS, color="tab:blue")
+    top[1].hist(lengths[:, 1].astype(int) - lengths[:, 2], bins=_BINS, color="tab:blue")
     longer = card["length_bias"]["chosen_longer"]
-    above[1].set(xlabel="chosen - rejected, tokens", title=f"length bias: chosen is longer in {longer:.0%}")
+    top[1].set(xlabel="chosen - rejected, tokens", title=f"length bias: chosen is longer in {longer:.0%}")
     shares = {f"{side} truncated": share for side, share in card["truncated"].items()}
-    shares["dead tail"] = card["dead_tail_share"]
+    shares["tail beyond the shorter answer"] = card["tail_share"]
     shares |= {f"padding, {name}": share for name, share in card.get("padding_share", {}).items()}
-    _bars(below[0], shares, "shares")
+    _bars(bottom[0], shares, "shares")
     reasons = {name: n for name, n in card["quarantined"].items() if name != "total"}
     parts = card["column"] or reasons or card["sources"]
     title = "pairs by value" if card["column"] else "quarantined records" if reasons else "pairs by source"
-    _bars(below[1], dict(list(parts.items())[:12]), title)
+    _bars(bottom[1], dict(list(parts.items())[:12]), title)
     figure.suptitle(
-        f"{card['pairs']:,} pairs of {card['records']:,} records, {card['quarantined']['total']:,} put aside"
+        f"{card['pairs']:,} pairs from {card['records']:,} records, "
+        f"{card['quarantined']['total']:,} quarantined"
     )
     figure.savefig(file, dpi=110, format="png")
 

@@ -1,9 +1,9 @@
-"""`builtin:copyedit`: a generated preference task with one right answer and mistakes at known places.
+"""`builtin:copyedit`: a generated preference task with one correct answer and mistakes at known positions.
 
-A prompt is a short instruction over words (`reverse: cat tree blue`), the chosen answer the right one
-(`blue tree cat`), the rejected one the same with one or two mistakes whose character spans are in the
-metadata. Row `i` of a split depends on `(seed, split, i)` alone. Which split a prompt belongs to is a hash
-of the prompt itself, so that no two splits share one, whatever the seed. Imports neither torch nor ray.
+A prompt is a short instruction about words (`reverse: cat tree blue`). The chosen answer is the correct one
+(`blue tree cat`), and the rejected answer is the same with one or two mistakes, whose character spans are in
+the metadata. Row `i` of a split depends only on `(seed, split, i)`. A hash of the prompt determines its
+split, so that no two splits share a prompt, regardless of the seed. Imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORDS: tuple[str, ...] = (
 # fmt: on
 
 TASKS: tuple[str, ...] = ("copy", "reverse", "sort", "swap", "drop", "replace", "upper")
-"""copy; reverse the order; sort by alphabet; swap first and last; drop the first; replace one; upper-case."""
+"""Copy; reverse; sort alphabetically; swap first and last; drop the first; replace one word; upper-case."""
 
 _SPLITS: dict[str, tuple[range, int]] = {
     "train": (range(0, 45), 20_000),
@@ -38,18 +38,18 @@ _SPLITS: dict[str, tuple[range, int]] = {
     "eval": (range(90, 95), 500),
     "test": (range(95, 100), 500),
 }
-"""Split: its hash buckets of 100, and its default number of pairs."""
+"""The hash buckets of each split, out of 100, and its default number of pairs."""
 
 
 @dataclass(frozen=True)
-class CopyEdit:
-    """What the query of a source string can set."""
+class CopyEditConfig:
+    """The parameters in the query of a source string."""
 
     split: str = "train"
     pairs: int = 0
-    """0: the split's default number."""
+    """0 means the default of the split."""
     damaged: float = 0.3
-    """Share of the targets of split `sft` that have a mistake."""
+    """Share of the targets of the split `sft` that contain a mistake."""
     seed: int = 0
     tasks: tuple[str, ...] = TASKS
     min_words: int = 3
@@ -61,32 +61,32 @@ class CopyEdit:
 
 
 @lru_cache(maxsize=64)
-def parse_source(source: str) -> CopyEdit:
-    """Settings of `builtin:copyedit?split=train&pairs=N&damaged=0.3&seed=0&tasks=copy,sort`.
+def parse_source(source: str) -> CopyEditConfig:
+    """The parameters of `builtin:copyedit?split=train&pairs=N&damaged=0.3&seed=0&tasks=copy,sort`.
 
     Raises:
         InputError: for an unknown parameter or an impossible value.
     """
     name, _, query = source.partition("?")
     if name != PREFIX:
-        raise InputError(f"{source!r}: no such builtin source; use {PREFIX}?split=train|sft|eval|test")
-    known = {item.name: item for item in fields(CopyEdit)}
+        raise InputError(f"{source!r}: no such builtin source; must be {PREFIX}?split=train|sft|eval|test")
+    known = {item.name: item for item in fields(CopyEditConfig)}
     values: dict[str, Any] = {}
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in known:
-            raise InputError(f"{source!r}: unknown parameter {key!r}; known are {', '.join(known)}")
+            raise InputError(f"{source!r}: unknown parameter {key!r}; must be one of {', '.join(known)}")
         try:
-            values[key] = _READ[key](text)
+            values[key] = _PARSERS[key](text)
         except ValueError:
-            raise InputError(f"{source!r}: {key}={text!r} is not {_WANT[key]}") from None
-    settings = CopyEdit(**values)
+            raise InputError(f"{source!r}: {key}={text!r} must be {_EXPECTED[key]}") from None
+    settings = CopyEditConfig(**values)
     for key, ok in _checks(settings).items():
         if not ok:
-            raise InputError(f"{source!r}: {key}={values.get(key)!r} is not {_WANT[key]}")
+            raise InputError(f"{source!r}: {key}={values.get(key)!r} must be {_EXPECTED[key]}")
     return settings
 
 
-_READ: dict[str, Any] = {
+_PARSERS: dict[str, Any] = {
     "split": str,
     "pairs": int,
     "damaged": float,
@@ -95,18 +95,18 @@ _READ: dict[str, Any] = {
     "min_words": int,
     "max_words": int,
 }
-_WANT = {
+_EXPECTED = {
     "split": "one of " + ", ".join(_SPLITS),
     "pairs": "a number from 1 to 100 million",
     "damaged": "a share from 0 to 1",
-    "seed": "a whole number",
-    "tasks": "a comma-separated choice of " + ", ".join(TASKS),
+    "seed": "an integer",
+    "tasks": "a comma-separated list of " + ", ".join(TASKS),
     "min_words": "a number from 2 to max_words",
     "max_words": "a number from min_words to 12",
 }
 
 
-def _checks(s: CopyEdit) -> dict[str, bool]:
+def _checks(s: CopyEditConfig) -> dict[str, bool]:
     return {
         "split": s.split in _SPLITS,
         "pairs": 0 <= s.pairs <= 100_000_000,
@@ -117,11 +117,11 @@ def _checks(s: CopyEdit) -> dict[str, bool]:
     }
 
 
-def example(settings: CopyEdit, row: int) -> dict[str, Any]:
+def example(settings: CopyEditConfig, row: int) -> dict[str, Any]:
     """Row `row` as a raw record: prompt, chosen, rejected, task, answer, damage and chosen_damage.
 
-    `damage` lists `[start, end)` character spans of the rejected text, in order: a wrong, a second or a moved
-    word; for a missing word the word that stands in its place, or the empty span at the end of the text.
+    `damage` lists the `[start, end)` character spans of the mistakes in the rejected text, in order: a wrong,
+    a duplicated or a moved word; for a missing word the one in its place, or an empty span at the end.
     """
     rng = random.Random(f"{settings.seed}:{settings.split}:{row}")
     buckets = _SPLITS[settings.split][0]
@@ -150,17 +150,17 @@ def example(settings: CopyEdit, row: int) -> dict[str, Any]:
 
 
 def split_bucket(prompt: str) -> int:
-    """The prompt's bucket, 0 to 99, which decides its split."""
+    """The hash bucket of a prompt, from 0 to 99, which determines its split."""
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest(), "big") % 100
 
 
 def check(metadata: Mapping[str, Any], answer: str) -> bool:
-    """Whether `answer`, white space around it aside, is the right one."""
+    """Whether `answer` is correct, ignoring white space around it."""
     return answer.strip() == metadata["answer"]
 
 
-def _instruction(rng: random.Random, settings: CopyEdit) -> tuple[str, str, list[str]]:
-    """Task, prompt, and the words of the right answer."""
+def _instruction(rng: random.Random, settings: CopyEditConfig) -> tuple[str, str, list[str]]:
+    """The task, the prompt and the words of the correct answer."""
     task = rng.choice(settings.tasks)
     words = rng.sample(WORDS, rng.randint(settings.min_words, settings.max_words))
     text = " ".join(words)
@@ -179,41 +179,41 @@ def _instruction(rng: random.Random, settings: CopyEdit) -> tuple[str, str, list
     return task, f"{task}: {text}", answers[task]
 
 
-def _damage(rng: random.Random, right: list[str], pool: list[str]) -> tuple[str, list[list[int]]]:
-    """The right words with one or two mistakes, and the mistakes' character spans."""
+def _damage(rng: random.Random, correct: list[str], pool: list[str]) -> tuple[str, list[list[int]]]:
+    """The text of the answer with one or two mistakes, and their character spans."""
     while True:
-        words = list(right)
-        bad = [False] * len(words)
+        words = list(correct)
+        is_wrong = [False] * len(words)
         end = False
         for _ in range(rng.choice((1, 1, 2))):
-            clean = [index for index, flag in enumerate(bad) if not flag]
+            clean = [index for index, flag in enumerate(is_wrong) if not flag]
             kind = rng.choice(("wrong", "missing", "doubled", "swapped"))
             if not clean or (kind == "swapped" and len(clean) < 2) or (kind == "missing" and len(words) < 2):
                 continue
             at = rng.choice(clean)
             if kind == "wrong":
-                words[at] = rng.choice([word for word in pool if word not in right])
-                bad[at] = True
+                words[at] = rng.choice([word for word in pool if word not in correct])
+                is_wrong[at] = True
             elif kind == "missing":
-                del words[at], bad[at]
+                del words[at], is_wrong[at]
                 end |= at == len(words)
                 if at < len(words):
-                    bad[at] = True
+                    is_wrong[at] = True
             elif kind == "doubled":
                 words.insert(at + 1, words[at])
-                bad.insert(at + 1, True)
+                is_wrong.insert(at + 1, True)
             else:
                 other = rng.choice([index for index in clean if index != at])
                 words[at], words[other] = words[other], words[at]
-                bad[at] = bad[other] = True
-        if words != right:
-            return _spans(words, bad, end and len(words) < len(right))
+                is_wrong[at] = is_wrong[other] = True
+        if words != correct:
+            return _spans(words, is_wrong, end and len(words) < len(correct))
 
 
-def _spans(words: list[str], bad: list[bool], end: bool) -> tuple[str, list[list[int]]]:
+def _spans(words: list[str], is_wrong: list[bool], end: bool) -> tuple[str, list[list[int]]]:
     text = " ".join(words)
     spans, start = [], 0
-    for word, flag in zip(words, bad, strict=True):
+    for word, flag in zip(words, is_wrong, strict=True):
         if flag:
             spans.append([start, start + len(word)])
         start += len(word) + 1

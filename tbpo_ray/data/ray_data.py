@@ -1,4 +1,4 @@
-"""The Ray Data pipeline of `prepare`: one light reader per file feeds tokenizing tasks, chunk by chunk."""
+"""The Ray Data pipeline that prepares pairs: a light reader per file feeds chunks to tokenizing tasks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from tbpo_ray.data.sources import Chunk, SourceFile, iter_chunks
 from tbpo_ray.errors import InputError
 
 READ_CPUS, TOKENIZE_CPUS = 0.1, 0.9
-"""Together one core, so that a two-core machine tokenizes on both; different, so that the stages stay two."""
+"""They add up to one core, so that a machine with two cores tokenizes on both. They differ because Ray
+Data would fuse two stages with the same resources into one."""
 
 
 def run_chunks(job: BuildJob, folder: str, labels: Mapping[str, str] | None = None) -> Iterator[ChunkResult]:
-    """Prepare every chunk of a build in Ray Data tasks, in any order.
+    """Prepare every chunk of a build in Ray Data tasks, and yield the results in any order.
 
     Args:
-        labels: that the tasks' nodes must carry.
+        job: the settings, which must be saved in `folder` too.
+        folder: the build folder, on storage that all nodes share.
+        labels: node labels that the tasks require.
 
     Raises:
         InputError: when a file cannot be read.
@@ -31,11 +34,12 @@ def run_chunks(job: BuildJob, folder: str, labels: Mapping[str, str] | None = No
     import ray
 
     labels = dict(labels or {})
-    # With a limit the files are read one after the other: how many rows are left depends on those before.
+    # With a limit one task reads all files in turn, since each file may only use the rows that remain.
     indices = list(range(len(job.files)))
-    items = [{"files": part} for part in ([indices] if job.limit is not None else [[i] for i in indices])]
+    groups = [indices] if job.limit is not None else [[index] for index in indices]
+    items = [{"files": group} for group in groups]
     with quiet_data_context() as context:
-        context.target_max_block_size = 1  # every chunk is a block of its own, and so a task of its own
+        context.target_max_block_size = 1  # one block per chunk, and therefore one task per chunk
         read, work = cast(Any, _read), cast(Any, _prepare)
         options: dict[str, Any] = {
             "batch_size": 1,
@@ -53,7 +57,7 @@ def run_chunks(job: BuildJob, folder: str, labels: Mapping[str, str] | None = No
 
 @contextmanager
 def quiet_data_context() -> Iterator[Any]:
-    """A Ray Data context of one's own, without progress bars and start messages."""
+    """Apply a copy of the Ray Data context within the block, without progress bars and start messages."""
     from ray.data import DataContext
 
     context = DataContext.get_current().copy()
@@ -71,38 +75,41 @@ def quiet_data_context() -> Iterator[Any]:
 
 
 def _read(batch: pa.Table, folder: str) -> Iterator[pa.Table]:
-    """Chunks of the batch's files; a file that cannot be read ends in a row that says so."""
+    """Yield the chunks of the files in the batch; an unreadable file ends in a row with the error message.
+
+    An exception would reach the caller as a RayTaskError, and the message would be lost in its traceback.
+    """
     job = load_job(folder)
-    left = job.limit
+    remaining = job.limit
     for index in batch["files"].to_pylist()[0]:
         file = SourceFile(*job.files[index])
         try:
-            for chunk in iter_chunks(file, job.chunk_rows, left):
-                left = None if left is None else left - chunk.rows
-                row = {"file": index, "fault": "", "reader_bytes": private_bytes(), **asdict(chunk)}
+            for chunk in iter_chunks(file, job.chunk_rows, remaining):
+                remaining = None if remaining is None else remaining - chunk.rows
+                row = {"file": index, "error": "", "reader_bytes": private_bytes(), **asdict(chunk)}
                 yield pa.table({name: [value] for name, value in row.items()})
         except InputError as error:
             empty = asdict(Chunk(file.address, 0, 0, "generated"))
-            row = {"file": index, "fault": str(error), "reader_bytes": 0, **empty}
+            row = {"file": index, "error": str(error), "reader_bytes": 0, **empty}
             yield pa.table({name: [value] for name, value in row.items()})
             return
-        if left == 0:
+        if remaining == 0:
             return
 
 
 def _prepare(batch: pa.Table, folder: str) -> pa.Table:
     row = batch.to_pylist()[0]
-    file, fault, reader_bytes = (row.pop(name) for name in ("file", "fault", "reader_bytes"))
-    if fault:
-        return pa.table({"fault": [fault], "result": [""], "lengths": [b""], "hashes": [b""]})
+    file, error, reader_bytes = (row.pop(name) for name in ("file", "error", "reader_bytes"))
+    if error:
+        return pa.table({"error": [error], "result": [""], "lengths": [b""], "hashes": [b""]})
 
     values = asdict(process_chunk(folder, file, Chunk(**row)))
     values["memory_bytes"] = max(values["memory_bytes"], reader_bytes)
     lengths, hashes = values.pop("lengths"), values.pop("hashes")
-    return pa.table({"fault": [""], "result": [json.dumps(values)], "lengths": [lengths], "hashes": [hashes]})
+    return pa.table({"error": [""], "result": [json.dumps(values)], "lengths": [lengths], "hashes": [hashes]})
 
 
 def _result(row: dict[str, Any]) -> ChunkResult:
-    if row["fault"]:
-        raise InputError(row["fault"])
+    if row["error"]:
+        raise InputError(row["error"])
     return ChunkResult(lengths=row["lengths"], hashes=row["hashes"], **json.loads(row["result"]))

@@ -1,7 +1,7 @@
-"""Random reads of prepared pairs by id, with further columns joined from folders of equal shape.
+"""Read prepared pairs by id, joined with further columns from folders that have the same shards.
 
-The unit of a read is a Parquet row group; decoded groups are kept up to a number of bytes, so that small data
-is decoded once and large data stays on disk.
+The unit of a read is a Parquet row group. Decoded groups are cached up to a number of bytes, so that a small
+data set is decoded once and a large one stays on disk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.shards import TOKEN_COLUMNS, Prepared
+from tbpo_ray.data.shards import TOKEN_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError
 
 CACHE_BYTES = 256 * 2**20
@@ -23,11 +23,11 @@ CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs that go through the model together on one rank; `n` of them, 0 where the step has no more.
+    """`n` pairs that go through the model together on one rank; 0 when the step has no pairs left for it.
 
-    `index` runs from 0 to `count - 1` within `step`, the same on every rank; `pairs_in_step` counts the pairs
-    of all ranks. Token columns are `n` arrays [tokens] int32; `extras` maps each joined column to `n` arrays
-    [tokens] float32.
+    `index` runs from 0 to `count - 1` within `step`, on every rank alike, and `pairs_in_step` is the number
+    of pairs over all ranks. Token columns are `n` arrays [tokens] int32; `extras` maps each joined column to
+    `n` arrays [tokens] float32.
     """
 
     step: int
@@ -50,7 +50,7 @@ class _File:
     parquet: Any
     columns: tuple[str, ...]
     group_starts: np.ndarray
-    """First row of each row group, and the number of rows last."""
+    """First row of each row group, followed by the number of rows."""
 
 
 class PairReader:
@@ -58,15 +58,17 @@ class PairReader:
 
     Args:
         prepared: the pairs.
-        extra_dirs: folders with Parquet files named as the shards, row by row beside them; all their list
-            columns are joined.
-        cache_bytes: most bytes of decoded row groups to keep.
+        extra_dirs: folders with Parquet files that have the names and rows of the shards; all list columns
+            of these files are joined.
+        cache_bytes: maximum size of the cache of decoded row groups.
 
     Raises:
         InputError: when an extra folder does not match the shards.
     """
 
-    def __init__(self, prepared: Prepared, extra_dirs: Sequence[str] = (), cache_bytes: int = CACHE_BYTES):
+    def __init__(
+        self, prepared: PreparedPairs, extra_dirs: Sequence[str] = (), cache_bytes: int = CACHE_BYTES
+    ):
         self._folders = [Path(prepared.path), *map(Path, extra_dirs)]
         self._shards = prepared.shards
         self._starts = prepared.starts()
@@ -80,11 +82,11 @@ class PairReader:
         )
 
     def fetch(self, pair_ids: np.ndarray) -> dict[str, list[np.ndarray]]:
-        """Columns of these pairs, in their order: name -> one array per pair."""
+        """The columns of these pairs by name, each with one array per pair in the order of `pair_ids`."""
         out: dict[str, list[Any]] = {
             name: [None] * len(pair_ids) for name in (*TOKEN_COLUMNS, *self.extra_columns)
         }
-        # In the order of the shards, so that each row group is decoded once even if little is kept.
+        # In the order of the shards, so that each row group is decoded once even if the cache is small.
         for at in np.argsort(pair_ids, kind="stable"):
             shard = int(np.searchsorted(self._starts, pair_ids[at], side="right")) - 1
             row = int(pair_ids[at] - self._starts[shard])
@@ -99,7 +101,7 @@ class PairReader:
     def micro_batches(
         self, schedule: Schedule, rank: int, world: int, first: int, last: int
     ) -> list[MicroBatch]:
-        """A rank's micro-batches of the steps `first` to `last - 1`, read together."""
+        """The micro-batches of a rank in the steps `first` to `last - 1`, read together."""
         plan = [(step, schedule.micro_batches(step, rank, world)) for step in range(first, last)]
         ids = [part for _, parts in plan for part in parts]
         columns = self.fetch(np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64))
@@ -120,11 +122,13 @@ class PairReader:
             name, pairs = self._shards[shard]
             path = self._folders[folder] / name
             if not path.is_file():
-                raise InputError(f"{path}: missing, though the prepared pairs have a shard of this name")
+                raise InputError(f"{path}: missing, but the prepared pairs have a shard of this name")
             parquet = pq.ParquetFile(path, memory_map=True)
             meta = parquet.metadata
             if meta.num_rows != pairs:
-                raise InputError(f"{path}: {meta.num_rows} rows beside {pairs} pairs; delete its folder")
+                raise InputError(
+                    f"{path}: {meta.num_rows} rows for {pairs} pairs; delete its folder to rebuild it"
+                )
             sizes = [meta.row_group(index).num_rows for index in range(meta.num_row_groups)]
             import pyarrow as pa
 

@@ -1,7 +1,8 @@
-"""Why a record is put aside: the reason codes of the quarantine file."""
+"""The reason codes of the quarantine file: why a record is rejected."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 REASONS: dict[str, str] = {
@@ -10,29 +11,37 @@ REASONS: dict[str, str] = {
     "not_object": "the row is not a mapping of columns",
     "prompt_missing": "there is no prompt, and the answers do not repeat one",
     "prompt_not_text": "the prompt is neither a string nor a list of messages",
-    "prompt_empty": "the prompt says nothing",
+    "prompt_empty": "the prompt is empty",
     "prompts_differ": "chosen and rejected do not answer the same prompt",
     "chosen_missing": "there is no chosen answer",
     "rejected_missing": "there is no rejected answer",
     "chosen_not_text": "the chosen answer is neither a string nor a list of messages",
     "rejected_not_text": "the rejected answer is neither a string nor a list of messages",
-    "chosen_empty": "the chosen answer says nothing",
-    "rejected_empty": "the rejected answer says nothing",
+    "chosen_empty": "the chosen answer is empty",
+    "rejected_empty": "the rejected answer is empty",
     "no_final_answer": "an answer does not end in one assistant message",
-    "answers_identical": "chosen and rejected say the same",
+    "answers_identical": "chosen and rejected are identical",
     "message_malformed": "a message is not {role, content} with a known role and text",
-    "text_not_unicode": "a text holds half a character (a lone surrogate)",
+    "text_not_unicode": "a text contains a lone surrogate, which is not valid Unicode",
     "template_refused": "the chat template refuses this conversation",
-    "prompt_without_tokens": "the rendered prompt has no token",
-    "answer_without_tokens": "an answer has no token of its own",
-    "answer_not_representable": "the tokenizer cannot give an answer back as it was",
-    "pair_same_tokens": "chosen and rejected are the same tokens, after truncation",
+    "prompt_without_tokens": "the rendered prompt has no tokens",
+    "answer_without_tokens": "an answer has no tokens",
+    "answer_not_representable": "decoding an answer's tokens does not return the same text",
+    "pair_same_tokens": "chosen and rejected have the same tokens after truncation",
 }
-"""Every reason why a record is put aside, by code."""
+"""Every reason why a record is quarantined, by code."""
+
+COUNT_PREFIX = "quarantined/"
+"""What the names of per-reason counts begin with (`quarantined/chosen_empty`)."""
 
 
 class RecordError(ValueError):
-    """A record that is no pair: `reason` is a key of :data:`REASONS`, `detail` says what was found."""
+    """A record that is not a preference pair.
+
+    Args:
+        reason: a key of :data:`REASONS`.
+        detail: the value or position that was found.
+    """
 
     def __init__(self, reason: str, detail: str = ""):
         self.reason = reason
@@ -40,4 +49,15 @@ class RecordError(ValueError):
         super().__init__(f"{REASONS[reason]}{': ' + detail if detail else ''}")
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled with `args`, here the finished message; Ray Data needs the two arguments.
         return (RecordError, (self.reason, self.detail))
+
+
+def rejection_counts(counts: Mapping[str, float]) -> dict[str, int]:
+    """The number of quarantined records by reason code, the most frequent reason first."""
+    reasons = {
+        name.removeprefix(COUNT_PREFIX): int(number)
+        for name, number in counts.items()
+        if name.startswith(COUNT_PREFIX)
+    }
+    return dict(sorted(reasons.items(), key=lambda item: -item[1]))

@@ -1,7 +1,7 @@
-"""The work of preparing one chunk of a source: parse, tokenize, write its shard and its quarantine.
+"""Prepare one chunk of a source: parse it, tokenize it, and write its shard and its quarantine file.
 
-Runs in Ray Data tasks, or in the calling process. What a worker needs stands in the build folder, so that a
-task carries nothing but its chunk; the tokenizer is loaded once in each worker process.
+This runs in Ray Data tasks or in the calling process. Workers read the settings and the tokenizer from the
+build folder, once per process, so that a task carries only its chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tbpo_ray.data.records import BadRecord, Record, parse_record
-from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.data.rejection_reasons import COUNT_PREFIX, RecordError
 from tbpo_ray.data.shards import file_digest, write_shard
 from tbpo_ray.data.sources import Chunk
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
@@ -29,12 +29,12 @@ JOB, TOKENIZER = "job.json", "tokenizer.json"
 
 @dataclass(frozen=True)
 class BuildJob:
-    """Settings of one build, as they lie in its folder."""
+    """The settings of one build, stored in its folder."""
 
     files: list[tuple[str, str]]
     """Address and format of each file."""
     weights: list[float]
-    """Copies of each record, by file."""
+    """How many copies of each record to take, by file; fractions are sampled."""
     seed: int
     max_length: int
     prompt_limit: int
@@ -49,7 +49,7 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What became of a chunk. `lengths` is [pairs, 3] int32, `hashes` [pairs] uint64, both as bytes."""
+    """The outcome of preparing a chunk."""
 
     file: int
     first_row: int
@@ -60,9 +60,11 @@ class ChunkResult:
     counts: dict[str, int]
     column: dict[str, int]
     lengths: bytes = b""
+    """Tokens of prompt, chosen and rejected as the bytes of a [pairs, 3] int32 array."""
     hashes: bytes = b""
+    """Hashes of the records, to find duplicates, as the bytes of a [pairs] uint64 array."""
     memory_bytes: int = 0
-    """Private memory of the worker, when the chunk was done and still held."""
+    """Private memory of the worker at the end of the chunk, while its data is still in memory."""
     cpu_seconds: float = 0.0
     process: int = 0
 
@@ -87,14 +89,14 @@ class _Columns:
 
 @lru_cache(maxsize=2)
 def load_job(folder: str) -> BuildJob:
-    """The settings of a build, read once in a process."""
+    """The settings of a build, read once per process."""
     return BuildJob(**json.loads((Path(folder) / JOB).read_text(encoding="utf-8")))
 
 
 @lru_cache(maxsize=2)
 def load_tokenizer(folder: str) -> PairTokenizer:
-    """The tokenizer of a build, loaded once in a process."""
-    # Workers are spread over the cores already; threads inside each would only get in their way.
+    """The tokenizer of a build, loaded once per process."""
+    # There is a worker for each core already; threads inside of them would oversubscribe the machine.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     job = load_job(folder)
     spec = TokenizerSpec.from_json((Path(folder) / TOKENIZER).read_text(encoding="utf-8"))
@@ -102,65 +104,68 @@ def load_tokenizer(folder: str) -> PairTokenizer:
 
 
 def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
-    """Prepare one chunk: writes `part-*.parquet` and `bad-*.jsonl` into `folder`, as far as there are any."""
+    """Prepare one chunk and write its pairs to `part-*.parquet` and its bad records to `bad-*.jsonl`."""
     job, tokenizer = load_job(folder), load_tokenizer(folder)
-    began = time.process_time()
+    start = time.process_time()
     counts: Counter[str] = Counter()
     tokenizer.counts = counts
-    records, bad = _parse(chunk, counts)
-    read = len(records) + len(bad)
-    columns, seen, column = _Columns(), [], Counter[str]()
+    records, bad = _parse(chunk)
+    num_records = len(records) + len(bad)
+    columns, hashes, column_values = _Columns(), [], Counter[str]()
     copies = _copies(job, file, chunk)
     for record, pair in zip(records, tokenizer.pairs(records), strict=True):
         if isinstance(pair, RecordError):
-            given = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
-            given |= record.metadata
-            bad.append(BadRecord(record.source, record.row, pair.reason, pair.detail, given))
-            counts[f"quarantined/{pair.reason}"] += 1
+            bad.append(_rejected_pair(record, pair))
             continue
         times = int(copies[record.row - chunk.first_row])
         columns.add(record, pair, times)
-        seen += [_hash(record)] * times
+        hashes += [_hash(record)] * times
         counts["repeated_by_weight"] += max(times - 1, 0)
-        counts["left_out_by_weight"] += times == 0
+        counts["skipped_by_weight"] += times == 0
         if job.card_column is not None:
-            column[str(record.metadata.get(job.card_column))] += times
+            column_values[str(record.metadata.get(job.card_column))] += times
+    counts.update(f"{COUNT_PREFIX}{record.reason}" for record in bad)
     return ChunkResult(
         file=file,
         first_row=chunk.first_row,
-        records=read,
+        records=num_records,
         pairs=len(columns.row),
-        shard=_write(folder, file, chunk, columns),
-        quarantine=_write_bad(folder, file, chunk, bad),
+        shard=_write_shard(folder, file, chunk, columns),
+        quarantine=_write_quarantine(folder, file, chunk, bad),
         counts={name: number for name, number in counts.items() if number},
-        column=dict(column),
+        column=dict(column_values),
         lengths=_lengths(columns).tobytes(),
-        hashes=np.array(seen, dtype=np.uint64).tobytes(),
+        hashes=np.array(hashes, dtype=np.uint64).tobytes(),
         memory_bytes=private_bytes(),
-        cpu_seconds=time.process_time() - began,
+        cpu_seconds=time.process_time() - start,
         process=os.getpid(),
     )
 
 
-def _parse(chunk: Chunk, counts: Counter[str]) -> tuple[list[Record], list[BadRecord]]:
+def _parse(chunk: Chunk) -> tuple[list[Record], list[BadRecord]]:
     records, bad = [], []
     for raw in chunk:
         try:
             records.append(parse_record(raw.load(), raw.source, raw.row))
         except RecordError as error:
             bad.append(BadRecord(raw.source, raw.row, error.reason, error.detail, raw.as_read()))
-            counts[f"quarantined/{error.reason}"] += 1
     return records, bad
 
 
+def _rejected_pair(record: Record, error: RecordError) -> BadRecord:
+    row = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected} | record.metadata
+    return BadRecord(record.source, record.row, error.reason, error.detail, row)
+
+
 def _copies(job: BuildJob, file: int, chunk: Chunk) -> np.ndarray:
-    """How often each row of the chunk is taken: [rows] int, `weight` on average, seeded."""
+    """The number of copies of each row of the chunk, `weight` on average: [rows] int."""
     weight = job.weights[file]
     whole = int(weight)
     if weight == whole:
         return np.full(chunk.rows, whole)
-    draw = np.random.default_rng([job.seed, file, chunk.first_row]).random(chunk.rows)
-    return whole + (draw < weight - whole)
+    # Seeded by the position of the chunk, so that the sample does not depend on the order of the tasks.
+    draws = np.random.default_rng([job.seed, file, chunk.first_row]).random(chunk.rows)
+    return whole + (draws < weight - whole)
 
 
 def _hash(record: Record) -> int:
@@ -173,7 +178,7 @@ def _lengths(columns: _Columns) -> np.ndarray:
     return np.array([[len(ids) for ids in side] for side in sides], dtype=np.int32).T.reshape(-1, 3)
 
 
-def _write(folder: str, file: int, chunk: Chunk, columns: _Columns) -> dict[str, Any] | None:
+def _write_shard(folder: str, file: int, chunk: Chunk, columns: _Columns) -> dict[str, Any] | None:
     if not columns.row:
         return None
     path = Path(folder) / f"part-{file:05d}-{chunk.first_row:012d}.parquet"
@@ -182,7 +187,7 @@ def _write(folder: str, file: int, chunk: Chunk, columns: _Columns) -> dict[str,
     return {"file": path.name, "pairs": len(columns.row), "bytes": size, "sha256": file_digest(path)}
 
 
-def _write_bad(folder: str, file: int, chunk: Chunk, bad: list[BadRecord]) -> str | None:
+def _write_quarantine(folder: str, file: int, chunk: Chunk, bad: list[BadRecord]) -> str | None:
     if not bad:
         return None
     path = Path(folder) / f"bad-{file:05d}-{chunk.first_row:012d}.jsonl"
@@ -192,7 +197,7 @@ def _write_bad(folder: str, file: int, chunk: Chunk, bad: list[BadRecord]) -> st
 
 
 def private_bytes() -> int:
-    """Memory of this process alone; what it maps of the object store is not its own."""
+    """Memory of this process without shared pages, such as those of the object store."""
     import psutil
 
     info = psutil.Process().memory_info()

@@ -1,8 +1,9 @@
-"""Prepared pairs on disk: Parquet shards in a folder named by what went into them, and their manifest.
+"""Prepared pairs on disk: Parquet shards and their manifest in a folder named by a fingerprint of its inputs.
 
-Columns: `prompt_ids chosen_ids rejected_ids` list<int32>, `source` string, `row` int64, `metadata` JSON text.
-A pair's id is its position over all shards in the manifest's order, which is the order of the sources. The
-manifest is written last and the folder appears by one rename: a folder that is there is whole.
+The columns are `prompt_ids chosen_ids rejected_ids` list<int32>, `source` string, `row` int64 and `metadata`
+JSON text. The id of a pair is its position over all shards in the order of the manifest, which is the order
+of the sources. The folder appears by one rename after everything in it is written, so that it is complete
+whenever it exists.
 """
 
 from __future__ import annotations
@@ -20,49 +21,46 @@ from tbpo_ray.errors import InputError
 
 MANIFEST, LENGTHS, QUARANTINE = "manifest.json", "lengths.npy", "quarantine.jsonl"
 ROWS_PER_GROUP = 64
-"""Rows of a Parquet row group: the least that a random read decodes. Files joined to the shards do well to
-use the same."""
+"""Rows of a Parquet row group, the smallest unit that a random read decodes. Files that are joined to the
+shards should use the same number."""
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Prepared pairs, whole and readable.
-
-    `counts` holds numbers by name, ready for a tracker; `shards` file names with their number of pairs.
-    """
+class PreparedPairs:
+    """A complete folder of prepared pairs."""
 
     path: str
     fingerprint: str
     pairs: int
     shards: tuple[tuple[str, int], ...]
+    """File name and number of pairs of each shard."""
     records: int
+    """Number of records in the sources, including quarantined ones."""
     counts: dict[str, float] = field(default_factory=dict)
+    """Statistics by name, ready to be logged."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """What the fingerprint covers: sources with digests, tokenizer, template, lengths, code version."""
-
+    """Everything that the fingerprint covers: sources with digests, tokenizer, lengths, code version."""
     column: dict[str, int] = field(default_factory=dict)
     """Pairs by value of `data.card_column`, the most frequent first."""
 
     @classmethod
-    def load(cls, path: str | Path, *, verify: bool = False) -> Prepared:
-        """Read a prepared folder; `verify` also reads every shard and compares its digest.
+    def load(cls, path: str | Path, *, verify: bool = False) -> PreparedPairs:
+        """Open a prepared folder; with `verify`, also compare the digest of every shard.
 
         Raises:
-            InputError: when the folder is not whole.
+            InputError: when the folder is incomplete or damaged.
         """
         folder = Path(path)
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: no prepared pairs in it ({error})") from error
+            raise InputError(f"{folder}: contains no prepared pairs ({error})") from error
         for shard in manifest["shards"]:
             file = folder / shard["file"]
-            whole = file.is_file() and file.stat().st_size == shard["bytes"]
-            if not whole or (verify and file_digest(file) != shard["sha256"]):
-                raise InputError(
-                    f"{file}: missing or damaged; delete the folder {folder}, it will be built again"
-                )
+            intact = file.is_file() and file.stat().st_size == shard["bytes"]
+            if not intact or (verify and file_digest(file) != shard["sha256"]):
+                raise InputError(f"{file}: missing or damaged; delete the folder {folder} to rebuild it")
         return cls(
             path=str(folder.absolute()),
             fingerprint=manifest["fingerprint"],
@@ -80,20 +78,20 @@ class Prepared:
 
     @property
     def quarantine_file(self) -> Path | None:
-        """JSON lines `{source, row, reason, detail, record}`; None when every record was a pair."""
+        """JSON lines `{source, row, reason, detail, record}`; None if there are no quarantined records."""
         file = Path(self.path) / QUARANTINE
         return file if file.is_file() else None
 
     def lengths(self) -> np.ndarray:
-        """Tokens of prompt, chosen and rejected of every pair: [N, 3] int32, mapped from disk."""
+        """Number of tokens of prompt, chosen and rejected of every pair: [N, 3] int32, memory-mapped."""
         return np.load(Path(self.path) / LENGTHS, mmap_mode="r", allow_pickle=False)
 
     def starts(self) -> np.ndarray:
-        """Id of each shard's first pair, and the number of pairs last: [shards + 1] int64."""
+        """The id of the first pair of each shard, followed by the number of pairs: [shards + 1] int64."""
         return np.cumsum([0, *(pairs for _, pairs in self.shards)], dtype=np.int64)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Every pair in order, as Python values; `metadata` is decoded."""
+        """All pairs in order as Python values, with `metadata` decoded."""
         import pyarrow.parquet as pq
 
         for name, _ in self.shards:
@@ -108,7 +106,7 @@ class Prepared:
 
 
 def write_shard(path: Path, columns: dict[str, list[Any]]) -> None:
-    """Write one Parquet shard of the columns above."""
+    """Write one Parquet shard with the columns that the module describes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,8 +1,8 @@
-"""Where raw rows come from: files of any accepted format at any fsspec address, and generated tasks.
+"""Read raw rows from files of any accepted format at any fsspec address, and from generated tasks.
 
-A source is read in chunks of a fixed number of rows, each small, self-contained and picklable by Ray as plain
-bytes, so that one reader can feed many tokenizing workers and memory never grows with a file. Imports neither
-torch nor ray.
+A source is read in chunks of a fixed number of rows. Each chunk is small, self-contained and serialized as
+plain bytes, so that one reader can feed many tokenizing workers and memory does not grow with the size of a
+file. Imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from tbpo_ray.data import copyedit
 from tbpo_ray.data.rejection_reasons import RecordError
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, first_line
 
 ROWS_PER_CHUNK, BYTES_PER_CHUNK = 1024, 16 * 2**20
-"""Most rows of a chunk, and about the most bytes where rows are lines."""
+"""Maximum number of rows of a chunk, and the approximate maximum of bytes if its rows are lines."""
 
 _FORMATS = {
     ".jsonl": "lines",
@@ -41,16 +42,16 @@ _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file (or generated task) of a source: its address for fsspec, and how to read it."""
+    """One file (or generated task) of a source: its fsspec address and its format."""
 
     address: str
     format: str
 
     def digest(self) -> str:
-        """SHA-256 of the bytes; for a remote file of what its store says of it (size, time, ETag)."""
+        """SHA-256 of a local file; for a remote file its metadata in the store (size, time, ETag)."""
         if self.format == "copyedit":
             return f"{self.address}|{copyedit.parse_source(self.address)}"
-        fs, path = _fs(self.address)
+        fs, path = _filesystem(self.address)
         if "file" not in fs.protocol:
             return f"{self.address}|{sorted((k, str(v)) for k, v in fs.info(path).items())}"
         with open(path, "rb") as file:
@@ -59,13 +60,14 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of one file. `payload`: lines, an Arrow stream, or nothing for generated rows."""
+    """Consecutive rows of one file."""
 
     source: str
     first_row: int
     rows: int
     kind: Literal["lines", "table", "generated"]
     payload: bytes = b""
+    """Lines, an Arrow stream, or nothing for generated rows."""
 
     def __iter__(self) -> Iterator[RawRow]:
         if self.kind == "generated":
@@ -78,13 +80,13 @@ class Chunk:
         else:
             values = self.payload.split(b"\n")
         for index, value in enumerate(values):
-            if value != b"":
+            if value != b"":  # an empty line is not a record, but it counts as a row
                 yield RawRow(self.source, self.first_row + index, value)
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it was read: columns, or the bytes of a JSON line."""
+    """A row as it was read: its columns, or the bytes of a JSON line."""
 
     source: str
     row: int
@@ -106,7 +108,7 @@ class RawRow:
             raise RecordError("not_json", str(error)[:200]) from None
 
     def as_read(self) -> Any:
-        """For the quarantine file: the columns where there are any, else the text."""
+        """The row for the quarantine file: its columns, or the text if it cannot be parsed."""
         if not isinstance(self.value, bytes):
             return self.value
         try:
@@ -115,11 +117,11 @@ class RawRow:
             return self.value.decode("utf-8", "backslashreplace")
 
 
-def resolve(source: str) -> list[SourceFile]:
+def resolve_source(source: str) -> list[SourceFile]:
     """The files of a source, in a fixed order.
 
     Raises:
-        InputError: when nothing is there, or nothing that can be read.
+        InputError: when it does not exist, cannot be reached or has an unknown format.
     """
     if source.startswith("builtin:"):
         copyedit.parse_source(source)
@@ -127,48 +129,50 @@ def resolve(source: str) -> list[SourceFile]:
     if source.startswith("hf:") and not source.startswith("hf://"):
         return _resolve_hub(source)
     try:
-        fs, path = _fs(source)
+        fs, path = _filesystem(source)
         if fs.isdir(path):
-            found = _folder(fs, path)
+            names = _data_files(fs, path)
         else:
-            found = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] * fs.exists(path)
-    except Exception as error:  # every store's client has exceptions of its own
-        raise InputError(f"{source}: cannot be reached: {_line(error)}") from error
-    if not found:
-        raise InputError(f"{source}: no such file; give a path, glob, fsspec address, builtin:... or hf:NAME")
+            names = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] * fs.exists(path)
+    except Exception as error:  # every store client has its own exceptions
+        raise InputError(f"{source}: cannot be reached: {first_line(error)}") from error
+    if not names:
+        raise InputError(
+            f"{source}: no such file; must be a path, glob, fsspec address, builtin:... or hf:NAME"
+        )
     local = "file" in fs.protocol
-    return [_file(name if local else fs.unstrip_protocol(name)) for name in found]
+    return [_source_file(name if local else fs.unstrip_protocol(name)) for name in names]
 
 
 def iter_chunks(file: SourceFile, rows: int = ROWS_PER_CHUNK, limit: int | None = None) -> Iterator[Chunk]:
-    """A file's rows, `rows` at a time, at most `limit` in all, in order.
+    """The rows of a file in order, `rows` at a time and at most `limit` in total.
 
     Raises:
-        InputError: when the file cannot be read to its end.
+        InputError: when the file cannot be read completely.
     """
-    left = limit
+    remaining = limit
     try:
         for chunk in _chunks(file, rows):
-            if left is not None and chunk.rows >= left:
-                if left:
-                    yield _first(chunk, left)
+            if remaining is not None and chunk.rows >= remaining:
+                if remaining:
+                    yield _first_rows(chunk, remaining)
                 return
             yield chunk
-            left = left if left is None else left - chunk.rows
+            remaining = None if remaining is None else remaining - chunk.rows
     except InputError:
         raise
-    except Exception as error:  # every reader and every store's client has exceptions of its own
-        raise InputError(f"{file.address}: cannot be read as {file.format}: {_line(error)}") from error
+    except Exception as error:  # every file reader and store client has its own exceptions
+        raise InputError(f"{file.address}: cannot be read as {file.format}: {first_line(error)}") from error
 
 
 def iter_raw(source: str, limit: int | None = None) -> Iterator[RawRow]:
-    """The first `limit` raw rows of a source, in order, in this process.
+    """The first `limit` raw rows of a source in order, read in this process.
 
     Raises:
-        InputError: when the source cannot be read, or has no row.
+        InputError: when the source cannot be read or is empty.
     """
     seen = 0
-    for file in resolve(source):
+    for file in resolve_source(source):
         for chunk in iter_chunks(file, limit=None if limit is None else limit - seen):
             for raw in chunk:
                 seen += 1
@@ -176,7 +180,7 @@ def iter_raw(source: str, limit: int | None = None) -> Iterator[RawRow]:
         if limit is not None and seen >= limit:
             return
     if not seen:
-        raise InputError(f"{source}: it is empty; a preference source has at least one row")
+        raise InputError(f"{source}: is empty; a preference source must have at least one row")
 
 
 def _chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
@@ -195,24 +199,26 @@ def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
 
     with fsspec.open(file.address, "rb", compression="infer") as stream:
         if file.address.lower().endswith(".zst"):
-            stream = io.BufferedReader(stream)  # its reader knows no lines
+            stream = io.BufferedReader(stream)  # the zstandard reader has no line iteration
         lines = {"json": _json_lines, "csv": _csv_lines}.get(file.format, iter)(stream)
-        held: list[bytes] = []
+        buffered: list[bytes] = []
         first = size = 0
         for line in lines:
             line = line.rstrip(b"\r\n")
-            held.append(line.removeprefix(b"\xef\xbb\xbf") if not first and not held else line)
+            if first == 0 and not buffered:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+            buffered.append(line)
             size += len(line)
-            if len(held) == rows or size > BYTES_PER_CHUNK:
-                yield Chunk(file.address, first, len(held), "lines", b"\n".join(held))
-                first += len(held)
-                held, size = [], 0
-        if held:
-            yield Chunk(file.address, first, len(held), "lines", b"\n".join(held))
+            if len(buffered) == rows or size > BYTES_PER_CHUNK:
+                yield Chunk(file.address, first, len(buffered), "lines", b"\n".join(buffered))
+                first += len(buffered)
+                buffered, size = [], 0
+        if buffered:
+            yield Chunk(file.address, first, len(buffered), "lines", b"\n".join(buffered))
 
 
 def _json_lines(stream: Any) -> Iterator[bytes]:
-    """Lines of a .json file: one value a line, or one array of all rows (read at once)."""
+    """The rows of a .json file as lines; it has one value per line, or one array that is read at once."""
     first = stream.readline()
     if first.lstrip().startswith(b"["):
         yield from (json.dumps(item).encode() for item in json.loads(first + stream.read()))
@@ -222,7 +228,7 @@ def _json_lines(stream: Any) -> Iterator[bytes]:
 
 
 def _csv_lines(stream: Any) -> Iterator[bytes]:
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long dialogue
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     header = text.readline()
     delimiter = "\t" if "\t" in header and "," not in header else ","
@@ -250,7 +256,7 @@ def _table_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
 
 
 def _arrow_batches(pa: Any, stream: Any, rows: int) -> Iterator[Any]:
-    """Record batches of an IPC file or of an IPC stream (what Hugging Face writes)."""
+    """Record batches of an Arrow IPC file, or of an IPC stream as written by Hugging Face `datasets`."""
     magic = stream.read(6)
     stream.seek(0)
     if magic == b"ARROW1":
@@ -263,8 +269,8 @@ def _arrow_batches(pa: Any, stream: Any, rows: int) -> Iterator[Any]:
             yield batch.slice(start, rows)
 
 
-def _first(chunk: Chunk, rows: int) -> Chunk:
-    """The chunk's first rows."""
+def _first_rows(chunk: Chunk, rows: int) -> Chunk:
+    """A chunk of the first `rows` rows."""
     if chunk.kind == "lines":
         payload = b"\n".join(chunk.payload.split(b"\n", rows)[:rows])
         return Chunk(chunk.source, chunk.first_row, rows, "lines", payload)
@@ -279,7 +285,7 @@ def _first(chunk: Chunk, rows: int) -> Chunk:
     return Chunk(chunk.source, chunk.first_row, rows, "generated")
 
 
-def _file(address: str) -> SourceFile:
+def _source_file(address: str) -> SourceFile:
     name = address.lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -287,49 +293,49 @@ def _file(address: str) -> SourceFile:
         if name.endswith(ending):
             return SourceFile(address, kind)
     raise InputError(
-        f"{address}: unknown format; use {', '.join(_FORMATS)} (or text as {', '.join(_COMPRESSED)})"
+        f"{address}: unknown format; must be one of {', '.join(_FORMATS)} (text files also with "
+        f"{', '.join(_COMPRESSED)})"
     )
 
 
-def _folder(fs: Any, path: str) -> list[str]:
-    """Data files under a folder; of a folder saved by Hugging Face `datasets`, those its state lists."""
+def _data_files(fs: Any, path: str) -> list[str]:
+    """The data files below a folder; in a folder saved by Hugging Face `datasets`, those in its state."""
     state = f"{path}/state.json"
     if fs.exists(state):
         with fs.open(state) as file:
             return [f"{path}/{entry['filename']}" for entry in json.load(file)["_data_files"]]
-    endings = tuple(ending + packed for ending in _FORMATS for packed in ("", *_COMPRESSED))
+    endings = tuple(ending + compression for ending in _FORMATS for compression in ("", *_COMPRESSED))
     skip = ("dataset_info.json", "dataset_dict.json")
     return sorted(f for f in fs.find(path) if f.lower().endswith(endings) and not f.endswith(skip))
 
 
 def _resolve_hub(source: str) -> list[SourceFile]:
-    """`hf:NAME[:SPLIT]`: a local folder, or the hub's Parquet conversion of a data set (no code is run)."""
+    """`hf:NAME[:SPLIT]`: a local folder, or the Parquet conversion of a data set on the hub."""
     name, _, split = source.removeprefix("hf:").partition(":")
     if not name:
-        raise InputError(f"{source!r}: write it as hf:NAME or hf:NAME:SPLIT")
-    fs, path = _fs(name)
+        raise InputError(f"{source!r}: must be hf:NAME or hf:NAME:SPLIT")
+    fs, path = _filesystem(name)
     if fs.isdir(path):
         below = f"{path}/{split}" if split else path
         if fs.isdir(below):
-            return resolve(below)
-        found = [f for f in _folder(fs, path) if split in f.rsplit("/", 1)[-1].split(".")[0].split("-")]
-        if not found:
+            return resolve_source(below)
+        # Hub exports name their files `train-00000-of-00001.parquet`.
+        names = [name for name in _data_files(fs, path) if split in Path(name).name.split(".")[0].split("-")]
+        if not names:
             raise InputError(f"{source}: the folder has no split {split!r}")
-        return [_file(f) for f in found]
+        return [_source_file(name) for name in names]
     if not _HUB_NAME.fullmatch(name) or ".." in name:
         raise InputError(
-            f"{source!r}: no such folder, and no hub name; write it as hf:OWNER/NAME, with letters, digits, "
-            "'.', '_' and '-'"
+            f"{source!r}: neither a folder nor a hub name; must be hf:OWNER/NAME of letters, digits, '.', "
+            "'_' and '-'"
         )
-    return resolve(f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/default/{split or 'train'}/*.parquet")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    # The hub converts every data set to Parquet on this branch, so that no loading script has to run.
+    converted = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/default/{split or 'train'}"
+    return resolve_source(f"{converted}/*.parquet")
 
 
 @lru_cache(maxsize=256)
-def _fs(address: str) -> tuple[Any, str]:
+def _filesystem(address: str) -> tuple[Any, str]:
     import fsspec
 
     return fsspec.core.url_to_fs(address)

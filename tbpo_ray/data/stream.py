@@ -1,9 +1,9 @@
-"""The training stream: each rank's micro-batches, in order, from any step, through Ray Data.
+"""The training stream: the micro-batches of each rank in order, starting at any step, through Ray Data.
 
-:class:`StreamConfig` is asked by Ray Train at every start of a worker group, with the number of workers that
-it really has, and gives each rank a pipeline of its own that begins at the newest checkpoint: resuming and
-resizing need nothing more. Reading happens in light Ray Data tasks beside the rank; a rank reads ahead in the
-background, a bounded amount. :func:`local_micro_batches` is the same stream without Ray.
+Ray Train calls :class:`StreamConfig` at every start of a worker group with the actual number of workers. It
+gives each rank its own pipeline that starts at the newest checkpoint, so that resuming and resizing need
+nothing else. Lightweight Ray Data tasks on the node of the rank read the data, and the rank prefetches a
+bounded amount in the background. :func:`local_micro_batches` is the same stream without Ray.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tbpo_ray.data.ray_data import quiet_data_context
 from tbpo_ray.data.reader import MicroBatch, PairReader
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.shards import Prepared
-from tbpo_ray.data.window import read_window, windows_of
+from tbpo_ray.data.shards import PreparedPairs
+from tbpo_ray.data.window import decode_windows, read_window
 
 __all__ = ["MicroBatch", "MicroBatchIterator", "StreamConfig", "local_micro_batches", "stream_datasets"]
 
 READ_CPUS = 0
-"""Reading claims no core: the training workers may have reserved them all, and would wait for ever."""
+"""Reading reserves no core: training workers may have reserved them all, and would then wait forever."""
 WINDOW_BYTES, WINDOW_STEPS = 4 * 2**20, 256
-"""A read covers consecutive steps of at most about so many bytes of tokens on a rank, and so many steps."""
+"""Approximate maximum of token bytes per rank, and maximum number of steps, that one read covers."""
 
 
 class StreamConfig(ray.train.DataConfig):
-    """Ray Train's data configuration: one exactly ordered pipeline for each rank.
+    """A data configuration for Ray Train with one exactly ordered pipeline per rank.
 
     Args:
         prepared: the pairs.
         schedule: their order.
-        start_step: called at each start of a worker group, where it may read the newest checkpoint; returns
-            the step that training goes on with. Has to be serialisable.
+        start_step: called at each start of a worker group; returns the step at which training resumes, for
+            example from the newest checkpoint. Must be serializable.
         extra_dirs: folders whose columns are joined to the pairs (see :class:`PairReader`).
-        read_tasks: most reading tasks at once for a rank.
-        buffer_bytes: most bytes that a rank's pipeline holds in the object store.
+        read_tasks: maximum number of concurrent reading tasks per rank.
+        buffer_bytes: maximum number of bytes per rank in the object store.
     """
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PreparedPairs,
         schedule: Schedule,
         start_step: Callable[[], int] = int,
         extra_dirs: Sequence[str] = (),
@@ -72,7 +72,7 @@ class StreamConfig(ray.train.DataConfig):
         worker_node_ids: list[str] | None,
         **kwargs: Any,
     ) -> list[dict[str, DataIterator]]:
-        """One `{name: iterator}` for each rank; called by Ray Train."""
+        """The `{name: iterator}` of each rank; called by Ray Train."""
         start = self._start_step()
         nodes = worker_node_ids or [None] * world_size  # type: ignore[list-item]
         return [
@@ -81,7 +81,7 @@ class StreamConfig(ray.train.DataConfig):
         ]
 
     def _rank_iterator(self, rank: int, world: int, start: int, node: str | None) -> DataIterator:
-        # A rank's share of a window shrinks with the number of ranks, so windows may grow with it.
+        # The share of a rank in a window shrinks with the number of ranks, so windows can be longer.
         size = min(self._window * world, WINDOW_STEPS)
         windows = [
             {"first": first, "last": min(first + size, self._steps_total)}
@@ -91,7 +91,7 @@ class StreamConfig(ray.train.DataConfig):
         if node is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         with quiet_data_context() as context:
-            context.target_max_block_size = 1  # a window is a block
+            context.target_max_block_size = 1  # one block per window
             context.execution_options = ExecutionOptions(
                 preserve_order=True,
                 resource_limits=ExecutionResources(object_store_memory=self._buffer_bytes),
@@ -114,25 +114,26 @@ class StreamConfig(ray.train.DataConfig):
 
 
 def stream_datasets(config: StreamConfig) -> dict[str, Any]:
-    """What `TorchTrainer(datasets=..., dataset_config=...)` takes for a :class:`StreamConfig`."""
+    """The arguments of `TorchTrainer(datasets=..., dataset_config=...)` for a :class:`StreamConfig`."""
+    # TorchTrainer requires a dataset for each name; the one row is never read.
     return {"datasets": {"train": ray.data.range(1)}, "dataset_config": config}
 
 
 def window_steps(schedule: Schedule) -> int:
-    """Steps that one read covers on a single rank."""
+    """The number of steps that one read covers on a single rank."""
     bytes_per_step = 4 * schedule.tokens_per_pair * min(schedule.pairs_per_step, schedule.pairs)
     return max(1, min(WINDOW_STEPS, int(WINDOW_BYTES / bytes_per_step)))
 
 
 def local_micro_batches(
-    prepared: Prepared,
+    prepared: PreparedPairs,
     schedule: Schedule,
     rank: int = 0,
     world: int = 1,
     start_step: int = 0,
     extra_dirs: Sequence[str] = (),
 ) -> Iterator[MicroBatch]:
-    """The same stream, read in this process."""
+    """The same stream as :class:`StreamConfig` gives a rank, read in this process."""
     reader = PairReader(prepared, extra_dirs)
     size = min(window_steps(schedule) * world, WINDOW_STEPS)
     for first in range(start_step, schedule.steps_total, size):
@@ -140,15 +141,15 @@ def local_micro_batches(
 
 
 class MicroBatchIterator(Iterator[MicroBatch]):
-    """Micro-batches of a rank's :class:`DataIterator`, read ahead by a thread that starts at once.
+    """The micro-batches of a rank's :class:`DataIterator`, prefetched by a background thread.
 
     Args:
-        data_iterator: what `ray.train.get_dataset_shard("train")` returns under :class:`StreamConfig`.
-        prefetch: most windows to hold ready, decoded.
+        data_iterator: the result of `ray.train.get_dataset_shard("train")` with a :class:`StreamConfig`.
+        prefetch: maximum number of decoded windows to hold in memory.
     """
 
     def __init__(self, data_iterator: DataIterator, prefetch: int = 2):
-        # Whole windows change hands, not micro-batches: a thread switch can cost milliseconds on a busy node.
+        # The queue holds windows, not micro-batches: a thread switch can take milliseconds on a busy node.
         self._ready: queue.Queue[list[MicroBatch] | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._window: Iterator[MicroBatch] = iter(())
         self._closed = threading.Event()
@@ -171,7 +172,7 @@ class MicroBatchIterator(Iterator[MicroBatch]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop reading ahead; the pipeline ends with it."""
+        """Stop prefetching, which also ends the pipeline."""
         self._closed.set()
 
     def _fill(self, data_iterator: DataIterator) -> None:
@@ -180,11 +181,11 @@ class MicroBatchIterator(Iterator[MicroBatch]):
             for table in data_iterator.iter_batches(
                 batch_size=cast(int, None), batch_format="pyarrow", prefetch_batches=1
             ):
-                for window in windows_of(cast(pa.Table, table)):
+                for window in decode_windows(cast(pa.Table, table)):
                     if not self._put(window):
                         return
             self._put(None)
-        except BaseException as error:  # handed over, and raised where the stream is read
+        except BaseException as error:  # re-raised in the thread that reads the stream
             self._put(error)
 
     def _put(self, item: list[MicroBatch] | BaseException | None) -> bool:

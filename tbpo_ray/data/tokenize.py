@@ -1,15 +1,13 @@
-"""From messages to tokens, with every boundary found in token space.
+"""Tokenize preference pairs, with the boundary between prompt and answer found in token space.
 
-The prompt is rendered by the chat template (with its generation prompt) and tokenized by itself; each answer
-is tokenized by itself and ends in EOS. Nothing is ever merged across the boundary, so training, evaluation
-and generation see the very same prompt tokens. The rules, each counted when it did something:
+The prompt is rendered by the chat template (with its generation prompt) and tokenized separately from each
+answer, which ends in EOS. No token ever spans the boundary, so that training, evaluation and generation see
+exactly the same prompt tokens. These rules apply, and each use of one is counted:
 
-- BOS stands exactly once at the start, where the tokenizer or its template uses one;
+- a prompt starts with exactly one BOS if the tokenizer or its template uses BOS;
 - an answer ends in exactly one EOS, unless it was truncated; text that spells a special token is plain text;
-- a prompt longer than `data.max_prompt_length` loses its front (BOS stays), never its end;
-- an answer is cut at `data.max_length`, and always keeps at least one token.
-
-Without a chat template a prompt is the contents of its messages joined by blank lines.
+- a prompt longer than `data.max_prompt_length` is truncated at the front (BOS is kept), never at the end;
+- an answer is truncated at `data.max_length`, and always keeps at least one token.
 """
 
 from __future__ import annotations
@@ -22,24 +20,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbpo_ray.config.schema import DataConfig
-from tbpo_ray.data.records import Message, Record
+from tbpo_ray.data.chat_template import render_prompt
+from tbpo_ray.data.messages import Message
+from tbpo_ray.data.records import Record
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
+from tbpo_ray.models.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DATE = "26 Jul 2024"
-"""Given to templates that would else print today's date, so that tokens do not change overnight."""
-
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids: the prompt with its BOS, each answer with its EOS (none where it was truncated)."""
+    """Token ids: the prompt with its BOS, each answer with its EOS (without it if it was truncated)."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -48,31 +45,36 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """All of a tokenizer that decides about tokens, as plain text: small to send, and it has a digest."""
+    """Everything in a tokenizer that determines token ids, as plain text.
+
+    It is small to send to workers, and its digest is part of the fingerprint of prepared pairs.
+    """
 
     backend: str
-    """What `tokenizer.json` holds."""
+    """The content of `tokenizer.json`."""
     template: str | None
     special_tokens: dict[str, str]
     """Names to texts (`bos_token`: `<s>`), which templates refer to."""
     bos: int | None
     eos: int
     adds_bos: bool
-    """Whether the tokenizer puts BOS in front by itself."""
+    """Whether the tokenizer itself puts BOS in front of a text."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerSpec:
-        """What matters of a transformers tokenizer.
+        """The specification of a transformers tokenizer.
 
         Raises:
-            InputError: when it has no fast backend, or no EOS token.
+            InputError: when it has no fast backend or no EOS token.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if backend is None:
             raise InputError(f"model.name_or_path={name}: needs a fast tokenizer (tokenizer.json)")
         if tokenizer.eos_token_id is None:
-            raise InputError(f"model.name_or_path={name}: the tokenizer has no EOS token, answers cannot end")
+            raise InputError(
+                f"model.name_or_path={name}: its tokenizer has no EOS token, so answers cannot end"
+            )
         template: Any = tokenizer.chat_template
         if template is not None and not isinstance(template, str):
             template = tokenizer.get_chat_template()
@@ -81,6 +83,7 @@ class TokenizerSpec:
         }
         from tokenizers import Tokenizer
 
+        # A saved tokenizer may keep truncation and padding switched on; here both are decided elsewhere.
         copy = Tokenizer.from_str(backend.to_str())
         copy.no_truncation()
         copy.no_padding()
@@ -90,31 +93,16 @@ class TokenizerSpec:
 
     @classmethod
     def load(cls, path: str, chat_template: str | None = None) -> TokenizerSpec:
-        """The tokenizer in a model folder or on the hub; no remote code.
+        """The tokenizer in a model folder or on the hub; remote code is never run.
 
         Args:
-            path: folder, or hub name.
-            chat_template: a Jinja file to use instead of the tokenizer's own, or `none` for plain text.
+            path: a folder or a hub name.
+            chat_template: a Jinja file that replaces the tokenizer's own template, or `none` for plain text.
 
         Raises:
-            InputError: when there is no such tokenizer or template.
+            InputError: when the tokenizer or the template does not exist.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"model.name_or_path={path}: no tokenizer could be loaded ({first})") from error
-        if chat_template == "none":
-            tokenizer.chat_template = None
-        elif chat_template is not None:
-            if not Path(chat_template).is_file():
-                raise InputError(
-                    f"model.chat_template={chat_template}: no such file; give a Jinja file or `none`"
-                )
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        return cls.of(tokenizer)
+        return cls.of(load_tokenizer(path, chat_template=chat_template))
 
     @property
     def digest(self) -> str:
@@ -133,8 +121,8 @@ class PairTokenizer:
 
     Args:
         spec: the tokenizer.
-        max_length: most tokens of a prompt and one answer together.
-        prompt_limit: most tokens of a prompt, smaller than `max_length`.
+        max_length: maximum number of tokens of a prompt and one answer together.
+        prompt_limit: maximum number of tokens of a prompt, smaller than `max_length`.
     """
 
     def __init__(self, spec: TokenizerSpec, max_length: int, prompt_limit: int):
@@ -143,42 +131,43 @@ class PairTokenizer:
         assert 1 <= prompt_limit < max_length
         self.spec, self.max_length, self.prompt_limit = spec, max_length, prompt_limit
         self.counts: Counter[str] = Counter()
-        """How often each rule did something."""
+        """How often each rule was applied."""
         self._backend = Tokenizer.from_str(spec.backend)
+        # Texts of special tokens: a prompt that spells one is counted, since a template does not escape it.
         texts = {token for token in spec.special_tokens.values() if token}
         added = self._backend.get_added_tokens_decoder().values()
         texts |= {token.content for token in added if token.special}
         self._special = re.compile("|".join(map(re.escape, sorted(texts))) or r"(?!)")
 
     def prompts(self, conversations: Sequence[list[Message]]) -> list[list[int] | RecordError]:
-        """Prompt tokens of each conversation, or why there are none."""
-        rendered = [self._render(messages) for messages in conversations]
+        """The prompt tokens of each conversation, or the reason why there are none."""
+        spec = self.spec
+        rendered = [render_prompt(messages, spec.template, spec.special_tokens) for messages in conversations]
         texts = [text for text in rendered if isinstance(text, str)]
-        ids = iter(self._encode(texts, plain=self.spec.template is None))
+        ids = iter(self._encode(texts, plain=spec.template is None))
         out: list[list[int] | RecordError] = []
         for text, messages in zip(rendered, conversations, strict=True):
-            out.append(text if isinstance(text, RecordError) else self._trim_prompt(next(ids)))
+            out.append(text if isinstance(text, RecordError) else self._normalize_prompt(next(ids)))
             self.counts["special_text_in_prompt"] += any(self._special.search(m["content"]) for m in messages)
         return out
 
     def pairs(self, records: Sequence[Record]) -> list[TokenizedPair | RecordError]:
-        """Tokens of each record, or why it is no pair."""
+        """The tokens of each record, or the reason why it is rejected."""
         prompts = self.prompts([record.prompt for record in records])
         texts = [text for record in records for text in (record.chosen, record.rejected)]
         answers = self._encode(texts, plain=True)
         decoded = self._backend.decode_batch(answers, skip_special_tokens=False)
         out: list[TokenizedPair | RecordError] = []
         for index, prompt in enumerate(prompts):
-            two = slice(2 * index, 2 * index + 2)
-            out.append(
-                prompt
-                if isinstance(prompt, RecordError)
-                else self._pair(prompt, answers[two], texts[two], decoded[two])
-            )
+            if isinstance(prompt, RecordError):
+                out.append(prompt)
+                continue
+            both = slice(2 * index, 2 * index + 2)
+            out.append(self._pair(prompt, answers[both], texts[both], decoded[both]))
         return out
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of an answer's tokens, its EOS left out."""
+        """The text of an answer's tokens without its EOS."""
         ids = list(ids)
         return self._backend.decode(
             ids[:-1] if ids[-1:] == [self.spec.eos] else ids, skip_special_tokens=False
@@ -191,22 +180,23 @@ class PairTokenizer:
             if not ids:
                 return RecordError("answer_without_tokens", name)
             if not _same_text(text, back):
-                return RecordError("answer_not_representable", f"{name} comes back as {back[:80]!r}")
+                return RecordError("answer_not_representable", f"{name} decodes to {back[:80]!r}")
         room = self.max_length - len(prompt)
-        chosen, rejected = (
-            self._finish(ids, room, name) for name, ids in zip(("chosen", "rejected"), answers, strict=True)
-        )
+        chosen = self._truncate_answer(answers[0], room, "chosen")
+        rejected = self._truncate_answer(answers[1], room, "rejected")
         if chosen == rejected:
             return RecordError("pair_same_tokens", f"{len(chosen)} tokens each")
         return TokenizedPair(prompt, chosen, rejected)
 
-    def _finish(self, ids: list[int], room: int, name: str) -> list[int]:
+    def _truncate_answer(self, ids: list[int], room: int, name: str) -> list[int]:
+        """Append EOS if the answer fits into `room` tokens, otherwise truncate it."""
         if len(ids) < room:
             return [*ids, self.spec.eos]
         self.counts[f"{name}_truncated"] += 1
         return ids[:room]
 
-    def _trim_prompt(self, ids: list[int]) -> list[int] | RecordError:
+    def _normalize_prompt(self, ids: list[int]) -> list[int] | RecordError:
+        """Make sure of exactly one BOS and at most `prompt_limit` tokens."""
         bos, start = self.spec.bos, 0
         while bos is not None and start < len(ids) and ids[start] == bos:
             start += 1
@@ -222,34 +212,17 @@ class PairTokenizer:
             body = body[len(body) - (self.prompt_limit - len(head)) :]
         return [*head, *body]
 
-    def _render(self, messages: list[Message]) -> str | RecordError:
-        if self.spec.template is None:
-            return "\n\n".join(message["content"] for message in messages)
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        values: dict[str, Any] = {**self.spec.special_tokens, "date_string": _DATE}
-        try:
-            rendered = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.spec.template,
-                add_generation_prompt=True,
-                **values,
-            )
-        except Exception as error:  # a template is a program of its own: whatever it raises is its refusal
-            return RecordError("template_refused", f"{type(error).__name__}: {error}"[:200])
-        return rendered[0][0]
-
     def _encode(self, texts: list[str], *, plain: bool) -> list[list[int]]:
-        """Token ids without BOS and EOS; `plain`: special tokens spelled in the text stay text."""
+        """Token ids without BOS and EOS; with `plain`, special tokens spelled in a text stay text."""
         self._backend.encode_special_tokens = plain
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[Message], data: DataConfig) -> list[int]:
-    """The tokens of one prompt, exactly as training sees them.
+    """The tokens of one prompt, exactly as in training.
 
     Raises:
-        RecordError: when the template refuses the conversation, or nothing is left of it.
+        RecordError: when the template refuses the conversation or renders no tokens.
     """
     template = json.dumps(tokenizer.chat_template)
     pairs = _cached_tokenizer(tokenizer, template, data.max_length, data.prompt_limit)
@@ -265,7 +238,7 @@ def _cached_tokenizer(tokenizer: Any, template: str, max_length: int, prompt_lim
 
 
 def _same_text(text: str, back: str) -> bool:
-    """Equal up to Unicode composition and the one space that some tokenizers put in front."""
+    """Whether two texts are equal up to Unicode composition and one space that some tokenizers prepend."""
     if back == text or back == " " + text:
         return True
     return unicodedata.normalize("NFC", back) == unicodedata.normalize("NFC", text)

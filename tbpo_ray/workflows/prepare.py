@@ -1,4 +1,4 @@
-"""Preparing alone: what `jobs/prepare.py` does."""
+"""Prepare the data of a run: for `jobs/prepare.py` alone, and as the first stage of training."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 from tbpo_ray.config.schema import Config, Sources
 from tbpo_ray.data.card import card_metrics, write_card
-from tbpo_ray.data.prepare import find_sources, prepare
-from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data.preparation import PairsSpec, find_sources, prepare
+from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.paths import cache_dir, run_dir, shared_folders
 
 
 def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
-    """Prepare `data.train` and `data.eval` as training would, with a data card each, and log them to MLflow.
+    """Prepare `data.train` and `data.eval` as training does, with a data card each, and log them to MLflow.
 
-    The cards and the quarantine lie in the run's folder: `data_card_train.json`, `data_card_train.png`,
-    `quarantine.jsonl`.
+    The cards and the quarantine files are written to the folder of the run: `data_card_train.json`,
+    `data_card_train.png`, `quarantine.jsonl`.
 
     Returns:
-        For each role its folder, fingerprint, pairs, records and number of quarantined records.
+        For each role the folder, fingerprint, pairs, records and number of quarantined records.
 
     Raises:
-        InputError: bad input, before any worker starts.
+        InputError: when a source is invalid, before any worker starts.
     """
     from tbpo_ray.cluster.session import start_ray
     from tbpo_ray.models.resolve import policy_folder
@@ -62,30 +62,33 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
             }
             log_progress(
                 f"data.{role}: {prepared.records:,} records, {prepared.pairs:,} pairs, "
-                f"{prepared.quarantined:,} in quarantine: {prepared.path}"
+                f"{prepared.quarantined:,} quarantined: {prepared.path}"
             )
     return out
 
 
-def prepare_role(config: Config, role: str, tokenizer: str, cache: Path) -> Prepared:
-    """Prepared pairs of `data.train` or `data.eval`, the same for every job with this configuration."""
+def prepare_role(config: Config, role: str, tokenizer: str, cache: Path) -> PreparedPairs:
+    """The prepared pairs of `data.train` or `data.eval`, the same for every job with this configuration."""
     source = config.data.train if role == "train" else config.data.eval
     assert source is not None
-    return prepare(
+    spec = PairsSpec(
         source,
         config.data,
         tokenizer,
-        role=role,
-        cache_dir=cache,
         chat_template=config.model.chat_template,
+        role=role,
         seed=config.run.seed,
+    )
+    return prepare(
+        spec,
+        cache,
         labels=config.cluster.labels.prepare,
-        before_build=lambda: _bring_up(config, role, source, tokenizer),
+        before_build=lambda: _wait_for_node(config, role, source, tokenizer),
     )
 
 
-def _bring_up(config: Config, role: str, source: Sources, tokenizer: str) -> None:
-    """Wait for a node that can tokenize, and check that it sees what it reads and writes."""
+def _wait_for_node(config: Config, role: str, source: Sources, tokenizer: str) -> None:
+    """Wait for a node that can tokenize, and check that it can access the sources and the output folders."""
     from tbpo_ray.cluster.placement import wait_for_resources
 
     files = {"model.name_or_path": tokenizer} if Path(tokenizer).is_absolute() else {}
@@ -104,18 +107,18 @@ def _bring_up(config: Config, role: str, source: Sources, tokenizer: str) -> Non
 
 
 def log_prepared(
-    tracker: Any, role: str, source: Sources, prepared: Prepared, config: Config, folder: Path
+    tracker: Any, role: str, source: Sources, prepared: PreparedPairs, config: Config, folder: Path
 ) -> dict[str, Any]:
-    """Log prepared data to a tracker: dataset input, counts, card, quarantine; the files also into `folder`.
+    """Log the dataset, statistics, card and quarantine of prepared pairs, and copy the files to `folder`.
 
     Returns:
         The data card.
     """
     name = source if isinstance(source, str) else ", ".join(item.source for item in source)
     tracker.log_dataset(role, digest=prepared.fingerprint, source=name, rows=prepared.pairs, context=role)
-    card, numbers, picture = write_card(prepared, training=config.training)
+    card, card_file, figure_file = write_card(prepared, training=config.training)
     tracker.log_metrics({f"data/{role}/{k}": v for k, v in {**prepared.counts, **card_metrics(card)}.items()})
-    for file in (numbers, picture):
+    for file in (card_file, figure_file):
         shutil.copyfile(file, folder / f"{file.stem}_{role}{file.suffix}")
         tracker.log_artifact(file, f"data/{role}")
     if prepared.quarantine_file is not None:

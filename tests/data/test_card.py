@@ -5,7 +5,7 @@ import pytest
 
 from tbpo_ray.config.schema import Config, DataConfig
 from tbpo_ray.data.card import card_metrics, data_card, write_card
-from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.preparation import PairsSpec, prepare
 from tbpo_ray.errors import InputError
 from tbpo_ray.workflows.prepare import prepare_all
 
@@ -18,7 +18,7 @@ def prepared(write_rows, tokenizer_folder, tmp_path):
     rows += [pair(3, language="de"), pair(0, chosen="same", rejected="same"), {"prompt": "x"}]
     data = DataConfig(quarantine_limit=1, max_length=24, max_prompt_length=10, card_column="language")
     file = write_rows(rows)
-    return prepare(file, data, tokenizer_folder, cache_dir=tmp_path, progress=False, distributed=False)
+    return prepare(PairsSpec(file, data, tokenizer_folder), tmp_path, progress=False, distributed=False)
 
 
 def test_the_card_counts_what_is_there(prepared):
@@ -38,7 +38,7 @@ def test_the_card_counts_what_is_there(prepared):
     )
     assert all(sum(card["histogram"][side]) == 41 for side in ("prompt", "chosen", "rejected"))
     dead = np.abs(lengths[:, 1] - lengths[:, 2]).sum() / lengths[:, 1:].sum()
-    assert card["dead_tail_share"] == pytest.approx(dead) and card["length_bias"]["chosen_longer"] == 1
+    assert card["tail_share"] == pytest.approx(dead) and card["length_bias"]["chosen_longer"] == 1
     assert 0 <= card["padding_share"]["by_length"] <= card["padding_share"]["random"]
     assert all(isinstance(value, float) for value in card_metrics(card).values())
 

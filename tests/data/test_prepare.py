@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -8,21 +9,26 @@ import numpy as np
 import pytest
 
 from tbpo_ray.config.schema import DataConfig, SourceConfig
-from tbpo_ray.data import prepare as module
-from tbpo_ray.data.prepare import prepare
-from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data import preparation as module
+from tbpo_ray.data.preparation import PairsSpec, prepare
+from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
 
 from .conftest import CHAT, make_tokenizer, pair
 from .test_records import BAD
 
+SPEC_FIELDS = {field.name for field in dataclasses.fields(PairsSpec)}
+
 
 @pytest.fixture
 def run(tmp_path, tokenizer_folder):
     def run(source, data=None, tokenizer=tokenizer_folder, **more):
-        more = {"cache_dir": tmp_path / "cache", "progress": False, "distributed": False} | more
-        return prepare(source, data or DataConfig(quarantine_limit=1), tokenizer, **more)
+        spec = {name: more.pop(name) for name in list(more) if name in SPEC_FIELDS}
+        options = {"cache_dir": tmp_path / "cache", "progress": False, "distributed": False} | more
+        return prepare(
+            PairsSpec(source, data or DataConfig(quarantine_limit=1), tokenizer, **spec), **options
+        )
 
     return run
 
@@ -97,7 +103,7 @@ def test_every_malformed_record_is_in_quarantine_with_its_reason(run, write_rows
     assert sum(n for name, n in prepared.counts.items() if name.startswith("quarantined/")) == len(rows) - 1
 
 
-def test_records_that_fail_in_tokens_are_put_aside_too(run, write_rows, tmp_path):
+def test_records_that_fail_in_tokenization_are_quarantined_too(run, write_rows, tmp_path):
     make_tokenizer("words").save_pretrained(tmp_path / "words")
     rows = [
         {"prompt": "the", "chosen": "cat", "rejected": "mat"},
@@ -128,7 +134,7 @@ def test_too_many_bad_records_stop_the_run_and_leave_the_quarantine(run, write_r
 def test_nothing_usable_is_a_clear_fault(run, write_rows, rows, says):
     with pytest.raises(InputError, match=says):
         run(write_rows(rows))
-    with pytest.raises(InputError, match=r"data\.eval: .*no such file"):
+    with pytest.raises(InputError, match=r"data\.eval: /nowhere/rows\.jsonl"):
         run("/nowhere/rows.jsonl", role="eval")
 
 
@@ -145,11 +151,17 @@ def test_weights_repeat_and_sample_by_seed(run, write_rows):
     taken = [row for source, row, *_ in rows if source == a]
     assert 160 < len(taken) < 240 and len(set(taken)) == len(taken)
     assert (
-        prepared.counts["left_out_by_weight"] == 400 - len(taken)
+        prepared.counts["skipped_by_weight"] == 400 - len(taken)
         and prepared.counts["repeated_by_weight"] == 20
     )
     assert prepared.counts["duplicate_pairs"] == 0
     assert content(run(mix, seed=1)) == rows and content(run(mix, seed=2)) != rows
+
+
+def test_weights_that_select_no_pairs_are_a_clear_fault(run, write_rows):
+    mix = [SourceConfig(source=write_rows([pair(0)]), weight=1e-9)]
+    with pytest.raises(InputError, match=r"data\.train: its weights"):
+        run(mix)
 
 
 def test_max_pairs_reads_the_first_records_over_all_sources(run, write_rows):
@@ -167,7 +179,7 @@ def test_max_pairs_reads_the_first_records_over_all_sources(run, write_rows):
 
 def test_a_crash_leaves_nothing_that_looks_whole(run, write_rows, monkeypatch, tmp_path):
     file = write_rows([pair(i) for i in range(20)])
-    monkeypatch.setattr(module.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(file)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -188,7 +200,7 @@ def test_a_damaged_folder_is_built_again(run, write_rows):
     assert run(file).pairs == 20 and shard.read_bytes() == good
     shard.write_bytes(good[:50] + b"?" + good[51:])
     with pytest.raises(InputError, match="damaged"):
-        Prepared.load(shard.parent, verify=True)
+        PreparedPairs.load(shard.parent, verify=True)
 
 
 def test_concurrent_builders_do_not_clash(run, write_rows):
@@ -232,4 +244,4 @@ def test_real_pairs(run, real_data):
     prepared = run(str(real_data))
     assert (prepared.records, prepared.pairs, prepared.quarantined) == (2312, 2303, 9)
     lengths = prepared.lengths()
-    assert prepared.counts["dead_tail_tokens"] == np.abs(lengths[:, 1] - lengths[:, 2]).sum()
+    assert prepared.counts["tail_tokens"] == np.abs(lengths[:, 1] - lengths[:, 2]).sum()

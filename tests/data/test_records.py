@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from tbpo_ray.data.records import RecordError, iter_prompts, iter_records, parse_prompt, parse_record
-from tbpo_ray.data.rejection_reasons import REASONS
+from tbpo_ray.data.records import iter_prompts, iter_records, parse_prompt, parse_record
+from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 
 U, A, S = (
     lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system")

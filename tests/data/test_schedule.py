@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tbpo_ray.data.schedule import ORDER, Schedule, pair_tokens
+from tbpo_ray.data.schedule import ORDER_VERSION, Schedule, pair_tokens
 
 
 def lengths(n, seed=0):
@@ -60,16 +60,16 @@ def test_the_same_pairs_in_every_step_on_1_2_and_4_workers(by_length):
 
 
 def test_the_order_is_the_one_that_its_number_stands_for():
-    """Where this fails, the order has changed: raise ORDER, and write the new digest beside it."""
+    """Where this fails, the order has changed: raise ORDER_VERSION, and write the new digest beside it."""
     digest = hashlib.sha256()
     for micro, by_length, cut in ((4, True, True), (4, True, False), (3, False, False), (24, True, False)):
-        order = schedule(1003, 16, micro, length_batches=by_length, cut_tail=cut, epochs=2)
+        order = schedule(1003, 16, micro, length_batches=by_length, truncate_to_shorter=cut, epochs=2)
         for step in range(order.steps_total):
             for world in (1, 3):
                 for rank in range(world):
                     for part in order.micro_batches(step, rank, world):
                         digest.update(part.astype("<i8").tobytes() + b"|")
-    assert (ORDER, digest.hexdigest()[:16]) == (4, "09e4b8d8c1a1fe05")
+    assert (ORDER_VERSION, digest.hexdigest()[:16]) == (4, "09e4b8d8c1a1fe05")
 
 
 def test_epochs_differ_seeds_differ_and_more_steps_only_extend():
@@ -127,11 +127,13 @@ def test_the_rank_with_the_least_takes_the_longest():
 def test_a_cut_tail_does_not_count_as_length():
     sizes = lengths(4000).copy()
     sizes[:, 2] = np.random.default_rng(3).integers(2, 400, len(sizes))
-    row = pair_tokens(sizes, cut_tail=True)
+    row = pair_tokens(sizes, truncate_to_shorter=True)
     assert (row == sizes[:, 0] + 2 * np.minimum(sizes[:, 1], sizes[:, 2])).all()
 
-    def padding(cut_tail: bool) -> float:
-        order = Schedule(sizes, seed=0, pairs_per_step=64, micro_batch_pairs=8, cut_tail=cut_tail)
+    def padding(truncate_to_shorter: bool) -> float:
+        order = Schedule(
+            sizes, seed=0, pairs_per_step=64, micro_batch_pairs=8, truncate_to_shorter=truncate_to_shorter
+        )
         batches = [ids for step in range(50) for ids in order.micro_batches(step, 0, 1)]
         return 1 - sum(row[ids].sum() for ids in batches) / sum(row[ids].max() * len(ids) for ids in batches)
 

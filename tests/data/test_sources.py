@@ -11,7 +11,7 @@ import zstandard
 
 from tbpo_ray.data import sources
 from tbpo_ray.data.records import iter_records
-from tbpo_ray.data.sources import iter_chunks, iter_raw, resolve
+from tbpo_ray.data.sources import iter_chunks, iter_raw, resolve_source
 from tbpo_ray.errors import InputError
 
 from .conftest import pair
@@ -58,13 +58,13 @@ def test_every_format_gives_the_same_rows_in_order(tmp_path, kind):
         (row["prompt"], row["chosen"], row["rejected"], {"language": "de"}) for row in ROWS
     ]
     assert len(list(iter_raw(source, 9))) == 9
-    sizes = [chunk.rows for chunk in iter_chunks(resolve(source)[0], rows=4, limit=10)]
+    sizes = [chunk.rows for chunk in iter_chunks(resolve_source(source)[0], rows=4, limit=10)]
     assert sum(sizes) == 10 and max(sizes) <= 4
 
 
 def test_long_lines_make_small_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BYTES_PER_CHUNK", 200)
-    chunks = list(iter_chunks(resolve(write(tmp_path, "jsonl"))[0]))
+    chunks = list(iter_chunks(resolve_source(write(tmp_path, "jsonl"))[0]))
     assert [chunk.first_row for chunk in chunks] == [3 * i for i in range(9)]
     assert [raw.row for chunk in chunks for raw in chunk] == list(range(25))
 
@@ -74,15 +74,19 @@ def test_folders_globs_and_remote_addresses(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
         (tmp_path / name).write_bytes(LINES)
     (tmp_path / "README.md").write_text("no data")
-    assert [f.address.rsplit("/", 1)[1] for f in resolve(str(tmp_path))] == ["a.jsonl", "b.jsonl", "c.jsonl"]
-    assert len(resolve(str(tmp_path / "*.jsonl"))) == 2
+    assert [f.address.rsplit("/", 1)[1] for f in resolve_source(str(tmp_path))] == [
+        "a.jsonl",
+        "b.jsonl",
+        "c.jsonl",
+    ]
+    assert len(resolve_source(str(tmp_path / "*.jsonl"))) == 2
     with fsspec.open("memory://bucket/rows.jsonl.gz", "wb") as file:
         file.write(gzip.compress(LINES))
     assert len(list(iter_records("memory://bucket/*.jsonl.gz"))) == 25
-    digest = resolve("memory://bucket/rows.jsonl.gz")[0].digest()
+    digest = resolve_source("memory://bucket/rows.jsonl.gz")[0].digest()
     with fsspec.open("memory://bucket/rows.jsonl.gz", "wb") as file:
         file.write(gzip.compress(LINES[: len(LINES) // 2]))
-    assert resolve("memory://bucket/rows.jsonl.gz")[0].digest() != digest
+    assert resolve_source("memory://bucket/rows.jsonl.gz")[0].digest() != digest
 
 
 def test_a_folder_saved_by_hugging_face(tmp_path):
@@ -101,14 +105,14 @@ def test_a_folder_saved_by_hugging_face(tmp_path):
     (tmp_path / "flat" / "rows.parquet").rename(tmp_path / "flat" / "train-00000-of-00001.parquet")
     assert len(list(iter_records(f"hf:{tmp_path / 'flat'}:train"))) == 25
     with pytest.raises(InputError, match="no split 'dev'"):
-        resolve(f"hf:{tmp_path / 'flat'}:dev")
+        resolve_source(f"hf:{tmp_path / 'flat'}:dev")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("none.jsonl", None, "no such file"),
-        ("empty.jsonl", b"", "it is empty"),
+        ("empty.jsonl", b"", "is empty"),
         ("rows.txt", LINES, "unknown format"),
         ("cut.jsonl.gz", gzip.compress(LINES)[:60], "cannot be read"),
         ("noise.parquet", b"PAR1 noise", "cannot be read"),
@@ -133,4 +137,4 @@ def test_other_faults():
         ("xyz://a/b.jsonl", "reached"),
     ]:
         with pytest.raises(InputError, match=says):
-            resolve(source)
+            resolve_source(source)

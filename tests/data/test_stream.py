@@ -4,10 +4,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tbpo_ray.config.schema import DataConfig
-from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.preparation import PairsSpec, prepare
 from tbpo_ray.data.reader import PairReader
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.stream import MicroBatchIterator, StreamConfig, local_micro_batches
 from tbpo_ray.data.window import decode, encode
 from tbpo_ray.errors import InputError
@@ -17,7 +17,8 @@ from tbpo_ray.errors import InputError
 def prepared(tmp_path_factory, tokenizer_folder):
     cache = tmp_path_factory.mktemp("cache")
     source = "builtin:copyedit?pairs=1300"
-    return prepare(source, DataConfig(), tokenizer_folder, cache_dir=cache, progress=False, distributed=False)
+    spec = PairsSpec(source, DataConfig(), tokenizer_folder)
+    return prepare(spec, cache, progress=False, distributed=False)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_extra_columns_have_to_fit(prepared, tmp_path):
     pq.write_table(
         pa.table({"x": pa.array([[1.0]], pa.list_(pa.float32()))}), tmp_path / prepared.shards[0][0]
     )
-    with pytest.raises(InputError, match="1 rows beside 1024 pairs"):
+    with pytest.raises(InputError, match="1 rows for 1024 pairs"):
         PairReader(prepared, [str(tmp_path)])
 
 
@@ -144,4 +145,4 @@ def test_a_fault_of_the_stream_is_raised_where_it_is_read():
 
 
 def test_prepared_is_found_again_by_its_path(prepared):
-    assert Prepared.load(prepared.path) == prepared
+    assert PreparedPairs.load(prepared.path) == prepared

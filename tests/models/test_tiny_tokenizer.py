@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tbpo_ray.data.copyedit import WORDS, CopyEdit, example
+from tbpo_ray.data.copyedit import WORDS, CopyEditConfig, example
 from tbpo_ray.models.tiny import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER, VOCAB_SIZE, load_tiny_tokenizer
 
 _ENGLISH = (
@@ -21,7 +21,7 @@ _ENGLISH = (
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:
     """`n` texts: an instruction and its answer, both cases of every word."""
-    settings = CopyEdit(split="sft", seed=seed, damaged=0.0)
+    settings = CopyEditConfig(split="sft", seed=seed, damaged=0.0)
     for row in range(n):
         raw = example(settings, row)
         yield f"{raw['prompt']}\n{raw['answer']}"
