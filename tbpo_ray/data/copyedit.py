@@ -156,7 +156,7 @@ def split_bucket(prompt: str) -> int:
 
 def check(metadata: Mapping[str, Any], answer: str) -> bool:
     """Whether `answer` is correct, ignoring white space around it."""
-    return answer.strip() == metadata["answer"]
+    return bool(answer.strip() == metadata["answer"])
 
 
 def _instruction(rng: random.Random, settings: CopyEditConfig) -> tuple[str, str, list[str]]:
@@ -182,32 +182,57 @@ def _instruction(rng: random.Random, settings: CopyEditConfig) -> tuple[str, str
 def _damage(rng: random.Random, correct: list[str], pool: list[str]) -> tuple[str, list[list[int]]]:
     """The text of the answer with one or two mistakes, and their character spans."""
     while True:
-        words = list(correct)
-        is_wrong = [False] * len(words)
-        end = False
+        draft = _Draft(list(correct), [False] * len(correct))
         for _ in range(rng.choice((1, 1, 2))):
-            clean = [index for index, flag in enumerate(is_wrong) if not flag]
-            kind = rng.choice(("wrong", "missing", "doubled", "swapped"))
-            if not clean or (kind == "swapped" and len(clean) < 2) or (kind == "missing" and len(words) < 2):
-                continue
-            at = rng.choice(clean)
-            if kind == "wrong":
-                words[at] = rng.choice([word for word in pool if word not in correct])
-                is_wrong[at] = True
-            elif kind == "missing":
-                del words[at], is_wrong[at]
-                end |= at == len(words)
-                if at < len(words):
-                    is_wrong[at] = True
-            elif kind == "doubled":
-                words.insert(at + 1, words[at])
-                is_wrong.insert(at + 1, True)
-            else:
-                other = rng.choice([index for index in clean if index != at])
-                words[at], words[other] = words[other], words[at]
-                is_wrong[at] = is_wrong[other] = True
-        if words != correct:
-            return _spans(words, is_wrong, end and len(words) < len(correct))
+            _add_mistake(draft, rng, correct, pool)
+        if draft.words != correct:  # two mistakes may cancel each other
+            end_missing = draft.end_missing and len(draft.words) < len(correct)
+            return _spans(draft.words, draft.is_wrong, end_missing)
+
+
+@dataclass
+class _Draft:
+    """The words of an answer while mistakes are added to it."""
+
+    words: list[str]
+    is_wrong: list[bool]
+    end_missing: bool = False
+
+    def replace(self, at: int, word: str) -> None:
+        self.words[at], self.is_wrong[at] = word, True
+
+    def remove(self, at: int) -> None:
+        del self.words[at], self.is_wrong[at]
+        if at < len(self.words):
+            self.is_wrong[at] = True
+        else:
+            self.end_missing = True
+
+    def double(self, at: int) -> None:
+        self.words.insert(at + 1, self.words[at])
+        self.is_wrong.insert(at + 1, True)
+
+    def swap(self, at: int, other: int) -> None:
+        self.words[at], self.words[other] = self.words[other], self.words[at]
+        self.is_wrong[at] = self.is_wrong[other] = True
+
+
+def _add_mistake(draft: _Draft, rng: random.Random, correct: list[str], pool: list[str]) -> None:
+    """Add one random mistake at a word that is still correct, if the kind of mistake is possible there."""
+    intact = [index for index, wrong in enumerate(draft.is_wrong) if not wrong]
+    kind = rng.choice(("wrong", "missing", "doubled", "swapped"))
+    too_short = (kind == "swapped" and len(intact) < 2) or (kind == "missing" and len(draft.words) < 2)
+    if not intact or too_short:
+        return
+    at = rng.choice(intact)
+    if kind == "wrong":
+        draft.replace(at, rng.choice([word for word in pool if word not in correct]))
+    elif kind == "missing":
+        draft.remove(at)
+    elif kind == "doubled":
+        draft.double(at)
+    else:
+        draft.swap(at, rng.choice([index for index in intact if index != at]))
 
 
 def _spans(words: list[str], is_wrong: list[bool], end: bool) -> tuple[str, list[list[int]]]:

@@ -119,4 +119,5 @@ def _parse_message(item: Any) -> Message:
 def _join_parts(parts: Sequence[Any]) -> Any:
     """The text of content of the form `[{"type": "text", "text": ...}, ...]`; other content unchanged."""
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else parts
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if len(strings) == len(parts) else parts

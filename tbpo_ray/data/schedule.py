@@ -39,9 +39,8 @@ def pair_tokens(lengths: np.ndarray, truncate_to_shorter: bool) -> np.ndarray:
         truncate_to_shorter: both answers are truncated to the length of the shorter one.
     """
     sizes = np.asarray(lengths)
-    if not truncate_to_shorter:
-        return sizes.sum(axis=1, dtype=np.int32)
-    return (sizes[:, 0] + 2 * sizes[:, 1:].min(axis=1)).astype(np.int32)
+    answers = 2 * sizes[:, 1:].min(axis=1) if truncate_to_shorter else sizes[:, 1:].sum(axis=1)
+    return np.asarray(sizes[:, 0] + answers, dtype=np.int32)
 
 
 class Schedule:

@@ -201,4 +201,4 @@ def private_bytes() -> int:
     import psutil
 
     info = psutil.Process().memory_info()
-    return info.rss - getattr(info, "shared", 0)
+    return int(info.rss - getattr(info, "shared", 0))

@@ -84,7 +84,8 @@ class PreparedPairs:
 
     def lengths(self) -> np.ndarray:
         """Number of tokens of prompt, chosen and rejected of every pair: [N, 3] int32, memory-mapped."""
-        return np.load(Path(self.path) / LENGTHS, mmap_mode="r", allow_pickle=False)
+        lengths: np.ndarray = np.load(Path(self.path) / LENGTHS, mmap_mode="r", allow_pickle=False)
+        return lengths
 
     def starts(self) -> np.ndarray:
         """The id of the first pair of each shard, followed by the number of pairs: [shards + 1] int64."""

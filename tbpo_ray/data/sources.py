@@ -338,4 +338,5 @@ def _resolve_hub(source: str) -> list[SourceFile]:
 def _filesystem(address: str) -> tuple[Any, str]:
     import fsspec
 
-    return fsspec.core.url_to_fs(address)
+    fs, path = fsspec.core.url_to_fs(address)
+    return fs, path

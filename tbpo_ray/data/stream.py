@@ -110,7 +110,7 @@ class StreamConfig(ray.train.DataConfig):
                 },
                 **options,
             )
-            return read.iterator()
+            return cast(DataIterator, read.iterator())
 
 
 def stream_datasets(config: StreamConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tbpo_ray.config.schema import LoraConfig, ModelConfig
 from tbpo_ray.errors import InputError, first_line
@@ -127,7 +127,7 @@ def load_model(
 
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention,
@@ -139,7 +139,7 @@ def load_model(
             f"model.name_or_path={path}: no model could be loaded ({first_line(error)})"
         ) from error
     model.config.use_cache = False
-    return model.eval()
+    return cast("PreTrainedModel", model.eval())
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -157,7 +157,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",  # type: ignore[arg-type]
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, peft)
 
@@ -217,5 +217,5 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -123,7 +123,8 @@ def _without_gguf_origin(model: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.use_cache = True
-    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    auto: Any = AutoModelForCausalLM
+    plain = auto.from_config(config, dtype=model.dtype, trust_remote_code=False)
     plain.load_state_dict(weights)
     plain.generation_config = model.generation_config
     return plain

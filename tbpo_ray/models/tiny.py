@@ -55,7 +55,7 @@ def load_tiny_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     file = resources.files("tbpo_ray.models").joinpath("tiny_tokenizer.json")
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer.from_str(file.read_text(encoding="utf-8")),
         bos_token=BOS,
         eos_token=EOS,
@@ -90,7 +90,7 @@ def _save(folder: Path, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):  # leave the random state of the caller alone
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
