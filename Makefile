@@ -1,4 +1,4 @@
-# Every target sets up the virtual environment first, if it is not there.
+# Every target sets up the virtual environment first if it does not exist.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,12 +7,12 @@ PIP_FLAGS ?=
 EXTRAS ?= cpu,dev
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: install quickstart test test-fast test-slow check format lint types bench clean
+.PHONY: install quickstart test test-fast test-slow coverage check format lint types docs bench clean
 
 install: $(STAMP)
 
-# torchvision, torchaudio and torchcodec come along with vLLM; their packaged builds are for CUDA and break
-# `import transformers` beside a CPU build of PyTorch. Text models need none of them.
+# vLLM depends on torchvision, torchaudio and torchcodec. Their packaged builds are for CUDA and break
+# `import transformers` with a CPU build of PyTorch. Text models need none of them.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "torch==2.13.0"
@@ -33,6 +33,9 @@ test-fast: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -m "not e2e and not slow" --cov --cov-report=term
+
 format: $(STAMP)
 	$(BIN)/ruff format --check .
 
@@ -42,10 +45,13 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: format lint types test
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+check: format lint types test docs
 
 bench: $(STAMP)
 	$(BIN)/python jobs/benchmark.py --config jobs/configs/tiny.yaml
 
 clean:
-	rm -rf runs .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf runs site .coverage .mypy_cache .ruff_cache .hypothesis build *.egg-info
