@@ -1,4 +1,4 @@
-"""Cluster files and manifests against their schemas; every YAML file and every command of the README."""
+"""Cluster files and manifests against their schemas; every YAML file and every command of the documents."""
 
 from __future__ import annotations
 
@@ -247,8 +247,8 @@ def test_what_the_rayjob_runs_is_a_command_that_parses():
 
 def commands(file: Path) -> list[str]:
     """The lines of all code blocks without a language, continued lines joined, comments cut."""
-    blocks = re.findall(r"^```\n(.*?)^```", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "".join(block for language, block in blocks if not language).replace("\\\n", " ").splitlines()
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
@@ -261,9 +261,13 @@ def check_job(words: list[str]) -> Any:
     return stage_config(parsed, parsed.sft)
 
 
-@pytest.mark.parametrize(
-    "line", sorted({c for f in ("README.md", "SECURITY.md") for c in commands(ROOT / f)})
-)
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("line", sorted({command for file in DOCUMENTS for command in commands(file)}))
 def test_every_command_of_the_documents_is_one(line):
     words = shlex.split(line, comments=True)
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -282,7 +286,7 @@ def test_every_command_of_the_documents_is_one(line):
     elif words[0] == "docker":
         assert (ROOT / words[words.index("-f") + 1]).is_file()
     else:
-        pytest.fail(f"no known command: {line}")
+        pytest.fail(f"unknown command: {line}")
 
 
 def check_ray(words: list[str]) -> None:
