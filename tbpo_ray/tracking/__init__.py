@@ -1,0 +1,1 @@
+"""Experiment tracking with MLflow; no other package imports it."""

@@ -1,4 +1,4 @@
-"""Which code made a run."""
+"""The code that produced a run: git commit and library versions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ LIBRARIES = ("tbpo-ray", "torch", "ray", "deepspeed", "transformers", "peft", "v
 
 
 def provenance() -> dict[str, str]:
-    """Tags of a run: git commit and library versions; nothing of the machine, its user or environment."""
+    """Tags for a run: git commit and library versions; nothing about the machine, its user or environment."""
     tags = {"version.python": platform.python_version()}
     for library in LIBRARIES:
         try:
             tags[f"version.{library}"] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             continue
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
+    package = Path(__file__).parent.parent  # a change anywhere in the package makes the tree dirty
+    git = ["git", "-C", str(package)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", str(here)],
+            [*git, "status", "--porcelain", "-uno", "--", str(package)],
             capture_output=True,
             text=True,
             timeout=10,

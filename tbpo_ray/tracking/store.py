@@ -1,0 +1,122 @@
+"""Open an MLflow store: its address, its database and artifacts, and the experiment."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tbpo_ray.config.schema import TrackingConfig
+from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.redaction import redact_text, strip_credentials
+from tbpo_ray.storage.files import file_lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# MLflow reads this variable on import.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Without this tag MLflow's UI opens an experiment as one of prompts and agents, without metrics."""
+
+_SERVER_SCHEMES = ("http", "https")
+_NOISY_LOGGERS = ("alembic", "mlflow.store", "mlflow.store.db.utils")
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open MLflow store and one of its experiments."""
+
+    client: MlflowClient
+    uri: str
+    """MLflow tracking URI."""
+    experiment_id: str
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the store is an MLflow server, and not a database or a folder."""
+        return urlsplit(self.uri).scheme in _SERVER_SCHEMES
+
+    def run_url(self, run_id: str) -> str:
+        """URL of a run of this experiment; empty if the store is not a server."""
+        return f"{strip_credentials(self.uri).rstrip('/')}/{self.run_page(run_id)}" if self.is_server else ""
+
+    def run_page(self, run_id: str) -> str:
+        """Path of a run in MLflow's UI, below the server's address."""
+        return f"#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    def url_hint(self, run_id: str) -> str:
+        """One line that says how to open a run in MLflow's UI."""
+        if self.is_server:
+            return self.run_url(run_id)
+        local = f"sqlite:///{Path.cwd()}/"
+        # A path relative to the working directory is shorter, and works on the machine of whoever reads it.
+        is_local = self.uri.startswith(local)
+        uri = f"sqlite:///{self.uri.removeprefix(local)}" if is_local else redact_text(self.uri)
+        return f"mlflow ui --backend-store-uri {uri}    then http://127.0.0.1:5000/{self.run_page(run_id)}"
+
+
+def store_uri(tracking: TrackingConfig, output_dir: str | Path) -> str:
+    """Return `tracking.uri`, by default a SQLite database in `output_dir`.
+
+    Raises:
+        InputError: `output_dir` is not a local path and no `tracking.uri` is given.
+    """
+    if tracking.uri:
+        return tracking.uri
+    if "://" in str(output_dir):
+        raise InputError(
+            f"tracking.uri: run.output_dir={output_dir} cannot hold a SQLite database; give the address of "
+            "an MLflow server"
+        )
+    return f"sqlite:///{Path(output_dir).resolve()}/mlflow.db"
+
+
+def open_store(tracking: TrackingConfig, output_dir: str | Path) -> Store:
+    """Open the store and the experiment of `tracking`; both are created if they do not exist.
+
+    Raises:
+        InputError: the store cannot be opened, or the experiment was deleted.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = store_uri(tracking, output_dir)
+    is_server = urlsplit(uri).scheme in (*_SERVER_SCHEMES, "databricks")
+    artifacts = None if is_server else (Path(output_dir).resolve() / "mlartifacts").as_uri()
+    # Two processes must not migrate one SQLite file at the same time.
+    lock_file = Path(output_dir) / ".mlflow.lock"
+    lock: AbstractContextManager[None] = nullcontext() if is_server else file_lock(lock_file)
+    try:
+        with lock:
+            client = MlflowClient(tracking_uri=uri)
+            return Store(client, uri, _experiment(client, tracking.experiment, artifacts))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"tracking.uri={redact_text(uri)}: {redact_text(first_line(error))}") from error
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """Return the id of the experiment; create it if it does not exist."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS))
+        except MlflowException as error:
+            # Another client of the same server may have created it in the meantime.
+            experiment = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        raise InputError(
+            f"tracking.experiment={name}: was deleted in MLflow; restore it, or use another experiment"
+        )
+    return str(experiment.experiment_id)
