@@ -1,6 +1,6 @@
-"""Charts as inline SVG that follow the page's light or dark colours. No dependencies.
+"""Charts as inline SVG that follow the page's light or dark color scheme. No dependencies.
 
-Colours are CSS classes: series `s0` to `s7`, `axis`, `grid`. Sizes are CSS pixels at a phone's width.
+Colors are CSS classes: series `s0` to `s7`, `axis`, `grid`. Sizes are CSS pixels; a chart fits on a phone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Point:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     shade: float | None = None
-    """Share in [0, 1] that the dot is filled with, for a third quantity."""
+    """Opacity of the dot's fill in [0, 1], for a third quantity."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Line:
 
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Dots with 95 % bars and their labels."""
+    """Draw labelled dots with 95 % error bars."""
     axes = _Axes(
         [v for p in points for v in (p.x, *(p.x_range or ()))],
         [v for p in points for v in (p.y, *(p.y_range or ()))],
@@ -51,15 +51,15 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
     parts = []
     taken: list[tuple[float, float]] = []
     for p in points:
-        x, y, colour = axes.x(p.x), axes.y(p.y), f"s{p.series % SERIES}"
+        x, y, color = axes.x(p.x), axes.y(p.y), f"s{p.series % SERIES}"
         if p.x_range:
-            parts.append(_segment(axes.x(p.x_range[0]), y, axes.x(p.x_range[1]), y, f"bar {colour}"))
+            parts.append(_segment(axes.x(p.x_range[0]), y, axes.x(p.x_range[1]), y, f"bar {color}"))
         if p.y_range:
-            parts.append(_segment(x, axes.y(p.y_range[0]), x, axes.y(p.y_range[1]), f"bar {colour}"))
+            parts.append(_segment(x, axes.y(p.y_range[0]), x, axes.y(p.y_range[1]), f"bar {color}"))
         fill = "" if p.shade is None else f' style="fill-opacity:{0.1 + 0.9 * min(max(p.shade, 0), 1):.2f}"'
         title = escape(f"{p.label}: {number(p.x)}, {number(p.y)}")
         parts.append(
-            f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="5"{fill}>'
+            f'<circle class="dot {color}" cx="{x:.1f}" cy="{y:.1f}" r="5"{fill}>'
             f"<title>{title}</title></circle>"
         )
         parts.append(_label(p.label, x, y, taken))
@@ -67,24 +67,24 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
 
 
 def lines(curves: Sequence[Line], x_label: str, y_label: str) -> str:
-    """Curves over a common axis; values that are not finite interrupt a curve, a lone one is a dot."""
+    """Draw curves over a common axis; values that are not finite interrupt a curve."""
     finite = [(x, y) for c in curves for x, y in zip(c.xs, c.ys, strict=True) if math.isfinite(y)]
     axes = _Axes([x for x, _ in finite], [y for _, y in finite], x_label, y_label)
     parts = []
     for curve in curves:
-        title, colour = f"<title>{escape(curve.label)}</title>", f"s{curve.series % SERIES}"
+        title, color = f"<title>{escape(curve.label)}</title>", f"s{curve.series % SERIES}"
         points = [(axes.x(x), axes.y(y)) for x, y in zip(curve.xs, curve.ys, strict=True)]
         stretches = [list(s) for finite, s in groupby(points, lambda at: math.isfinite(at[1])) if finite]
         path = " ".join("M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in s) for s in stretches)
-        parts.append(f'<path class="line {colour}" d="{path}">{title}</path>')
+        parts.append(f'<path class="line {color}" d="{path}">{title}</path>')
         for (x, y), *more in stretches:
-            if not more:  # of one point nothing would show
-                parts.append(f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>')
+            if not more:  # a path of a single point is invisible
+                parts.append(f'<circle class="dot {color}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>')
     return axes.frame("".join(parts), f"{y_label} over {x_label}")
 
 
 def number(value: float) -> str:
-    """A number in at most four significant digits."""
+    """Format a number with at most four significant digits."""
     return f"{value:.4g}"
 
 
@@ -148,7 +148,7 @@ def _text(x: float, y: float, text: str, anchor: str, extra: str = "") -> str:
 
 
 def _label(text: str, x: float, y: float, taken: list[tuple[float, float]]) -> str:
-    """The dot's name beside it, moved down while another name is in the way."""
+    """Draw a dot's name beside it, moved down until it overlaps no other name."""
     short = text if len(text) <= 22 else text[:21] + "…"
     right = x < WIDTH * 0.6
     at = max(y - 8, TOP)

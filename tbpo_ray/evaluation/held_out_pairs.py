@@ -1,4 +1,4 @@
-"""Preference pairs under a policy and its reference: the policy's own reward, and which tokens it credits."""
+"""Held-out preference pairs: the policy's implicit reward, and how well its token credit finds mistakes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.measures import Estimate, mean_estimate
+from tbpo_ray.evaluation.prompts import prompt_sources
 from tbpo_ray.evaluation.token_credit import TokenCredit, token_credit
 from tbpo_ray.evaluation.win_rates import win_rate
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """One pair with what a policy says of every answer token."""
+    """One pair with a policy's token credit of both answers."""
 
     record: Record
     tokens: TokenizedPair
@@ -32,36 +33,37 @@ class ScoredPair:
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """Held-out preference pairs, tokenized as training does."""
+    """Held-out preference pairs, tokenized as in training."""
 
     source: str
     records: list[Record]
     tokens: list[TokenizedPair]
     spec: TokenizerSpec
-    left_out: int
+    skipped: int
+    """Rows that are not a pair, or that the tokenizer rejects."""
 
 
 def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutPairs:
-    """The first pairs of `evaluation.prompts`, else `data.eval`, in this model's tokens.
+    """Read the first pairs of `evaluation.prompts`, else of `data.eval`, in this model's tokens.
+
+    Args:
+        limit: number of pairs; default `evaluation.max_prompts`.
 
     Raises:
-        InputError: no source, or no pair in it.
+        InputError: no source is configured, or it contains no pair.
     """
-    source = config.evaluation.prompts or config.data.eval
-    if not source:
-        raise InputError("evaluation.prompts: no held-out pairs; give a file or builtin:copyedit?split=test")
-    names = [source] if isinstance(source, str) else [item.source for item in source]
+    names = prompt_sources(config)
     spec = TokenizerSpec.load(model, config.model.chat_template)
     tokenizer = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     bad: list[BadRecord] = []
-    room = limit or config.evaluation.max_prompts
-    records = [record for name in names for record in iter_records(name, room, bad.append)][:room]
+    limit = limit or config.evaluation.max_prompts
+    records = [record for name in names for record in iter_records(name, limit, bad.append)][:limit]
     encoded = list(zip(records, tokenizer.pairs(records), strict=True))
     kept = [(r, t) for r, t in encoded if not isinstance(t, RecordError)]
     if not kept:
-        raise InputError(f"evaluation.prompts={', '.join(names)}: there is no preference pair in it")
-    left_out = len(bad) + len(encoded) - len(kept)
-    return HeldOutPairs(", ".join(names), [r for r, _ in kept], [t for _, t in kept], spec, left_out)
+        raise InputError(f"evaluation.prompts={', '.join(names)}: contains no preference pair")
+    skipped = len(bad) + len(encoded) - len(kept)
+    return HeldOutPairs(", ".join(names), [r for r, _ in kept], [t for _, t in kept], spec, skipped)
 
 
 def score_pairs(
@@ -71,35 +73,45 @@ def score_pairs(
     if use_gpu:
         import ray
 
+        # max_calls=1: the process ends with the task, which is what returns its GPU memory.
         remote = ray.remote(num_gpus=1, max_calls=1)(token_credit)
-        found = ray.get(remote.remote(pairs.tokens, policy, reference, "cuda"))
+        credits = ray.get(remote.remote(pairs.tokens, policy, reference, "cuda"))
     else:
-        found = token_credit(pairs.tokens, policy, reference, "cpu")
+        credits = token_credit(pairs.tokens, policy, reference, "cpu")
     return [
         ScoredPair(record, tokens, chosen, rejected)
-        for record, tokens, (chosen, rejected) in zip(pairs.records, pairs.tokens, found, strict=True)
+        for record, tokens, (chosen, rejected) in zip(pairs.records, pairs.tokens, credits, strict=True)
     ]
 
 
 def implicit_rewards(
-    scored: Sequence[ScoredPair], *, beta: float, compared_only: bool
+    scored: Sequence[ScoredPair], *, beta: float, truncate_to_shorter: bool
 ) -> dict[str, Estimate]:
-    """How often, and by how much, the policy's own reward prefers the chosen answer.
+    """How often, and by how much, the policy's implicit reward prefers the chosen answer.
 
-    The reward of an answer is beta times the sum of its log-ratios: over all tokens for DPO
-    (arXiv 2305.18290), over the first min(T_w, T_l) of both for TBPO, which compares no others.
+    The reward of an answer is beta times the sum of its log-ratios (DPO, arXiv 2305.18290).
+
+    Args:
+        truncate_to_shorter: sum only the first min(T_w, T_l) tokens of both answers, as TBPO compares them.
     """
     margins = []
     for pair in scored:
         chosen, rejected = pair.chosen.log_ratio, pair.rejected.log_ratio
-        n = min(len(chosen), len(rejected)) if compared_only else None
+        n = min(len(chosen), len(rejected)) if truncate_to_shorter else None
         margins.append(beta * (math.fsum(chosen[:n]) - math.fsum(rejected[:n])))
     wins = [0.5 if margin == 0 else float(margin > 0) for margin in margins]
     return {"implicit_accuracy": Estimate.of_rate(win_rate(wins)), "implicit_margin": mean_estimate(margins)}
 
 
+def has_known_damage(pairs: HeldOutPairs) -> bool:
+    """Whether every pair tells where the mistake in its rejected answer is."""
+    return all("damage" in record.metadata for record in pairs.records)
+
+
 def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -> list[bool]:
-    """Which tokens of the rejected answer overlap its known damage; an answer that ends too soon: its EOS.
+    """Which tokens of the rejected answer overlap its known damage.
+
+    In an answer that ends too early, the damaged token is its EOS.
 
     Raises:
         InputError: the record has no `damage` spans.
@@ -116,7 +128,7 @@ def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -
 
 @lru_cache(maxsize=2)
 def _backend(text: str) -> Any:
-    """Parsed once: every pair is marked for every policy and signal."""
+    """The parsed tokenizer; cached, because every pair is marked for every policy and signal."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(text)
@@ -131,9 +143,9 @@ def credit_auc(
     *,
     resamples: int = 300,
 ) -> Estimate:
-    """Area under the ROC curve with which a low signal finds the damaged tokens of rejected answers.
+    """Area under the ROC curve of a low signal as a detector of the damaged tokens of rejected answers.
 
-    0.5 is chance. The interval is a bootstrap over pairs, seeded.
+    0.5 is chance. The interval is a seeded bootstrap over pairs.
 
     Raises:
         InputError: pairs without known damage.
@@ -141,7 +153,9 @@ def credit_auc(
     signals = [-np.asarray(getattr(pair.rejected, signal)) for pair in scored]
     marks = [np.asarray(damaged_tokens(pair.record, pair.tokens, spec), dtype=bool) for pair in scored]
     if not any(mark.any() for mark in marks) or all(mark.all() for mark in marks):
-        raise InputError("evaluation.credit_pairs: there are no damaged tokens beside sound ones")
+        raise InputError(
+            "evaluation.credit_pairs: needs both damaged and undamaged tokens; all of these are alike"
+        )
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(resamples):
@@ -153,7 +167,7 @@ def credit_auc(
 
 
 def _auc(signal: np.ndarray, marked: np.ndarray) -> float:
-    """Mann-Whitney: how often a marked token's signal exceeds an unmarked one's, ties a half."""
+    """Mann-Whitney: how often a marked token's signal exceeds an unmarked one's; ties count half."""
     from scipy.stats import rankdata
 
     positives = int(marked.sum())

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tbpo_ray.config.validation import unknown_key_message
 from tbpo_ray.errors import InputError
 from tbpo_ray.generation.samples import Sample
 
@@ -70,5 +71,8 @@ def refuse_unknown(settings: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise InputError(
-            *(f"evaluation.judge.{key}: unknown key; known keys are {', '.join(known)}" for key in unknown)
+            *(
+                unknown_key_message(f"evaluation.judge.{key}", [f"evaluation.judge.{name}" for name in known])
+                for key in unknown
+            )
         )

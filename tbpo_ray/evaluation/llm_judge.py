@@ -1,8 +1,8 @@
-"""A language model as judge: pairwise, both orders, at an OpenAI-compatible endpoint or by a pool of engines.
+"""A language model as judge of pairs of answers, at an OpenAI-compatible endpoint.
 
-The endpoint may be a hosted one or `vllm serve FOLDER`; a pool (`pool_judge`) runs on this cluster. Each pair
-is asked twice with the answers swapped; two verdicts for the same answer make a win, contradicting ones a
-tie. What cannot be parsed is counted and gives no verdict.
+The endpoint may be a hosted service or `vllm serve FOLDER`; `pool_judge` runs the judge on this cluster
+instead. Each pair is judged twice, with the answers swapped: two verdicts for the same answer are a win,
+contradicting verdicts a tie. A reply that cannot be parsed is counted and gives no verdict.
 """
 
 from __future__ import annotations
@@ -20,69 +20,74 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tbpo_ray.config.validation import validate_section
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.evaluation.judge import Judge
 from tbpo_ray.generation.samples import Sample
 from tbpo_ray.progress import log_progress
 from tbpo_ray.redaction import redact_text, strip_credentials
+from tbpo_ray.storage.files import write_atomic
 
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
-_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
-_FIELDS = ("{prompt}", "{answer_a}", "{answer_b}")
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+_PLACEHOLDERS = ("{prompt}", "{answer_a}", "{answer_b}")
 
 
 class LlmSettings(BaseModel):
-    """What `evaluation.judge` may say with `kind: llm`."""
+    """The keys of `evaluation.judge` with `kind: llm`."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     url: str | None = None
-    """Base address of the endpoint, `http://host:8000/v1`."""
+    """Base URL of the endpoint, `http://host:8000/v1`."""
     model: str | None = None
-    """The judge's name at the endpoint."""
+    """Name of the model at the endpoint."""
     pool: str | None = None
-    """Instead of `url` and `model`: a model folder or hub name, asked by vLLM engines on this cluster."""
+    """Instead of `url` and `model`: a model folder or hub name, which vLLM engines on this cluster serve."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the key; the key itself is never written anywhere."""
+    """Name of the environment variable with the API key; the key itself is never written to a file."""
     prompt_file: str | None = None
-    """A text file with {prompt}, {answer_a} and {answer_b}; the default asks for [[A]], [[B]] or [[TIE]]."""
+    """A text file with the placeholders {prompt}, {answer_a} and {answer_b} that asks for [[A]], [[B]] or
+    [[TIE]]; default: a built-in prompt."""
     both_orders: bool = True
-    """Ask twice, with the answers swapped."""
+    """Judge each pair twice, with the answers swapped."""
     max_tokens: int = Field(512, ge=1)
-    """Most tokens of a verdict."""
+    """Maximum number of tokens of a reply."""
     temperature: float = Field(0.0, ge=0)
-    """0: the judge's most likely verdict."""
+    """Sampling temperature; 0: greedy decoding."""
     concurrency: int = Field(16, ge=1)
-    """Requests under way at a time."""
+    """Maximum number of concurrent requests."""
     retries: int = Field(4, ge=0)
-    """How often a request is repeated after a timeout or a busy endpoint, with growing pauses."""
+    """Number of retries of a request after a timeout or a transient error, with exponential backoff."""
     timeout_s: float = Field(120, gt=0)
-    """Seconds for one request."""
+    """Timeout of one request, in seconds."""
     price_input: float = Field(0.0, ge=0)
-    """Price of a million prompt tokens, for the cost in the verdict."""
+    """Price of a million prompt tokens, for the cost reported in the verdict."""
     price_output: float = Field(0.0, ge=0)
-    """The same for completion tokens."""
+    """Price of a million completion tokens."""
 
     @field_validator("url")
     @classmethod
-    def _http(cls, value: str | None) -> str | None:
+    def _check_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError("give an http(s) address such as http://127.0.0.1:8000/v1")
+            raise ValueError("must be an http(s) URL such as http://127.0.0.1:8000/v1")
         return value and value.rstrip("/")
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _check_endpoint_or_pool(self) -> Self:
         if self.pool is None and (self.url is None or self.model is None):
-            raise ValueError("give `url` and `model` of an endpoint, or `pool`, a model folder")
+            raise ValueError(
+                "evaluation.judge: give `url` and `model` of an endpoint, or `pool`, a model folder"
+            )
         if self.pool is not None and (self.url is not None or self.model is not None):
-            raise ValueError("`pool` is asked on this cluster; leave out `url` and `model`")
+            raise ValueError("evaluation.judge: `pool` excludes `url` and `model`; remove either")
         return self
 
 
 class LlmJudge(Judge):
-    """Pairwise verdicts from a chat model (see the module's text)."""
+    """Pairwise verdicts from a chat model (see the module's docstring)."""
 
     kind = "llm"
 
@@ -106,26 +111,29 @@ class LlmJudge(Judge):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], cache: Path) -> LlmJudge:
-        """Raises InputError, naming the dotted key, for settings that cannot be."""
-        try:
-            return cls(LlmSettings(**settings), cache)
-        except ValidationError as error:
-            raise InputError(
-                *(
-                    ".".join(["evaluation.judge", *map(str, item["loc"])])
-                    + ": "
-                    + item["msg"].removeprefix("Value error, ")
-                    for item in error.errors()
-                )
-            ) from error
+        """Validate `evaluation.judge` without `kind` and build the judge.
+
+        Args:
+            cache: file that keeps replies, so that judging resumes after an error.
+
+        Raises:
+            InputError: invalid settings, each named by its dotted key.
+        """
+        return cls(validate_section(LlmSettings, dict(settings), "evaluation.judge"), cache)
 
     def preferences(self, candidate: Sequence[Sample], baseline: Sequence[Sample]) -> list[float | None]:
-        """Raises RunFailed when the endpoint stays away; verdicts reached so far are kept in the cache."""
+        """Judge pairs of answers.
+
+        Raises:
+            RunFailedError: the endpoint is unreachable; replies received so far are kept in the cache.
+        """
         pairs = list(zip(candidate, baseline, strict=True))
         orders = (1, -1) if self.settings.both_orders else (1,)
-        replies = self.ask(
+        replies = self.complete(
             [
-                fill(self.template, pair[0].prompt_text, *(sample.answer for sample in pair[::order]))
+                fill_template(
+                    self.template, pair[0].prompt_text, *(sample.answer for sample in pair[::order])
+                )
                 for pair in pairs
                 for order in orders
             ]
@@ -135,19 +143,19 @@ class LlmJudge(Judge):
             for i in range(0, len(replies), len(orders))
         ]
 
-    def ask(self, questions: Sequence[str]) -> list[str]:
-        """The judge's replies, in order."""
+    def complete(self, prompts: Sequence[str]) -> list[str]:
+        """Send the filled-in prompts and return the replies, in the same order."""
         with (
             httpx.Client(timeout=self.settings.timeout_s, headers=self._headers()) as client,
             ThreadPoolExecutor(self.settings.concurrency) as pool,
         ):
-            futures = [pool.submit(self._ask, client, question) for question in questions]
+            futures = [pool.submit(self._complete, client, prompt) for prompt in prompts]
             replies: list[str] = []
             try:
                 for done, future in enumerate(futures, start=1):
                     replies.append(future.result())
                     if done % 200 == 0:
-                        log_progress(f"judged {done} of {len(questions)} questions")
+                        log_progress(f"judge: {done} of {len(prompts)} replies")
             except RunFailedError:
                 for future in futures:
                     future.cancel()
@@ -159,11 +167,11 @@ class LlmJudge(Judge):
         cost = (
             self.counts["prompt_tokens"] * s.price_input + self.counts["completion_tokens"] * s.price_output
         ) / 1e6
-        where = {"pool": s.pool} if s.url is None else {"model": s.model, "url": strip_credentials(s.url)}
-        return {"kind": self.kind, **where, **self.counts, "cost": round(cost, 6)}
+        judge = {"pool": s.pool} if s.url is None else {"model": s.model, "url": strip_credentials(s.url)}
+        return {"kind": self.kind, **judge, **self.counts, "cost": round(cost, 6)}
 
     def _combine(self, verdicts: Sequence[float | None]) -> float | None:
-        """One preference from the verdicts of both orders, each as seen by the first-named answer."""
+        """Combine the verdicts of both orders; each verdict is about the answer that came first."""
         known = [v if i == 0 else 1 - v for i, v in enumerate(verdicts) if v is not None]
         self.counts["unparsable"] += len(verdicts) - len(known)
         if not known:
@@ -174,10 +182,10 @@ class LlmJudge(Judge):
         self.counts["verdicts"] += 1
         return preference
 
-    def _ask(self, client: httpx.Client, question: str) -> str:
+    def _complete(self, client: httpx.Client, prompt: str) -> str:
         body = {
             "model": self.settings.model,
-            "messages": [{"role": "user", "content": question}],
+            "messages": [{"role": "user", "content": prompt}],
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
         }
@@ -209,18 +217,19 @@ class LlmJudge(Judge):
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            if response.status_code in _RETRIED:
+            if response.status_code in _TRANSIENT:
                 problem = f"status {response.status_code}"
                 continue
             if response.status_code != 200:
-                words = redact_text(response.text[:300])
                 raise RunFailedError(
-                    f"the judge at {strip_credentials(address)} refused ({response.status_code}): {words}"
+                    f"the judge at {strip_credentials(address)} returned status {response.status_code}: "
+                    f"{redact_text(response.text[:300])}"
                 )
             return _reply(response, strip_credentials(address))
         raise RunFailedError(
-            f"the judge at {strip_credentials(address)} gave no answer in {self.settings.retries + 1} tries "
-            f"({redact_text(problem)}); verdicts so far are kept in {self._cache_file}, run again to go on"
+            f"the judge at {strip_credentials(address)} did not reply in {self.settings.retries + 1} "
+            f"attempts ({redact_text(problem)}); the replies so far are in {self._cache_file}, run the "
+            "command again to resume"
         )
 
     def _headers(self) -> dict[str, str]:
@@ -233,13 +242,13 @@ class LlmJudge(Judge):
 
 
 def parse_verdict(reply: str) -> float | None:
-    """1 for `[[A]]`, 0 for `[[B]]`, 0.5 for `[[C]]` or `[[TIE]]`, the last one counting; else None."""
+    """Return 1 for `[[A]]`, 0 for `[[B]]`, 0.5 for `[[C]]` or `[[TIE]]`; the last one counts; else None."""
     found = _VERDICT.findall(reply)
     return {"A": 1.0, "B": 0.0}.get(found[-1].upper(), 0.5) if found else None
 
 
-def fill(template: str, prompt: str, answer_a: str, answer_b: str) -> str:
-    """Put the texts into the template; braces inside the texts stay as they are."""
+def fill_template(template: str, prompt: str, answer_a: str, answer_b: str) -> str:
+    """Fill in the template's placeholders; braces inside the texts are kept."""
     values = {"{prompt}": prompt, "{answer_a}": answer_a, "{answer_b}": answer_b}
     return re.sub("|".join(map(re.escape, values)), lambda match: values[match[0]], template)
 
@@ -249,7 +258,7 @@ def _reply(response: httpx.Response, address: str) -> tuple[str, dict[str, Any]]
         tree = response.json()
         return tree["choices"][0]["message"]["content"] or "", tree.get("usage") or {}
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise RunFailedError(f"{address} does not answer like an OpenAI-compatible endpoint") from error
+        raise RunFailedError(f"{address}: the reply is not that of an OpenAI-compatible endpoint") from error
 
 
 def _template(settings: LlmSettings) -> str:
@@ -259,17 +268,18 @@ def _template(settings: LlmSettings) -> str:
     if not file.is_file():
         raise InputError(f"evaluation.judge.prompt_file={file}: no such file")
     text = file.read_text(encoding="utf-8")
-    missing = [name for name in _FIELDS if name not in text]
+    missing = [name for name in _PLACEHOLDERS if name not in text]
     if missing:
-        raise InputError(f"evaluation.judge.prompt_file={file}: {', '.join(missing)} must stand in it")
+        raise InputError(f"evaluation.judge.prompt_file={file}: must contain {', '.join(missing)}")
     return text
 
 
 def _read_cache(file: Path) -> dict[str, str]:
-    """Replies by key; the last line may be cut off by a crash."""
+    """Read the replies by key, and remove a last line that a crash left incomplete."""
     if not file.is_file():
         return {}
-    lines = file.read_text(encoding="utf-8").split("\n")
-    if lines[-1]:
-        file.write_text("\n".join(lines[:-1]) + ("\n" if lines[:-1] else ""), encoding="utf-8")
-    return {row["key"]: row["reply"] for row in map(json.loads, filter(None, lines[:-1]))}
+    *lines, incomplete = file.read_text(encoding="utf-8").split("\n")
+    if incomplete:
+        # Otherwise the next reply would be appended to the incomplete line, and be lost too.
+        write_atomic(file, "".join(f"{line}\n" for line in lines))
+    return {row["key"]: row["reply"] for row in map(json.loads, filter(None, lines))}

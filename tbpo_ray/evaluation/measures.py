@@ -1,9 +1,9 @@
-"""From samples and judgments to numbers with intervals. NumPy and SciPy only."""
+"""Compute metrics with intervals from samples and judgments. NumPy and SciPy only."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ Groups = Mapping[str, Sequence[Sample]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with its 95 % interval, where it has one."""
+    """A metric with its 95 % interval, if it has one."""
 
     value: float
     low: float | None = None
@@ -31,7 +31,7 @@ class Estimate:
         return cls(rate.rate, rate.low, rate.high)
 
     def to_json(self) -> dict[str, float | None]:
-        """Plain mapping; what is not finite becomes null."""
+        """Return a plain mapping; a value that is not finite becomes null."""
         return {
             key: value if value is not None and math.isfinite(value) else None
             for key, value in asdict(self).items()
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """Mean with a normal 95 % interval (of one value: no interval)."""
+    """Mean with a normal 95 % interval; a single value has no interval."""
     x = np.asarray(values, dtype=np.float64)
     mean = float(x.mean())
     if len(x) < 2:
@@ -49,7 +49,7 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
 
 
 def share_estimate(per_prompt: Mapping[str, Sequence[float]]) -> Estimate:
-    """Mean of scores in [0, 1], first within a prompt, with the interval over prompts."""
+    """Mean over prompts of the mean score within each prompt, for scores in [0, 1]."""
     return Estimate.of_rate(win_rate([float(np.mean(values)) for values in per_prompt.values()]))
 
 
@@ -57,23 +57,26 @@ def describe(groups: Groups) -> dict[str, Estimate]:
     """Diversity, entropy and length of one policy's answers."""
     samples = [sample for group in groups.values() for sample in group]
     logprobs = [sample.logprobs for sample in samples]
-    found = {
+    metrics = {
         "distinct_1": Estimate(distinct_n([sample.token_ids for sample in samples], 1)),
         "distinct_2": Estimate(distinct_n([sample.token_ids for sample in samples], 2)),
         "self_bleu": Estimate(self_bleu([[s.answer for s in group] for group in groups.values()])),
         "predictive_entropy": Estimate(predictive_entropy(logprobs)),
         "entropy_per_token": Estimate(predictive_entropy(logprobs, per_token=True)),
-        "length_tokens": mean_estimate(
-            [float(np.mean([len(s.token_ids) for s in g])) for g in groups.values()]
-        ),
-        "length_chars": mean_estimate([float(np.mean([len(s.answer) for s in g])) for g in groups.values()]),
+        "length_tokens": _mean_over_prompts(groups, lambda sample: len(sample.token_ids)),
+        "length_chars": _mean_over_prompts(groups, lambda sample: len(sample.answer)),
         "truncated": Estimate(float(np.mean([s.finish_reason == "length" for s in samples]))),
     }
-    return {name: estimate for name, estimate in found.items() if math.isfinite(estimate.value)}
+    return {name: estimate for name, estimate in metrics.items() if math.isfinite(estimate.value)}
+
+
+def _mean_over_prompts(groups: Groups, measure: Callable[[Sample], float]) -> Estimate:
+    """Mean over prompts of the mean within each prompt: samples of one prompt are not independent."""
+    return mean_estimate([float(np.mean([measure(s) for s in group])) for group in groups.values()])
 
 
 def paired(candidate: Groups, baseline: Groups) -> list[tuple[Sample, Sample]]:
-    """Sample k of the candidate beside sample k of the baseline, for every prompt both answered."""
+    """Pair sample k of the candidate with sample k of the baseline, for every prompt that both answered."""
     return [
         (a, b)
         for key, group in candidate.items()
@@ -85,10 +88,12 @@ def paired(candidate: Groups, baseline: Groups) -> list[tuple[Sample, Sample]]:
 def compare(
     pairs: Sequence[tuple[Sample, Sample]], preferences: Sequence[float | None]
 ) -> dict[str, Estimate]:
-    """Win rate, raw and length-controlled (length in characters), of judged pairs; prompts count once.
+    """Raw and length-controlled win rate of judged pairs; length is in characters.
+
+    Preferences are averaged within each prompt first, so that the intervals are over prompts.
 
     Raises:
-        RunFailed: not one pair got a verdict.
+        RunFailedError: no pair has a verdict.
     """
     judged: dict[str, list[tuple[float, int, int]]] = {}
     for (a, b), preference in zip(pairs, preferences, strict=True):
@@ -106,13 +111,16 @@ def compare(
 
 
 def slices(groups: Groups, columns: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """Column -> value -> prompt ids. `prompt_length` and `answer_length` are quarters by tokens."""
+    """Group prompts by the values of metadata columns: column -> value -> prompt ids.
+
+    The columns `prompt_length` and `answer_length` are quartiles of the number of tokens.
+    """
     out: dict[str, dict[str, list[str]]] = {}
     for column in columns:
         if column == "prompt_length":
-            label = _quarters({key: len(group[0].prompt_token_ids) for key, group in groups.items()})
+            label = _quartiles({key: len(group[0].prompt_token_ids) for key, group in groups.items()})
         elif column == "answer_length":
-            label = _quarters({k: float(np.mean([len(s.token_ids) for s in g])) for k, g in groups.items()})
+            label = _quartiles({k: float(np.mean([len(s.token_ids) for s in g])) for k, g in groups.items()})
         else:
             label = {key: str(group[0].metadata.get(column, "(none)")) for key, group in groups.items()}
         values: dict[str, list[str]] = {}
@@ -122,7 +130,7 @@ def slices(groups: Groups, columns: Sequence[str]) -> dict[str, dict[str, list[s
     return out
 
 
-def _quarters(sizes: Mapping[str, float]) -> dict[str, str]:
+def _quartiles(sizes: Mapping[str, float]) -> dict[str, str]:
     edges = np.unique(np.quantile(list(sizes.values()), [0, 0.25, 0.5, 0.75, 1]))
     if len(edges) < 2:
         return {key: f"{edges[0]:.0f}" for key in sizes}
@@ -134,7 +142,7 @@ def _quarters(sizes: Mapping[str, float]) -> dict[str, str]:
 
 
 def per_prompt(samples: Iterable[Sample], values: Iterable[float]) -> dict[str, list[float]]:
-    """Values of samples by prompt id."""
+    """Group the values of samples by prompt id."""
     out: dict[str, list[float]] = {}
     for sample, value in zip(samples, values, strict=True):
         out.setdefault(sample.prompt_id, []).append(value)
@@ -142,5 +150,5 @@ def per_prompt(samples: Iterable[Sample], values: Iterable[float]) -> dict[str, 
 
 
 def restrict(mapping: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The entries of `mapping` under `keys`."""
+    """Return the entries of `mapping` whose keys are in `keys`."""
     return {key: mapping[key] for key in keys if key in mapping}

@@ -1,7 +1,7 @@
-"""The language model as judge, asked by vLLM engines on this cluster instead of an endpoint.
+"""A language model as judge, served by vLLM engines on this cluster instead of an endpoint.
 
-Questions and replies lie beside the samples, by content: judging that was interrupted goes on, and what was
-judged before is read again.
+The judge's prompts and replies are stored like samples, in a folder named after their content: interrupted
+judging resumes, and earlier verdicts are reused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tbpo_ray.generation.vllm_engine import check_model
 from tbpo_ray.models.resolve import local_model
 from tbpo_ray.storage.paths import cache_dir
 
-_UNTRIMMED = 1 << 30
-"""A question is never cut: what is too long for the judge is refused by its engine, and counted."""
+_NO_LIMIT = 1 << 30
+"""A judge's prompt is never truncated: one that is too long is rejected by the engine, and counted."""
 
 
 class PoolJudge(LlmJudge):
-    """`evaluation.judge: {kind: llm, pool: FOLDER}`: engines as `generation` configures them."""
+    """`evaluation.judge: {kind: llm, pool: FOLDER}`, on engines that `generation` configures."""
 
     config: Config
     model: str
@@ -33,7 +33,14 @@ class PoolJudge(LlmJudge):
 
     @classmethod
     def on_cluster(cls, settings: Mapping[str, Any], config: Config, output: Path) -> PoolJudge:
-        """Raises InputError for settings that cannot be, and a model that vLLM does not load."""
+        """Validate `evaluation.judge` without `kind` and build the judge.
+
+        Args:
+            output: folder in which replies are stored.
+
+        Raises:
+            InputError: invalid settings, or a model that vLLM cannot load.
+        """
         judge = cls.from_settings(settings, output / "judge_cache.jsonl")
         assert isinstance(judge, PoolJudge)
         judge.config, judge.folder = config, output / "judge"
@@ -43,30 +50,23 @@ class PoolJudge(LlmJudge):
         judge.counts["failed"] = 0
         return judge
 
-    def ask(self, questions: Sequence[str]) -> list[str]:
-        """Raises RunFailed when the engines could not answer a single question."""
-        from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
+    def complete(self, prompts: Sequence[str]) -> list[str]:
+        """Generate the replies to the filled-in prompts; the reply to a rejected prompt is empty.
 
-        tokenizer = PairTokenizer(TokenizerSpec.load(self.model), _UNTRIMMED, _UNTRIMMED - 1)
-        unique = list(dict.fromkeys(questions))
-        encoded = tokenizer.prompts([[{"role": "user", "content": question}] for question in unique])
-        prompts = {
-            question: PromptTokens(hashlib.sha256(question.encode()).hexdigest()[:32], ids, question)
-            for question, ids in zip(unique, encoded, strict=True)
-            if not isinstance(ids, RecordError)
-        }
-        asked = list(prompts.values())
-        generation, seed = self._generation(), self.config.run.seed
-        mark = sampling_fingerprint(self.model, asked, generation, seed=seed)
-        cluster = self.config.cluster
+        Raises:
+            RunFailedError: the engines could not answer a single prompt.
+        """
+        encoded = self._tokenize(prompts)
+        requests, generation, seed = list(encoded.values()), self._generation(), self.config.run.seed
+        fingerprint = sampling_fingerprint(self.model, requests, generation, seed=seed)
         samples = generate(
             self.model,
-            asked,
+            requests,
             generation,
-            output=self.folder / mark[:16],
-            use_gpu=cluster.gpus,
+            output=self.folder / fingerprint[:16],
+            use_gpu=self.config.cluster.gpus,
             seed=seed,
-            labels=cluster.labels.generate,
+            labels=self.config.cluster.labels.generate,
         )
         replies: dict[str, str] = {}
         for sample in samples:
@@ -75,10 +75,23 @@ class PoolJudge(LlmJudge):
             self.counts["prompt_tokens"] += len(sample.prompt_token_ids)
             self.counts["completion_tokens"] += len(sample.token_ids)
             replies[sample.prompt_id] = "" if sample.error else sample.answer
-        return [replies[prompts[q].id] if q in prompts else "" for q in questions]
+        return [replies[encoded[prompt].id] if prompt in encoded else "" for prompt in prompts]
+
+    def _tokenize(self, prompts: Sequence[str]) -> dict[str, PromptTokens]:
+        """Each distinct prompt in the judge's tokens, without those that its chat template rejects."""
+        from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
+
+        tokenizer = PairTokenizer(TokenizerSpec.load(self.model), _NO_LIMIT, _NO_LIMIT - 1)
+        unique = list(dict.fromkeys(prompts))
+        encoded = tokenizer.prompts([[{"role": "user", "content": prompt}] for prompt in unique])
+        return {
+            prompt: PromptTokens(hashlib.sha256(prompt.encode()).hexdigest()[:32], ids, prompt)
+            for prompt, ids in zip(unique, encoded, strict=True)
+            if not isinstance(ids, RecordError)
+        }
 
     def _generation(self) -> GenerationConfig:
-        """The engines as they are for policies, with the judge's own sampling."""
+        """The engines of `generation`, with the judge's own sampling parameters."""
         tree = self.config.generation.model_dump(
             include={"engines", "tensor_parallel", "batch_size", "engine"}
         )

@@ -1,4 +1,4 @@
-"""The champion: the best policy enters the model registry, but only through the gate."""
+"""Promotion: the best policy is registered as the champion if it passes the gate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALIAS = "champion"
 
 @dataclass(frozen=True)
 class Gate:
-    """What the gate said."""
+    """The gate's decision."""
 
     promoted: bool
     sentence: str
@@ -22,30 +22,36 @@ class Gate:
 
 
 def check_gate(promote: PromotionConfig, entries: Sequence[Entry], tracker: Tracker) -> Gate | None:
-    """Register the policy that leads in `metric` as champion if its interval's low end reaches `at_least`.
+    """Register the policy with the highest `metric` as champion if the lower end of its interval is at least
+    `at_least`.
 
     Returns:
-        None where no `model_name` is configured.
+        None if no `model_name` is configured.
 
     Raises:
-        InputError: MLflow refuses the name, or the winner's folder is gone.
+        InputError: MLflow rejects the name, or the best policy's folder no longer exists.
     """
     if promote.model_name is None:
         return None
-    known = [entry for entry in entries if promote.metric in entry.policy.metrics]
-    if not known:
-        return Gate(False, f"Nobody is promoted: no policy has the metric {promote.metric}.")
-    best = max(known, key=lambda entry: entry.policy.metrics[promote.metric].value)
+    candidates = [entry for entry in entries if promote.metric in entry.policy.metrics]
+    if not candidates:
+        return Gate(False, f"No policy is promoted: none has the metric {promote.metric}.")
+    best = max(candidates, key=lambda entry: entry.policy.metrics[promote.metric].value)
     estimate = best.policy.metrics[promote.metric]
     low = estimate.low if estimate.low is not None else estimate.value
-    claim = f"{best.label} leads in {promote.metric} with {estimate.value:.3f}, lower end {low:.3f}"
+    result = (
+        f"{best.label} has the highest {promote.metric}, {estimate.value:.3f} "
+        f"(lower end of its interval {low:.3f})"
+    )
     if low < promote.at_least:
-        return Gate(False, f"Nobody is promoted: {claim}, and the gate asks for {promote.at_least}.")
+        return Gate(
+            False, f"No policy is promoted: {result}, below compare.promote.at_least={promote.at_least}."
+        )
     version = tracker.register_model(best.policy.model, promote.model_name, ALIAS)
     tracker.set_tags({"promoted": f"{promote.model_name} version {version}"})
     return Gate(
         True,
-        f"{claim}, at or above {promote.at_least}: registered as {promote.model_name} version {version}, "
+        f"{result}, at least {promote.at_least}: registered as {promote.model_name} version {version}, "
         f"alias {ALIAS}.",
         version,
     )

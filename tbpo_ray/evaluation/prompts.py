@@ -1,4 +1,4 @@
-"""Held-out prompts, and where policies lie."""
+"""Held-out prompts, and the model folders of policies."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts as they were read, in order."""
+    """Prompts in the order of their source."""
 
     source: str
     prompts: list[Prompt]
-    left_out: list[BadRecord] = field(default_factory=list)
+    skipped: list[BadRecord] = field(default_factory=list)
+    """Rows without a prompt."""
 
     @property
     def ids(self) -> list[str]:
@@ -38,10 +39,19 @@ class PromptSet:
     def digest(self) -> str:
         return digest([(prompt.prompt, prompt.metadata) for prompt in self.prompts])
 
+    def summary(self) -> dict[str, Any]:
+        """The entry `prompts` of the verdict."""
+        return {
+            "source": self.source,
+            "digest": self.digest,
+            "rows": len(self.prompts),
+            "skipped": len(self.skipped),
+        }
+
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy to evaluate: a model folder, and an adapter folder where it is one."""
+    """A policy to evaluate: a model folder, and the folder of its LoRA adapter if it has one."""
 
     name: str
     model: str
@@ -52,35 +62,47 @@ class Policy:
         return self.adapter or self.model
 
 
-def read_prompts(config: Config) -> PromptSet:
-    """The first `evaluation.max_prompts` prompts of `evaluation.prompts`, else of `data.eval`.
+def prompt_sources(config: Config) -> list[str]:
+    """`evaluation.prompts`, else the sources of `data.eval`.
 
     Raises:
-        InputError: no source is configured, or there is no prompt in it.
+        InputError: neither is configured.
     """
     source = config.evaluation.prompts or config.data.eval
     if not source:
         raise InputError(
-            "evaluation.prompts: no held-out prompts; give JSONL, Parquet or builtin:copyedit?split=test"
+            "evaluation.prompts: missing, and data.eval too; give JSONL, Parquet or "
+            "builtin:copyedit?split=test"
         )
-    names = [source] if isinstance(source, str) else [item.source for item in source]
+    return [source] if isinstance(source, str) else [item.source for item in source]
+
+
+def read_prompts(config: Config) -> PromptSet:
+    """Read the first `evaluation.max_prompts` prompts of `evaluation.prompts`, else of `data.eval`.
+
+    Raises:
+        InputError: no source is configured, or it contains no prompt.
+    """
+    names, limit = prompt_sources(config), config.evaluation.max_prompts
     prompts: list[Prompt] = []
     bad: list[BadRecord] = []
     for name in names:
-        room = config.evaluation.max_prompts
-        rest = None if room is None else room - len(prompts)
-        prompts += list(iter_prompts(name, rest, bad.append)) if rest != 0 else []
+        room = None if limit is None else limit - len(prompts)
+        if room != 0:
+            prompts += iter_prompts(name, room, bad.append)
     if not prompts:
-        first = f"; {len(bad)} rows have none, the first: {bad[0].reason} {bad[0].detail}" if bad else ""
-        raise InputError(f"evaluation.prompts={', '.join(names)}: no prompt in it{first}")
+        first = (
+            f"; {len(bad)} rows were skipped, the first one: {bad[0].reason} {bad[0].detail}" if bad else ""
+        )
+        raise InputError(f"evaluation.prompts={', '.join(names)}: contains no prompt{first}")
     return PromptSet(", ".join(names), prompts, bad)
 
 
 def tokenize_prompts(prompts: PromptSet, model: str, config: Config) -> list[PromptTokens]:
-    """The prompts as this model's training would see them.
+    """Tokenize prompts as in training.
 
     Raises:
-        InputError: the model's chat template refuses every prompt.
+        InputError: the model's chat template rejects every prompt.
     """
     from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 
@@ -88,30 +110,36 @@ def tokenize_prompts(prompts: PromptSet, model: str, config: Config) -> list[Pro
     encoded = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit).prompts(
         [prompt.prompt for prompt in prompts.prompts]
     )
-    refused = [item for item in encoded if isinstance(item, RecordError)]
-    if len(refused) == len(encoded):
-        raise InputError(f"evaluation.prompts={prompts.source}: {model} takes none of them: {refused[0]}")
+    rejected = [item for item in encoded if isinstance(item, RecordError)]
+    if len(rejected) == len(encoded):
+        raise InputError(
+            f"evaluation.prompts={prompts.source}: {model} rejects all; the first error: {rejected[0]}"
+        )
     return [
-        PromptTokens(key, ids, show(prompt), prompt.metadata)
+        PromptTokens(key, ids, format_prompt(prompt), prompt.metadata)
         for key, ids, prompt in zip(prompts.ids, encoded, prompts.prompts, strict=True)
         if not isinstance(ids, RecordError)
     ]
 
 
-def show(prompt: Prompt) -> str:
-    """A conversation for people: one turn plain, several with their roles."""
-    turns: Sequence[dict[str, Any]] = prompt.prompt
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+def format_prompt(prompt: Prompt) -> str:
+    """A conversation as readable text: a single message plain, several with their roles."""
+    messages: Sequence[dict[str, Any]] = prompt.prompt
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def resolve_policy(name: str, where: str, config: Config) -> Policy:
-    """A policy from a model folder, an adapter folder, the name of a run that has exported one, a built-in
-    or a hub name.
+    """Find a policy.
+
+    Args:
+        name: its name in `evaluation.policies`.
+        where: a model folder, an adapter folder, the name of a run with an export, a built-in model or a hub
+            name.
 
     Raises:
-        InputError: it is none of these.
+        InputError: `where` is none of these.
     """
     runs = output_dir(config)
     for folder in (Path(where).expanduser(), runs / where / "export", runs / where):
@@ -121,12 +149,14 @@ def resolve_policy(name: str, where: str, config: Config) -> Policy:
             adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             base = adapter.get("base_model_name_or_path")
             if not base or not (Path(base) / "config.json").is_file():
-                raise InputError(f"evaluation.policies.{name}={where}: its base model {base!r} is not there")
+                raise InputError(
+                    f"evaluation.policies.{name}={where}: the adapter's base model {base!r} does not exist"
+                )
             return Policy(name, base, str(folder.absolute()))
     if where.startswith(BUILTIN) or _HUB_NAME.fullmatch(where):
         key = f"evaluation.policies.{name}"
         return Policy(name, local_model(where, cache_dir(config), seed=config.run.seed, key=key))
     raise InputError(
-        f"evaluation.policies.{name}={where}: no model folder, no adapter folder, and no run in {runs} "
-        "with an export; train it first, or give the folder"
+        f"evaluation.policies.{name}={where}: must be a model folder, an adapter folder, or a run in {runs} "
+        "that has an export"
     )

@@ -34,7 +34,7 @@ def reference_logprobs(samples: Sequence[Sample], model: str, *, use_gpu: bool =
 def answer_logprobs(
     model: str, pairs: Sequence[tuple[list[int], list[int]]], device: str
 ) -> list[list[float]]:
-    """Log-probs of the answer's tokens for each (prompt, answer), under the causal model in folder `model`."""
+    """Log-probs of the answer's tokens for each (prompt, answer), under the model in folder `model`."""
     import numpy as np
     import torch
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from tbpo_ray.training.scorer import PairScorer
 
 MAX_BATCH_TOKENS = 8192
-"""Padded tokens of one forward pass. Its logits are never held as a whole, so the vocabulary does not matter."""
+"""Padded tokens of one forward pass; whole logits are never in memory, so the vocabulary does not matter."""
 
 
 def load_scorer(model: str, device: str) -> PairScorer:
@@ -29,7 +29,7 @@ def length_batches(sizes: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS) -> 
     """Group sequences of similar length so that a batch, padded to its longest one, has at most `max_tokens`.
 
     Returns:
-        Indices of the sequences, the shortest first. A sequence longer than `max_tokens` is a batch of its own;
+        Indices of the sequences, the shortest first. A sequence longer than `max_tokens` forms its own batch;
         sequences of length 0 are skipped.
     """
     batches: list[list[int]] = []

@@ -35,8 +35,9 @@ class TokenCredit:
     def advantage(self) -> list[float]:
         """r_t + c_t.
 
-        With the KL as baseline this is the token's log-ratio minus its expectation under the reference in that
-        state, E_ref[r] = -KL(pi_ref || pi). With the learned baseline it estimates Q / beta (arXiv 2605.12288).
+        With the KL as baseline this is the token's log-ratio minus its expectation under the reference in
+        that state, E_ref[r] = -KL(pi_ref || pi). With the learned baseline it estimates Q / beta
+        (arXiv 2605.12288).
         """
         return [r + c for r, c in zip(self.log_ratio, self.baseline, strict=True)]
 

@@ -1,68 +1,58 @@
-"""The verdict: what the numbers say about several policies, as JSON and as a table."""
+"""The verdict: the metrics of several policies, as JSON and as a table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.columns import COLUMNS, Column
 from tbpo_ray.evaluation.measures import Estimate
+from tbpo_ray.storage.files import write_atomic
 
 VERDICT = "verdict.json"
-
-COLUMNS = (
-    ("exact_match", "exact match", 100),
-    ("score", "score", 1),
-    ("win_rate", "win rate", 100),
-    ("lc_win_rate", "win rate, length-controlled", 100),
-    ("implicit_accuracy", "own reward accuracy", 100),
-    ("credit_auc", "credit AUC, log-ratio", 1),
-    ("credit_auc_advantage", "credit AUC, advantage", 1),
-    ("distinct_1", "distinct-1", 1),
-    ("kl_k1", "KL from reference", 1),
-)
-"""Metric, heading and factor of the table's columns; columns that no policy has are left out."""
 
 
 @dataclass(frozen=True)
 class PolicyVerdict:
-    """One policy's numbers."""
+    """The metrics of one policy."""
 
     name: str
     model: str
     prompts: int
     """Prompts with at least one answer."""
     failed: int
-    """Samples the engine refused."""
+    """Samples that the engine rejected."""
     metrics: dict[str, Estimate]
     slices: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
-    """Column -> value -> metric; `prompts` among the metrics counts the slice."""
+    """Column -> value -> metric; `prompts` among the metrics is the size of the slice."""
     samples: str = ""
     """Folder of the samples, relative to the verdict."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All policies, what they were compared on and how."""
+    """The metrics of all policies, and how they were measured."""
 
     policies: list[PolicyVerdict]
     baseline: str
     reference: str
     judge: dict[str, Any]
     prompts: dict[str, Any]
-    """`source digest rows left_out`."""
+    """`source`, `digest`, `rows` and `skipped`."""
     ranking: list[dict[str, Any]] = field(default_factory=list)
     """Bradley-Terry strengths, strongest first, where more than two policies were compared."""
     run_id: str | None = None
-    """MLflow run."""
+    """Id of the MLflow run."""
 
     def __getitem__(self, name: str) -> PolicyVerdict:
         return next(policy for policy in self.policies if policy.name == name)
 
     def save(self, folder: Path) -> Path:
+        """Write `verdict.json` and return its path."""
         tree = self.__dict__ | {
             "policies": [
                 policy.__dict__ | {"metrics": _plain(policy.metrics), "slices": _plain(policy.slices)}
@@ -70,15 +60,19 @@ class Verdict:
             ]
         }
         file = folder / VERDICT
-        file.write_text(json.dumps(tree, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_atomic(file, json.dumps(tree, indent=2, ensure_ascii=False))
         return file
 
     @classmethod
     def load(cls, file: str | Path) -> Verdict:
-        """Raises InputError where the file is missing or no verdict."""
+        """Read a verdict.
+
+        Raises:
+            InputError: the file does not exist, or is not a verdict.
+        """
         path = Path(file)
         if not path.is_file():
-            raise InputError(f"{path}: no verdict there; evaluate the run first")
+            raise InputError(f"{path}: no such verdict; evaluate the run first")
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
             policies = [
@@ -92,32 +86,41 @@ class Verdict:
             raise InputError(f"{path}: not a verdict ({type(error).__name__}: {error})") from error
 
     def table(self) -> str:
-        """A text table: one line per policy, intervals in brackets."""
-        columns = [c for c in COLUMNS if any(c[0] in policy.metrics for policy in self.policies)]
-        rows = [["policy", *(heading for _, heading, _ in columns)]]
-        for policy in self.policies:
-            rows.append([policy.name, *(self._cell(policy, key, factor) for key, _, factor in columns)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
+        """Format a text table with one line per policy and intervals in brackets."""
+        columns = [
+            column
+            for column in COLUMNS
+            if column.in_verdict and any(column.metric in policy.metrics for policy in self.policies)
         ]
-        rule = "-" * max(len(line) for line in lines)
+        rows = [["policy", *(column.heading for column in columns)]]
+        rows += [
+            [policy.name, *(self._cell(policy, column) for column in columns)] for policy in self.policies
+        ]
+        head, *body = _align_columns(rows)
+        rule = "-" * max(map(len, (head, *body)))
         note = (
-            f"{self.prompts['rows']} prompts of {self.prompts['source']}, judged by {self.judge['kind']}; "
-            f"win rate against {self.baseline}; 95 % intervals; KL: k1 estimate in nats per answer"
+            f"{self.prompts['rows']} prompts from {self.prompts['source']}; judge: {self.judge['kind']}; "
+            f"win rates against {self.baseline}; 95 % intervals; KL: k1 estimate in nats per answer"
         )
-        return "\n".join([lines[0], rule, *lines[1:], rule, note])
+        return "\n".join([head, rule, *body, rule, note])
 
-    def _cell(self, policy: PolicyVerdict, key: str, factor: int) -> str:
-        estimate = policy.metrics.get(key)
+    def _cell(self, policy: PolicyVerdict, column: Column) -> str:
+        estimate = policy.metrics.get(column.metric)
         if estimate is None:
-            return "baseline" if policy.name == self.baseline and "win_rate" in key else "-"
-        return show(estimate, factor)
+            return "baseline" if policy.name == self.baseline and "win_rate" in column.metric else "-"
+        return format_estimate(estimate, column.factor)
 
 
-def show(estimate: Estimate, factor: int = 1) -> str:
-    """`78.5 % [74.2, 82.2]` for shares, `0.412 [0.40, 0.43]` otherwise."""
+def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Pad the cells of each column to the same width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def format_estimate(estimate: Estimate, factor: int = 1) -> str:
+    """Format an estimate: `78.5 % [74.2, 82.2]` with factor 100, otherwise `0.412 [0.401, 0.423]`."""
     digits, unit = (1, " %") if factor == 100 else (3, "")
     text = f"{estimate.value * factor:.{digits}f}{unit}"
     if estimate.low is None or estimate.high is None:

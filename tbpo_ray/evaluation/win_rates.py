@@ -18,11 +18,12 @@ Floats = NDArray[np.float64]
 Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 RIDGE = 0.01
-"""Precision of the normal prior on a coefficient of the logistic fits: keeps separable data finite."""
+"""Precision of the normal prior on the coefficients of a logistic fit: without it, the coefficients of
+separable data diverge."""
 LENGTH_RIDGE = 1.0
-"""The same for the length effect. Where a candidate is always much shorter or longer than the baseline, the
-length term hardly varies and cannot be told from the constant; a standard normal prior keeps the
-extrapolation to equal lengths from running away. It weighs as much as some ten examples."""
+"""Precision of the prior on the length effect. Where a candidate is always much shorter or longer than the
+baseline, the length term hardly varies and is not identifiable from the constant; a standard normal prior
+keeps the extrapolation to equal lengths bounded. It weighs as much as about ten examples."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class ControlledRate(Rate):
-    """A length-controlled rate; `length_effect` is the coefficient of the length term in log-odds,
-    positive where the judge likes length."""
+    """A length-controlled rate."""
 
     length_effect: float
+    """Coefficient of the length term, in log-odds; positive if the judge prefers longer answers."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,19 @@ class Strength:
 
 
 def win_rate(preferences: ArrayLike) -> Rate:
-    """Mean preference with a 95 % Wilson score interval that knows ties.
+    """Mean preference with a 95 % Wilson score interval that accounts for ties.
 
-    Wilson's interval takes the variance of a wins-or-losses variable, p(1 - p), which is too much where
-    there are ties or fractions. Here n becomes the effective size n p(1 - p) / s^2, with
-    s^2 = (sum (x - p)^2 + z^2 p(1 - p)) / (n + z^2): without ties that is Wilson's interval exactly; with
-    nothing but ties it is Tango's (1998) score interval for paired proportions, not a point.
+    Wilson's interval assumes the variance of a binary variable, p(1 - p), which is too large where there are
+    ties or fractions. Here n is replaced by the effective size n p(1 - p) / s^2, with
+    s^2 = (sum (x - p)^2 + z^2 p(1 - p)) / (n + z^2). Without ties this is exactly Wilson's interval. With
+    only ties it is Tango's (1998) score interval for paired proportions, which is not a point.
 
     Args:
         preferences: [N] in [0, 1], one per independent example: 1 the candidate wins, 0.5 a tie, 0 it
-            loses, fractions for averages. Average several samples of one prompt before.
+            loses, fractions for averages. Average several samples of the same prompt first.
 
     Raises:
-        InputError: no examples, or one that is not in [0, 1].
+        InputError: no examples, or one outside [0, 1].
     """
     x = _shares(preferences)
     n, p = len(x), float(x.mean())
@@ -76,9 +77,9 @@ def win_rate(preferences: ArrayLike) -> Rate:
         effective = n * bound / spread
     else:
         effective = float(n)
-    centre = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    center = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
     half = Z / (1 + Z**2 / effective) * float(np.sqrt(bound / effective + Z**2 / (4 * effective**2)))
-    return Rate(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), n)
+    return Rate(p, min(max(center - half, 0.0), p), max(min(center + half, 1.0), p), n)
 
 
 def length_controlled_win_rate(
@@ -88,24 +89,24 @@ def length_controlled_win_rate(
     *,
     difficulty: ArrayLike | None = None,
 ) -> ControlledRate:
-    """What the win rate would be if both answers were equally long (AlpacaEval 2, Dubois et al. 2024).
+    """The win rate that is expected for answers of equal length (AlpacaEval 2, Dubois et al. 2024).
 
-    A logistic regression of the preference on a constant, tanh(d / std(d)) with d the length difference
-    candidate minus baseline and, only where given, the instruction's difficulty. The rate is the mean
-    prediction with the length term at zero. Two differences to the leaderboard's code: the regularisation
-    is a normal prior (:data:`LENGTH_RIDGE` on the length effect, :data:`RIDGE` on the rest) instead of a
-    cross-validated L1 and verdicts on deliberately long and short baseline answers, which exist for its
-    805 instructions only. The interval comes from the
-    fit's covariance, scaled by the dispersion that ties leave, by the delta method in log-odds. Where all
-    differences are equal there is nothing to control for: the length effect is 0.
+    The preference is regressed, by logistic regression, on a constant, tanh(d / std(d)) with d the length
+    difference candidate minus baseline, and, if given, the instruction's difficulty. The rate is the mean
+    prediction with the length term set to zero. The regularization differs from the leaderboard's code: it is
+    a normal prior (:data:`LENGTH_RIDGE` on the length effect, :data:`RIDGE` on the rest), where the
+    leaderboard uses a cross-validated L1 penalty and verdicts on deliberately long and short baseline
+    answers, which exist only for its 805 instructions. The interval is computed by the delta method in
+    log-odds from the covariance of the fit, scaled by the dispersion, which is below 1 with ties. If all
+    differences are equal there is nothing to control for, and the length effect is 0.
 
     Args:
         preferences: [N] in [0, 1], as in :func:`win_rate`.
         candidate_lengths, baseline_lengths: [N], both in the same unit (characters or tokens).
-        difficulty: [N], any scale, higher for instructions that the candidate answers better.
+        difficulty: [N], in any unit, higher for instructions that the candidate answers better.
 
     Raises:
-        InputError: lengths that do not fit, or bad preferences.
+        InputError: lengths that do not match the preferences, or invalid preferences.
     """
     y = _shares(preferences)
     delta = _column("candidate_lengths", candidate_lengths, y) - _column(
@@ -130,8 +131,8 @@ def length_controlled_win_rate(
     rate = float(predicted.mean())
     gradient = (neutral * (predicted * (1 - predicted))[:, None]).mean(axis=0)
     error = float(np.sqrt(gradient @ covariance @ gradient)) / max(rate * (1 - rate), 1e-300)
-    centre = float(np.log(rate) - np.log1p(-rate))
-    low, high = (float(_sigmoid(np.asarray(centre + sign * Z * error))) for sign in (-1, 1))
+    center = float(np.log(rate) - np.log1p(-rate))
+    low, high = (float(_sigmoid(np.asarray(center + sign * Z * error))) for sign in (-1, 1))
     return ControlledRate(rate, low, high, len(y), float(theta[1]) if controlled else 0.0)
 
 
@@ -150,10 +151,12 @@ def bradley_terry(names: Sequence[str], comparisons: Sequence[tuple[int, int, fl
     design = np.zeros((len(comparisons), len(names)))
     for row, (i, j, _) in enumerate(comparisons):
         if not (0 <= i < len(names) and 0 <= j < len(names)) or i == j:
-            raise InputError(f"comparison {row}: policies {i} and {j} are no pair of 0..{len(names) - 1}")
+            raise InputError(
+                f"comparison {row}: ({i}, {j}) must be two different indices in 0..{len(names) - 1}"
+            )
         design[row, i], design[row, j] = 1.0, -1.0
     theta, covariance = _logistic_fit(design, _shares([c[2] for c in comparisons]))
-    # Only differences are identified: report each against the mean of all.
+    # Only differences are identifiable: report each strength relative to the mean of all.
     project = np.eye(len(names)) - 1 / len(names)
     theta, errors = project @ theta, np.sqrt(np.diag(project @ covariance @ project.T))
     ranked = [
@@ -164,10 +167,10 @@ def bradley_terry(names: Sequence[str], comparisons: Sequence[tuple[int, int, fl
 
 
 def _logistic_fit(design: Floats, y: Floats, penalty: Floats | None = None) -> tuple[Floats, Floats]:
-    """Penalised quasi-binomial regression: coefficients [K] and their covariance [K, K].
+    """Penalized quasi-binomial regression: coefficients [K] and their covariance [K, K].
 
     Args:
-        penalty: [K] precisions of the normal priors; default :data:`RIDGE` for each.
+        penalty: [K] precisions of the normal priors; by default :data:`RIDGE` for each.
     """
     from scipy.optimize import minimize
 
@@ -192,20 +195,22 @@ def _logistic_fit(design: Floats, y: Floats, penalty: Floats | None = None) -> t
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0, -x))
+    return np.asarray(np.exp(-np.logaddexp(0, -x)), dtype=np.float64)  # 1 / (1 + exp(-x)) without overflow
 
 
 def _shares(preferences: ArrayLike) -> Floats:
     x = np.asarray(preferences, dtype=np.float64)
     if x.ndim != 1 or len(x) == 0:
-        raise InputError(f"preferences: a list of at least one number is wanted, got shape {x.shape}")
+        raise InputError(f"preferences: must be a non-empty list of numbers, got shape {x.shape}")
     if not ((x >= 0) & (x <= 1)).all():
-        raise InputError(f"preferences: {x[~((x >= 0) & (x <= 1))][0]} is not within [0, 1]")
+        raise InputError(f"preferences: {x[~((x >= 0) & (x <= 1))][0]} must be in [0, 1]")
     return x
 
 
 def _column(name: str, values: ArrayLike, like: Floats) -> Floats:
     x = np.asarray(values, dtype=np.float64)
     if x.shape != like.shape or not np.isfinite(x).all():
-        raise InputError(f"{name}: {len(like)} finite numbers are wanted, one per preference, got {x.shape}")
+        raise InputError(
+            f"{name}: must be {len(like)} finite numbers, one per preference, got shape {x.shape}"
+        )
     return x

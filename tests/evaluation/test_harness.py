@@ -21,7 +21,7 @@ def test_the_leaderboard_six_with_their_shots():
         ("{suite: other}", "suite=other"),
         ("{tasks: [a], shots: {b: 1}}", "shots.b"),
         ("{speed: 1}", "benchmarks.speed"),
-        ("{limit: 3}", "names no task"),
+        ("{limit: 3}", r"evaluation\.benchmarks: .*tasks"),
     ],
 )
 def test_bad_settings_are_clear(benchmarks, message):

@@ -167,18 +167,16 @@ def test_a_policy_that_is_its_reference_has_no_opinion(pairs, tiny_model):
     for side in [side for pair in scored for side in (pair.chosen, pair.rejected)]:
         assert set(side.log_ratio) == {0.0}
         assert side.baseline == pytest.approx([0.0] * len(side.baseline), abs=1e-6)
-    got = implicit_rewards(scored, beta=0.1, compared_only=True)
+    got = implicit_rewards(scored, beta=0.1, truncate_to_shorter=True)
     assert got["implicit_accuracy"].value == 0.5 and got["implicit_margin"].value == 0.0
 
 
 def test_rewards_by_hand(pairs):
     pair = ScoredPair(pairs.records[0], pairs.tokens[0], credit([1.0, 1.0, -9.0]), credit([0.5, 0.5]))
-    assert implicit_rewards([pair], beta=0.1, compared_only=True)["implicit_margin"].value == pytest.approx(
-        0.1
-    )
-    assert implicit_rewards([pair], beta=0.1, compared_only=False)["implicit_margin"].value == pytest.approx(
-        -0.8
-    )
+    truncated = implicit_rewards([pair], beta=0.1, truncate_to_shorter=True)
+    assert truncated["implicit_margin"].value == pytest.approx(0.1)
+    whole = implicit_rewards([pair], beta=0.1, truncate_to_shorter=False)
+    assert whole["implicit_margin"].value == pytest.approx(-0.8)
 
 
 def test_the_map_is_self_contained_and_shows_every_policy(pairs, tmp_path):

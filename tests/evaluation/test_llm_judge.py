@@ -17,7 +17,7 @@ import pytest
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.evaluation.judges import make_judge
-from tbpo_ray.evaluation.llm_judge import LlmJudge, fill, parse_verdict
+from tbpo_ray.evaluation.llm_judge import LlmJudge, fill_template, parse_verdict
 
 
 class Endpoint:
@@ -116,7 +116,7 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_not(endpoint, ma
     assert judge.preferences([make_sample(0, "a")], [make_sample(0, "b")]) == [1.0]
     assert judge.report()["retries"] == 1
     refusing = endpoint(lambda text: 401)
-    with pytest.raises(RunFailedError, match="refused \\(401\\)"):
+    with pytest.raises(RunFailedError, match="status 401"):
         judge_at(refusing.url, tmp_path, concurrency=1).preferences(
             [make_sample(0, "c")], [make_sample(0, "d")]
         )
@@ -127,7 +127,7 @@ def test_with_the_endpoint_gone_it_fails_clearly_and_keeps_what_it_has(endpoint,
     judge_at(server.url, tmp_path).preferences([make_sample(0, "aa")], [make_sample(0, "b")])
     server.close()
     judge = judge_at(server.url, tmp_path)
-    with pytest.raises(RunFailedError, match="gave no answer in 2 tries"):
+    with pytest.raises(RunFailedError, match="2 attempts"):
         judge.preferences(
             [make_sample(0, "aa"), make_sample(1, "c")], [make_sample(0, "b"), make_sample(1, "d")]
         )
@@ -160,7 +160,7 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(endpoint, make_sample, tm
     ("settings", "message"),
     [
         ({}, r"evaluation\.judge: give `url` and `model`"),
-        ({"url": "ftp://x", "model": "m"}, "http"),
+        ({"url": "ftp://x", "model": "m"}, r"evaluation\.judge\.url=.*ftp://x"),
         ({"url": "http://x", "model": "m", "speed": 1}, r"evaluation\.judge\.speed"),
         ({"url": "http://x", "model": "m", "prompt_file": "/none"}, "no such file"),
     ],
@@ -185,7 +185,7 @@ def test_parsing_and_filling():
         None,
         None,
     ]
-    assert fill("{prompt}|{answer_a}|{answer_b}", "{answer_a}", "{x}", "b") == "{answer_a}|{x}|b"
+    assert fill_template("{prompt}|{answer_a}|{answer_b}", "{answer_a}", "{x}", "b") == "{answer_a}|{x}|b"
 
 
 @pytest.mark.e2e
@@ -235,7 +235,7 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 40
     [
         ({}, "evaluation.judge: give `url` and `model`"),
         ({"url": "http://127.0.0.1:1/v1"}, "evaluation.judge: give `url` and `model`"),
-        ({"pool": "x", "model": "y"}, "evaluation.judge: `pool` is asked on this cluster"),
+        ({"pool": "x", "model": "y"}, "evaluation.judge: `pool`.*`url` and `model`"),
     ],
 )
 def test_an_endpoint_or_a_pool(tmp_path, words, message):
