@@ -1,4 +1,4 @@
-"""Arguments, exit codes and error lines, the same for every job."""
+"""The command line of every job: arguments, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def run_job(
     """Parse `--config FILE [dotted.key=value ...] [--dry-run]`, then call `work(config)`.
 
     Args:
-        work: the job; gets the configuration, and the parsed arguments if it takes two.
-        plan: what `--dry-run` prints behind the resolved configuration.
-        options: adds a job's own arguments.
+        work: the job; called with the configuration and, if `options` is given, the parsed arguments.
+        plan: returns the text that `--dry-run` prints after the resolved configuration.
+        options: adds arguments that only this job has.
         prepare: changes the configuration before it is shown or used.
 
     Returns:
-        0 done, 2 bad configuration or input (a line per fault on stderr), 1 any other failure.
+        The exit status: 0 success, 2 invalid configuration or input (one line per fault on stderr), 1 any
+        other failure.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the run's configuration")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, start nothing")
+    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="configuration of the run")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, then exit")
     if options is not None:
         options(parser)
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the file")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override keys of the file")
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -64,18 +65,20 @@ def run_job(
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command again to resume from the latest checkpoint", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # Whoever read the output has gone; leave quietly.
+        # The reader of stdout has exited, e.g. `| head`. Without this redirection the interpreter reports
+        # another error when it flushes stdout on exit.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception:
-        # Anything else is a fault of the program: its traceback is what helps.
+        # Anything else is a bug, which is found by its traceback.
         traceback.print_exc()
         return 1
 
 
 def one_line(text: str) -> str:
+    """Replace every run of whitespace by one space."""
     return " ".join(text.split())

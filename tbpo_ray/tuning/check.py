@@ -14,7 +14,7 @@ from tbpo_ray.config.loading import stage_config, to_tree
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.storage.paths import STUDY_STATE
-from tbpo_ray.tracking.tracker import RUN_NOTE
+from tbpo_ray.tracking.run_note import RUN_NOTE
 from tbpo_ray.tuning.space import Space
 
 PROBES = 64

@@ -1,4 +1,4 @@
-"""`jobs/evaluate.py`: the policies of a configuration, evaluated as one MLflow run that can be continued."""
+"""`jobs/evaluate.py`: evaluate the policies of a configuration as one MLflow run that can be resumed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import file_lock, write_atomic
 from tbpo_ray.storage.paths import run_dir
-from tbpo_ray.tracking.tracker import RUN_NOTE, Tracker
+from tbpo_ray.tracking.run_note import RUN_NOTE
+from tbpo_ray.tracking.tracker import Tracker
 
 
-def policies_of(config: Config) -> dict[str, str]:
-    """Name to folder or run: `evaluation.policies`, else `runs`, else the run's own export.
+def configured_policies(config: Config) -> dict[str, str]:
+    """The policies to evaluate: `evaluation.policies`, else `runs`, else the run's own export.
+
+    Returns:
+        Name to model folder or run.
 
     Raises:
         InputError: two runs with the same name, or nothing to evaluate.
@@ -27,28 +31,34 @@ def policies_of(config: Config) -> dict[str, str]:
         return dict(config.evaluation.policies)
     names = [Path(run).name for run in config.runs]
     if len(set(names)) != len(names):
-        raise InputError(f"runs={config.runs}: two have the same name; name them in evaluation.policies")
+        raise InputError(
+            f"runs={config.runs}: names must be unique; name the policies in evaluation.policies"
+        )
     if config.runs:
         return dict(zip(names, config.runs, strict=True))
     if (run_dir(config) / "export").is_dir():
         return {config.run.name: config.run.name}
-    raise InputError("evaluation.policies: no policy to evaluate; give evaluation.policies or runs=[...]")
+    raise InputError(
+        f"evaluation.policies: missing, and run.name={config.run.name} has no export; give "
+        "evaluation.policies or runs=[...]"
+    )
 
 
 def evaluate(config: Config, *, parent_run_id: str | None = None) -> Verdict:
-    """Evaluate into `<run.output_dir>/<run.name>/evaluation/`; samples that are there are used again.
+    """Evaluate into `<run.output_dir>/<run.name>/evaluation/`; samples that exist are reused.
 
     Raises:
-        InputError: bad configuration or input, before any engine starts.
-        RunFailed: the engines or the judge gave nothing.
+        InputError: invalid configuration or input; raised before any engine starts.
+        RunFailedError: the engines or the judge returned nothing.
     """
-    policies = policies_of(config)
+    policies = configured_policies(config)
     check_evaluation(config, policies)
     folder = run_dir(config) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
+    # Two processes that evaluate the same run would write the same samples.
     with file_lock(folder / ".lock"):
         write_atomic(folder / "config.yaml", to_yaml(config))
-        with Tracker.noted(
+        with Tracker.from_note(
             config,
             folder / RUN_NOTE,
             kind="evaluate",

@@ -1,4 +1,4 @@
-"""SFT -> preference training -> evaluation before and after, as one parent run with children."""
+"""SFT, preference training, and evaluation before and after it, as one MLflow run with nested runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from tbpo_ray.workflows.evaluate import evaluate
 from tbpo_ray.workflows.train import train
 
 PIPELINE_NOTE = "pipeline.json"
+"""Run note of the pipeline; `run.json` in the same folder is that of preference training."""
 
 
 def stages(config: Config) -> tuple[Config | None, Config]:
-    """The configurations of SFT (None without an `sft` section) and of preference training.
+    """Derive the configurations of SFT (None without an `sft` section) and of preference training.
 
-    SFT owns the folder `<run.name>-sft` (or the one that `sft.run.name` names); preference training owns
-    `<run.name>` and starts from its export.
+    The folder of SFT is `<run.name>-sft`, or the one that `sft.run.name` names; the folder of preference
+    training, which starts from its export, is `<run.name>`.
 
     Raises:
-        InputError: for faults in the `sft` section.
+        InputError: errors in the `sft` section.
     """
     if not config.sft:
         return None, config
@@ -34,22 +35,22 @@ def stages(config: Config) -> tuple[Config | None, Config]:
 
 
 def _sft_name(config: Config) -> str:
-    """`<run.name>-sft`, unless the `sft` section names a run: then several pipelines can share it."""
-    given = expand_dotted(config.sft).get("run", {}).get("name")
-    return str(given or f"{config.run.name}-sft")
+    """`<run.name>-sft`, unless the `sft` section names a run, which several pipelines can then share."""
+    name = expand_dotted(config.sft).get("run", {}).get("name")
+    return str(name or f"{config.run.name}-sft")
 
 
 def run_pipeline(config: Config) -> Verdict:
-    """Run all stages; stages that are finished are left as they are.
+    """Run all stages; finished stages are skipped.
 
     Raises:
-        InputError, RunFailed: as the stages do.
+        InputError, RunFailedError: as the stages do.
     """
     sft, preference = stages(config)
-    check_settings(preference)  # days may lie between here and the evaluation
+    check_settings(preference)  # the evaluation may start only days from now
     folder = run_dir(config)
     folder.mkdir(parents=True, exist_ok=True)
-    with Tracker.noted(config, folder / PIPELINE_NOTE, kind="pipeline") as tracker:
+    with Tracker.from_note(config, folder / PIPELINE_NOTE, kind="pipeline") as tracker:
         policies = {}
         if sft is not None:
             log_progress("stage 1 of 3: supervised fine-tuning")
@@ -60,9 +61,9 @@ def run_pipeline(config: Config) -> Verdict:
         result = train(preference, kind="train", parent_run_id=tracker.run_id)
         policies[preference.objective.name] = str(result.export)
         log_progress("stage 3 of 3: evaluation")
-        settled = stage_config(preference, {"evaluation": {"policies": policies}})
-        verdict = evaluate(settled, parent_run_id=tracker.run_id)
-        report = compare_runs(settled, parent_run_id=tracker.run_id)
+        final = stage_config(preference, {"evaluation": {"policies": policies}})
+        verdict = evaluate(final, parent_run_id=tracker.run_id)
+        report = compare_runs(final, parent_run_id=tracker.run_id)
         after = verdict[preference.objective.name].metrics
         tracker.log_metrics({name: estimate.value for name, estimate in after.items()})
         tracker.log_artifact(folder / "evaluation" / "verdict.txt")

@@ -48,7 +48,7 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
     done = {role: prepare_role(config, role, tokenizer, cache) for role in roles}
     folder.mkdir(parents=True, exist_ok=True)
     out = {}
-    with Tracker.noted(
+    with Tracker.from_note(
         config, folder / "prepare.json", kind="prepare", name=f"{config.run.name}-prepare"
     ) as tracker:
         for role, prepared in done.items():

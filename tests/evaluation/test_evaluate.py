@@ -12,7 +12,7 @@ from tbpo_ray.evaluation.evaluator import check_evaluation, evaluate_policies
 from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.models.tiny import build_tiny
 from tbpo_ray.tracking.tracker import Tracker
-from tbpo_ray.workflows.evaluate import policies_of
+from tbpo_ray.workflows.evaluate import configured_policies
 from tbpo_ray.workflows.pipeline import run_pipeline
 
 
@@ -33,12 +33,15 @@ def config_for(tmp_path, *words):
 
 
 def test_policies_come_from_the_configuration_or_the_runs(tmp_path):
-    assert policies_of(config_for(tmp_path, "evaluation.policies={a: x}", "runs=[b]")) == {"a": "x"}
-    assert policies_of(config_for(tmp_path, "runs=[one, deep/two]")) == {"one": "one", "two": "deep/two"}
+    assert configured_policies(config_for(tmp_path, "evaluation.policies={a: x}", "runs=[b]")) == {"a": "x"}
+    assert configured_policies(config_for(tmp_path, "runs=[one, deep/two]")) == {
+        "one": "one",
+        "two": "deep/two",
+    }
     with pytest.raises(InputError, match=r"runs=.*evaluation\.policies"):
-        policies_of(config_for(tmp_path, "runs=[one, deep/one]"))
+        configured_policies(config_for(tmp_path, "runs=[one, deep/one]"))
     with pytest.raises(InputError, match=r"evaluation\.policies"):
-        policies_of(config_for(tmp_path))
+        configured_policies(config_for(tmp_path))
 
 
 @pytest.mark.parametrize(
