@@ -1,6 +1,6 @@
-"""A child of the benchmark: the bare training loop over prepared pairs, timed step by step.
+"""Child process of the benchmark: the bare training loop over prepared pairs, timed step by step.
 
-`python -m benchmarks.bare_loop JSON`; what the JSON holds is in `Job`.
+`python -m benchmarks.bare_loop JSON`, with the fields of `Job`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Measured, run_child, trim_memory
 from benchmarks.output_layer import reset_peak, resident_bytes
 from benchmarks.pairs import Case
-from benchmarks.turns import Measured, child, trim_memory
 from tbpo_ray.config.loading import stage_config, to_tree
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.reader import MicroBatch
-from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.training.batch import PairBatch
-from tbpo_ray.training.scorer import Outputs, PairScorer
+from tbpo_ray.training.scorer import PairScorer, ScorerOutputs
 
 
 @dataclass(frozen=True)
@@ -37,39 +37,39 @@ class Job:
     model: str
     prepared: str
     extra: list[str] = field(default_factory=list)
-    """Folders with the reference's scores; written first where the task is `score`."""
+    """Folders with reference scores; with `score`, the first is where they are written."""
     full_logits: bool = False
     score: bool = False
-    """Write the reference's scores instead of training."""
+    """Compute reference scores instead of training."""
 
 
 def run_bare(case: Case, extra: Path | None = None, *, full_logits: bool = False, **changes: Any) -> Measured:
-    """Train one epoch in a process of its own.
+    """Train one epoch in a separate process.
 
     Args:
-        extra: the reference's scores.
-        full_logits: the usual output layer, see `FullLogitsScorer`.
-        changes: of the configuration, with `__` for the dots.
+        extra: folder of the reference scores.
+        full_logits: use the plain output layer, see `FullLogitsScorer`.
+        changes: changes of the configuration, with `__` for the dots.
 
     Returns:
-        pairs_per_second, seconds, cpu_seconds, peak_bytes (resident, above model and optimizer), and
-        step_seconds and step_cpu_seconds, lists.
+        `pairs_per_second`, `seconds`, `cpu_seconds`, `peak_bytes` (resident, above model and optimizer), and
+        the lists `step_seconds` and `step_cpu_seconds`.
     """
     config = stage_config(case.config, {}, **changes)
     folders = [str(extra)] if extra is not None else []
     job = Job(to_tree(config), case.model, case.prepared.path, folders, full_logits)
-    return child(["-m", "benchmarks.bare_loop"], asdict(job))
+    return run_child(["-m", "benchmarks.bare_loop"], asdict(job))
 
 
 def score_reference(case: Case, extra: Path, **changes: Any) -> Measured:
-    """Write the reference's scores into `extra` in a process of its own; returns seconds, without loading."""
+    """Write reference scores into `extra` in a separate process; returns seconds, without loading."""
     config = stage_config(case.config, {}, **changes)
     job = Job(to_tree(config), case.model, case.prepared.path, [str(extra)], score=True)
-    return child(["-m", "benchmarks.bare_loop"], asdict(job))
+    return run_child(["-m", "benchmarks.bare_loop"], asdict(job))
 
 
 class FullLogitsScorer(PairScorer):
-    """The usual way: logits of every position, log-softmax over them, then the labels picked out."""
+    """The plain output layer: logits of every position, log-softmax over them, then the labels' values."""
 
     def label_logps(self, batch: PairBatch) -> Tensor:
         """[S, B, T]"""
@@ -77,7 +77,7 @@ class FullLogitsScorer(PairScorer):
         logp = torch.log_softmax(logits.float(), -1).view(-1, logits.shape[-1])
         return logp[batch.predict, batch.labels] * batch.mask
 
-    def forward(self, batch: PairBatch, *_: Any, reference: Any = None, **__: Any) -> Outputs:
+    def forward(self, batch: PairBatch, *_: Any, reference: Any = None, **__: Any) -> ScorerOutputs:
         logp = self.label_logps(batch)
         zeros = torch.zeros_like(logp)
         return logp, zeros, zeros, reference[0] if reference is not None else zeros, zeros[..., None]
@@ -88,23 +88,24 @@ class FullLogitsScorer(PairScorer):
 
 
 def train(job: Job) -> Measured:
-    """One epoch over the pairs, after a warm-up step on the shortest one."""
+    """Train one epoch over the pairs, after a warm-up step on the shortest one."""
     from tbpo_ray.data.stream import local_micro_batches
-    from tbpo_ray.training.components import build_parts
-    from tbpo_ray.training.plan import RunPaths, make_schedule
+    from tbpo_ray.training.components import build_components
+    from tbpo_ray.training.run_paths import RunPaths
+    from tbpo_ray.training.run_plan import make_schedule, resolve_run
     from tbpo_ray.training.single_process import train_local
 
     config = Config.model_validate(job.config)
     if config.cluster.threads_per_worker:
         torch.set_num_threads(config.cluster.threads_per_worker)
-    prepared = Prepared.load(job.prepared)
+    prepared = PreparedPairs.load(job.prepared)
     run_paths = RunPaths(run_dir="", checkpoints="", model=job.model, prepared=job.prepared)
-    parts = build_parts(config, run_paths, torch.device("cpu"))
+    parts = build_components(resolve_run(config), run_paths, torch.device("cpu"))
     if job.full_logits:
         for scorer in (parts.scorer, parts.step.reference):
             if isinstance(scorer, PairScorer):
                 scorer.__class__ = FullLogitsScorer
-    schedule = make_schedule(config, prepared.lengths())
+    schedule = make_schedule(resolve_run(config), prepared.lengths())
     marks: list[tuple[float, float]] = []
     baseline, reset = 0, False
 
@@ -133,30 +134,28 @@ def train(job: Job) -> Measured:
 
 
 def score(job: Job) -> Measured:
-    """What the actors of `tbpo_ray.training.reference_scores` do, without Ray."""
-    from tbpo_ray.training.plan import cuts_tail
+    """Compute reference scores as the actors of `tbpo_ray.training.reference_scores` do, without Ray."""
     from tbpo_ray.training.reference_scores import ReferenceScorer
 
-    config = Config.model_validate(job.config)
-    prepared, target = Prepared.load(job.prepared), Path(job.extra[0])
+    prepared, target = PreparedPairs.load(job.prepared), Path(job.extra[0])
     target.mkdir(parents=True, exist_ok=True)
-    scorer = ReferenceScorer(job.config, job.model, cuts_tail(config), [], 1)
+    scorer = ReferenceScorer(job.config, job.model, [], 1)
 
-    def whole() -> None:
+    def score_all() -> None:
         for file, pairs in prepared.shards:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             part = {"shard": Path(prepared.path) / file, "start": 0, "stop": pairs, "out": target / file}
             with torch.no_grad():
                 scorer({name: np.array([value]) for name, value in part.items()})
 
-    whole()  # reads the weights from disk, starts the thread pools, and grows to the memory that it needs
+    score_all()  # reads the weights, starts the thread pools, and grows to the final size in memory
     began, cpu = time.perf_counter(), time.process_time()
-    whole()
+    score_all()
     return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
 
 
-def _shortest(prepared: Prepared, extra: list[str]) -> MicroBatch:
-    """A first step's only micro-batch: it makes the optimizer state and starts the thread pools."""
+def _shortest(prepared: PreparedPairs, extra: list[str]) -> MicroBatch:
+    """The micro-batch of the warm-up step, which creates the optimizer state and starts the thread pools."""
     from tbpo_ray.data.reader import PairReader
     from tbpo_ray.data.schedule import Schedule
 
@@ -168,7 +167,7 @@ def _shortest(prepared: Prepared, extra: list[str]) -> MicroBatch:
 
 
 def main() -> None:
-    """Run the job given as JSON in the first argument; print what was measured."""
+    """Run the job given as JSON in the first argument and print the measurements."""
     from tbpo_ray.models.load import quiet_transformers
 
     quiet_transformers()

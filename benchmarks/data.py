@@ -1,10 +1,9 @@
-"""What the data path costs: preparing a generated UltraFeedback-like file, and streaming it to workers.
+"""Cost of the data path: preparing a generated UltraFeedback-like file, and streaming it to workers.
 
 Per core, preparing cannot be many times faster than one process that calls a fast tokenizer record by
-record: two thirds of the CPU time of either is the byte-pair encoding itself, in the same compiled code.
-Batching saves the wrapper around it, and preparing spends that on what the loop leaves out: validating,
-decoding every answer again to see that it comes back, hashing, Parquet. What it gains is cores and a
-flat memory.
+record: two thirds of the CPU time of both is byte-pair encoding in the same compiled code. Batching saves
+the Python wrapper around it, and preparing spends that on what the loop does not do: validation, decoding
+every answer to verify the round trip, hashing, and Parquet. Its gains are parallelism and constant memory.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_ray.config.schema import Config, DataConfig
-from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.preparation import PairsSpec, prepare
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.shards import MANIFEST, Prepared
+from tbpo_ray.data.shards import MANIFEST, PreparedPairs
 
 SIZES, QUICK_SIZES = (50_000, 200_000), (300, 1_200)
 BASELINE_RECORDS, QUICK_BASELINE = 2_000, 100
 STEP_SECONDS = 0.05
-"""Length of the training step that the stream has to keep up with: the tiny model's."""
+"""Duration of the training step that the stream has to keep up with: that of the tiny model."""
 # fmt: off
 _SYLLABLES = (
     "ba", "be", "bi", "co", "cu", "da", "de", "do", "en", "er", "fa", "fi", "ga", "ge", "ha", "in",
@@ -43,15 +42,15 @@ _CHAT = (
 
 
 def run(config: Config | None = None, *, quick: bool = False) -> dict[str, Any]:
-    """Prepare two sizes of a generated file, compare with one process that goes record by record, stream.
+    """Prepare two sizes of a generated file, compare with a record-by-record process, and stream.
 
     Args:
-        quick: small sizes, to see that it runs; its figures mean little.
+        quick: use small sizes, to check that the benchmark runs.
 
     Returns:
-        `prepare`: for each size pairs, seconds, cpu_seconds, bytes, peak worker memory; `baseline`: CPU
-        seconds a record, record by record, and of the bare encoding calls; `speed_up_per_core`; `stream`:
-        micro-batches a second over two ranks, and the share of 50 ms steps spent waiting.
+        `prepare`: pairs, seconds, cpu_seconds, bytes and peak worker memory of each size; `baseline`: CPU
+        seconds per record of the record-by-record process and of encoding alone; `speed_up_per_core`;
+        `stream`: micro-batches per second over two ranks, and the share of 50 ms steps spent waiting.
     """
     from tbpo_ray.cluster.session import start_ray
 
@@ -65,7 +64,7 @@ def run(config: Config | None = None, *, quick: bool = False) -> dict[str, Any]:
             file = folder / f"pairs-{pairs}.jsonl"
             write_file(file, pairs)
             sizes.append(timed_prepare(file, tokenizer, folder / "cache"))
-        prepared: Prepared = sizes[-1].pop("prepared")
+        prepared: PreparedPairs = sizes[-1].pop("prepared")
         sizes[0].pop("prepared")
         records = QUICK_BASELINE if quick else BASELINE_RECORDS
         baseline = _baseline(file, tokenizer, records)
@@ -98,7 +97,7 @@ def markdown(result: dict[str, Any]) -> str:
     baseline, streamed = result["baseline"], result["stream"]
     lines += [
         "",
-        f"CPU time a record: {1e3 * result['cpu_seconds_per_record']:.2f} ms. "
+        f"CPU time per record: {1e3 * result['cpu_seconds_per_record']:.2f} ms. "
         f"In one process, record by record: {1e3 * baseline['record_by_record']:.2f} ms "
         f"({result['speed_up_per_core']:.1f} times), "
         f"whole conversations: {1e3 * baseline['whole_conversations']:.2f} ms "
@@ -112,8 +111,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def stream(prepared: Prepared, quick: bool = False) -> dict[str, float]:
-    """Micro-batches a second, and the share of time that a trainer with short steps waits for them."""
+def stream(prepared: PreparedPairs, quick: bool = False) -> dict[str, float]:
+    """Measure micro-batches per second, and the share of time that a trainer with short steps waits."""
     import ray
 
     from tbpo_ray.data.stream import StreamConfig, local_micro_batches
@@ -125,10 +124,10 @@ def stream(prepared: Prepared, quick: bool = False) -> dict[str, float]:
         next(ready)
         began, waited, count = time.perf_counter(), 0.0, 0
         while count < steps:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             if next(ready, None) is None:
                 break
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - requested
             count += 1
             if seconds:
                 time.sleep(seconds)
@@ -155,9 +154,9 @@ def stream(prepared: Prepared, quick: bool = False) -> dict[str, float]:
 
 
 def write_file(
-    file: Path, pairs: int, seed: int = 0, *, sentences_an_answer: tuple[int, int] = (4, 30)
+    file: Path, pairs: int, seed: int = 0, *, sentences_per_answer: tuple[int, int] = (4, 30)
 ) -> None:
-    """A generated file shaped like UltraFeedback: message lists, a prompt, scores, about 3 kB a pair."""
+    """Write a generated file shaped like UltraFeedback: messages, prompt and scores, about 3 kB per pair."""
     rng = random.Random(seed)
     sentences = list(_sentences(rng, 4_000))
 
@@ -169,13 +168,16 @@ def write_file(
             prompt = [{"role": "user", "content": text(2, 12)}]
             raw: dict[str, Any] = {"prompt": prompt[0]["content"], "prompt_id": f"{row:08x}"}
             for side, score in (("chosen", 8.5), ("rejected", 6.0)):
-                raw[side] = [*prompt, {"role": "assistant", "content": f"{text(*sentences_an_answer)} {row}"}]
+                raw[side] = [
+                    *prompt,
+                    {"role": "assistant", "content": f"{text(*sentences_per_answer)} {row}"},
+                ]
                 raw[f"score_{side}"] = score
             out.write(json.dumps(raw) + "\n")
 
 
 def save_tokenizer(folder: str, vocabulary: int = 16_000) -> None:
-    """A byte-level BPE tokenizer over such texts, with a chat template."""
+    """Train and save a byte-level BPE tokenizer for such texts, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -207,11 +209,11 @@ def timed_prepare(file: Path, tokenizer: str, cache: Path) -> dict[str, Any]:
     """Prepare `file` on this cluster.
 
     Returns:
-        pairs, bytes of the file, tokens, seconds by the clock, cpu_seconds and peak_worker_bytes of the
+        pairs, bytes of the file, tokens, wall-clock seconds, cpu_seconds and peak_worker_bytes of the
         workers, and `prepared` itself.
     """
     began = time.perf_counter()
-    prepared = prepare(str(file), DataConfig(), tokenizer, cache_dir=cache, distributed=True)
+    prepared = prepare(PairsSpec(str(file), DataConfig(), tokenizer), cache, distributed=True)
     seconds = time.perf_counter() - began
     build = json.loads((Path(prepared.path) / MANIFEST).read_text(encoding="utf-8"))["build"]
     tokens = sum(prepared.counts[f"{side}_tokens"] for side in ("prompt", "chosen", "rejected"))
@@ -267,7 +269,7 @@ print(json.dumps(out))
 
 
 def _baseline(file: Path, tokenizer: str, records: int) -> dict[str, float]:
-    """CPU seconds a record in one fresh process with one thread."""
+    """CPU seconds per record in a fresh process with one thread."""
     command = [sys.executable, "-c", _RECORD_BY_RECORD, str(file), tokenizer, str(records)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

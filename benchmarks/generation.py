@@ -1,8 +1,9 @@
-"""Sampling with our pool of vLLM engines over sampling with `transformers.generate`, in tokens a second.
+"""Tokens per second of our pool of vLLM engines against `transformers.generate`.
 
-The pool is handed all prompts at once and batches them itself. transformers takes them one at a time, and in
-batches of like length, padded in front, of the size that was fastest in a first round. Starting the engine
-and loading the model are left out of the ratio that has a goal; the times with them stand beside it.
+The pool is given all prompts at once and batches them itself. transformers takes them one at a time, and in
+batches of similar length, padded on the left, of the size that was fastest in a first round. The ratio that
+has a goal excludes starting the engine and loading the model; the times that include them are in the same
+table.
 """
 
 from __future__ import annotations
@@ -18,18 +19,10 @@ from typing import Any
 import psutil
 
 from benchmarks import pairs as shapes
+from benchmarks.measure import Measured, machine, median, ratio, run_in_rounds
 from benchmarks.pairs import Size, build_case, sample_lengths
 from benchmarks.sampling_loop import Job, run_pool, run_transformers, start_pool
-from benchmarks.turns import (
-    Measured,
-    against,
-    machine,
-    median,
-    ratio,
-    section,
-    spread,
-    take_turns,
-)
+from benchmarks.tables import goal_cell, ratio_cell, section
 from tbpo_ray.config.loading import to_tree
 from tbpo_ray.config.schema import Config
 
@@ -38,19 +31,20 @@ GOALS = {ONE: 10.0, BEST: 3.0}
 PROMPTS, ANSWER, BATCHES = 256, 64, (8, 32, 128)
 QUICK_PROMPTS, QUICK_ANSWER, QUICK_BATCHES = 64, 32, (8, 32)
 MOST_BATCHES = 6
-"""Of the batches of one size so many are measured, evenly spread over the lengths."""
+"""How many batches of one size are measured; they are spread evenly over the lengths."""
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
-    """Find transformers' best batch, then measure all ways in turns.
+    """Find transformers' best batch size, then measure all variants in rounds.
 
     Args:
-        quick: a tiny model and few prompts, to see that it runs; its figures mean little.
+        quick: use a tiny model and few prompts, to check that the benchmark runs.
 
     Returns:
         `{"machine", "prompts", "prompt_tokens": mean, "answer": tokens of each, "parameters", "batches":
-        {size: tokens/s in the first round}, "best", "ways": {way: rows}, "ratios": {way: {"speed",
-        "cpu_speed", "whole": {ratio, low, high}}}}`, `whole` with start and load, for all prompts.
+        {size: tokens/s in the first round}, "best", "variants": {variant: rows}, "ratios": {variant:
+        {"speed", "cpu_speed", "whole": {ratio, low, high}}}}`; `whole` includes start and load, for all
+        prompts.
     """
     about = machine()
     size = shapes.TINY if quick else shapes.MODEL
@@ -67,15 +61,15 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         job = Job(case.model, str(file), to_tree(sampling), str(folder / "samples"))
         tried = fitting(QUICK_BATCHES if quick else BATCHES, size, int(lengths[:, 0].max()) + answer)
         rounds = {str(batch): partial(run_transformers, _with(job, batch)) for batch in tried}
-        first = {int(batch): row["tokens_per_second"] for batch, (row,) in take_turns(rounds, 1).items()}
+        first = {int(batch): row["tokens_per_second"] for batch, (row,) in run_in_rounds(rounds, 1).items()}
         best = max(first, key=lambda batch: first[batch])
-        ways: dict[str, Callable[[], Measured]] = {
+        variants: dict[str, Callable[[], Measured]] = {
             POOL: partial(run_pool, job),
             ONE: partial(run_transformers, _with(job, 1)),
             BEST: partial(run_transformers, _with(job, best)),
         }
         start_pool(job)
-        found = take_turns(ways, 1 if quick else 2)
+        found = run_in_rounds(variants, 1 if quick else 2)
     return {
         "machine": about,
         "prompts": len(lengths),
@@ -84,28 +78,28 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         "parameters": case.parameters,
         "batches": first,
         "best": best,
-        "ways": found,
+        "variants": found,
         "ratios": ratios(found, len(lengths)),
     }
 
 
 def fitting(sizes: Sequence[int], size: Size, tokens: int) -> list[int]:
-    """The batches whose keys and values, as transformers copies them to append, fit into half of the free
-    memory; the smallest in any case."""
+    """The batch sizes whose key-value cache fits into half of the free memory, and always the smallest."""
+    # transformers copies a layer's keys and values to append to them, so one layer counts twice.
     each = 2 * size.layers * size.width * 4 * tokens
     free = psutil.virtual_memory().available / 2
     return [batch for batch in sizes if batch == min(sizes) or batch * each * (1 + 1 / size.layers) <= free]
 
 
 def ratios(found: Mapping[str, list[Measured]], prompts: int) -> dict[str, dict[str, dict[str, float]]]:
-    """The pool over each other way: tokens a second of sampling, the same per CPU second, and the time from
-    starting the process to its end for all `prompts`."""
+    """The pool over each other variant: tokens per second of sampling, the same per CPU second, and the time
+    from the start of the process to its end for all `prompts`."""
     ours = [row | _per_cpu(row) for row in found[POOL]]
     out = {}
-    for way, rows in found.items():
-        if way != POOL:
+    for variant, rows in found.items():
+        if variant != POOL:
             theirs = [row | _per_cpu(row) | {"whole": whole_seconds(row, prompts)} for row in rows]
-            out[way] = {
+            out[variant] = {
                 "speed": ratio(ours, theirs, "tokens_per_second"),
                 "cpu_speed": ratio(ours, theirs, "tokens_per_cpu_second"),
                 "whole": ratio(theirs, [{"whole": whole_seconds(row, prompts)} for row in ours], "whole"),
@@ -114,30 +108,30 @@ def ratios(found: Mapping[str, list[Measured]], prompts: int) -> dict[str, dict[
 
 
 def whole_seconds(row: Measured, prompts: int) -> float:
-    """From starting the process to its end, had all prompts been sampled as fast as those that were."""
+    """From the start of the process to its end, extrapolated from the measured prompts to all of them."""
     measured = row.get("prompts", prompts)
     return row["process_seconds"] + row["seconds"] * (prompts / measured - 1)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A table."""
-    ways, prompts = result["ways"], result["prompts"]
+    variants, prompts = result["variants"], result["prompts"]
     rows = []
-    for way, measured in ways.items():
-        against_it = result["ratios"].get(way)
+    for variant, measured in variants.items():
+        ratios_to_it = result["ratios"].get(variant)
         whole = [{"whole": whole_seconds(row, prompts)} for row in measured]
         cells = ["1", "-", "1", "1"]
-        if against_it:
+        if ratios_to_it:
             cells = [
-                spread(against_it["speed"]),
-                against(against_it["speed"]["ratio"], GOALS[way]),
-                # In a short run two starts differ by more than sampling costs.
-                spread(against_it["cpu_speed"]) if against_it["cpu_speed"]["low"] > 0 else "-",
-                spread(against_it["whole"]),
+                ratio_cell(ratios_to_it["speed"]),
+                goal_cell(ratios_to_it["speed"]["ratio"], GOALS[variant]),
+                # In a short run two starts can differ by more CPU time than sampling takes.
+                ratio_cell(ratios_to_it["cpu_speed"]) if ratios_to_it["cpu_speed"]["low"] > 0 else "-",
+                ratio_cell(ratios_to_it["whole"]),
             ]
         rows.append(
             [
-                f"{way} ({result['best']})" if way == BEST else way,
+                f"{variant} ({result['best']})" if variant == BEST else variant,
                 f"{median(measured, 'tokens_per_second'):,.0f}",
                 *cells[:3],
                 f"{median(whole, 'whole'):,.1f} s",
@@ -145,24 +139,24 @@ def markdown(result: Mapping[str, Any]) -> str:
             ]
         )
     head = [
-        "way",
+        "variant",
         "tokens/s",
         "pool over it",
         "goal",
         "per CPU second",
         f"process, {prompts} prompts",
-        "the process's time over the pool's",
+        "process time over the pool's",
     ]
     tried = ", ".join(f"{batch}: {speed:,.0f}" for batch, speed in result["batches"].items())
-    pool = ways[POOL]
+    pool = variants[POOL]
     intro = (
         f"{prompts} prompts with HH-RLHF's lengths (mean {result['prompt_tokens']:.0f} tokens), answers of "
         f"{result['answer']} tokens at temperature 1, {result['parameters'] / 1e6:.0f} M parameters, fp32. "
-        "Tokens/s are of sampling alone: without loading the model, and for the pool without the "
-        f"{median(pool, 'start_seconds'):.1f} s that it takes to start and sample one token, "
-        f"as a run of its own measures; its manifest, which counts them, says "
-        f"{median(pool, 'manifest_tokens_per_second'):,.0f}. A process's time has everything from its start "
-        "to its end, for transformers scaled up to all prompts where a part of them was sampled. "
+        "Tokens/s are those of sampling alone: without loading the model, and for the pool without the "
+        f"{median(pool, 'start_seconds'):.1f} s that it takes to start and sample one token, measured in a "
+        "separate run; its manifest, which includes them, reports "
+        f"{median(pool, 'manifest_tokens_per_second'):,.0f}. The time of a process is from its start "
+        "to its end; for transformers it is scaled to all prompts if only some of them were sampled. "
         f"transformers' tokens/s by batch, first round: {tried}."
     )
     return section(intro, head, rows, result["machine"])

@@ -1,14 +1,11 @@
-"""The method itself, measured: every objective from the same SFT policy, several seeds, sampled answers.
-
-Run by `jobs/benchmark.py --only methods`.
-"""
+"""Quality of the objectives: each trained from the same SFT policy with several seeds, by sampled answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.turns import table
+from benchmarks.tables import table
 from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
 
@@ -27,7 +24,7 @@ LEARNING_RATES = {
     "dpo": 8e-6,
 }
 CREDIT_PAIRS = 4
-"""Pairs that the token credit map of each seed shows; its areas under the curve are over all."""
+"""Pairs shown in the token credit map of each seed; the areas under the curve are over all pairs."""
 
 
 def run(
@@ -38,10 +35,10 @@ def run(
     methods: Mapping[str, Mapping[str, Any]] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate; finished runs are used again.
+    """Train and evaluate; finished runs are reused.
 
     Args:
-        quick: the first seed only.
+        quick: use the first seed only.
 
     Returns:
         `{"rows": [{"seed", "method", "learning_rate", "metrics": {name: {value, low, high}}}]}`.
@@ -83,7 +80,7 @@ def run(
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A table: exact match of sampled answers per seed with its 95 % interval, and more as means."""
+    """A table: exact match of sampled answers per seed with its 95 % interval, and means of other metrics."""
     rows = result["rows"]
     seeds = sorted({row["seed"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -105,7 +102,7 @@ MEANS = {
 
 
 def _mean(found: Iterable[Mapping[str, Any]], key: str) -> str:
-    """Mean over the seeds and, of several, the least and the largest."""
+    """Mean over the seeds and, for several seeds, the minimum and the maximum."""
     values = [metrics[key]["value"] for metrics in found if key in metrics]
     if not values:
         return "-"

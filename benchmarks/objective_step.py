@@ -1,8 +1,8 @@
-"""Time of a training step of TBPO over one of DPO, on the same batch.
+"""Time of a TBPO training step relative to a DPO step on the same batch.
 
 A decoder of plain torch layers, its output layer through `token_log_probs`, the objective, backward and
-RMSprop (for TBPO-Q also the head and its AdamW). Every objective gets the very same tokens: the dead tail
-that TBPO could cut is left in, so that the ratio is about the objective alone.
+RMSprop (for TBPO-Q also the head and its AdamW). Every objective gets the same tokens: the answers are not
+truncated to the shorter one, as TBPO allows, so that the ratio is about the objective alone.
 
 Shapes: B pairs, T answer tokens, H hidden, V vocabulary.
 """
@@ -116,12 +116,14 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
 
 
 def run(quick: bool = False) -> dict[str, dict[str, float]]:
-    """Every variant in turns; {variant: {seconds, ratio, cpu_ratio}}, medians over rounds.
+    """Measure every variant in rounds.
 
-    A round times each variant once, after a step that is not counted (the one before may have been of a
-    variant that leaves the allocator in another state), and divides by its own dpo time; its order is random.
-    `cpu_ratio` divides CPU seconds of the process, which other programs on the machine disturb less (on
-    CUDA it means little).
+    Returns:
+        {variant: {seconds, ratio, cpu_ratio}}, medians over the rounds.
+
+    A round times each variant once, in random order, after an untimed step (the previous variant may have
+    left the allocator in another state), and divides by the DPO time of the same round. `cpu_ratio` divides
+    CPU seconds of the process, which other programs on the machine disturb less; it means little on CUDA.
     """
     size = QUICK if quick else CUDA if torch.cuda.is_available() else Size()
     steps = {name: make_step(config, size) for name, config in VARIANTS.items()}

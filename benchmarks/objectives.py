@@ -1,4 +1,4 @@
-"""What the objectives cost: the output layer against full logits, and a step of TBPO against one of DPO."""
+"""Cost of the objectives: the output layer against full logits, and a TBPO step against a DPO step."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ QUICK = Case(("logp",), False, tokens=256, hidden=64, vocab=32_768)
 ALL = ("logp", "entropy", "kl")
 CASES: dict[str, dict[str, Any]] = {
     "logp": {},
-    "logp_entropy_kl": {"want": ALL},
+    "logp_entropy_kl": {"outputs": ALL},
     "logp_frozen": {"frozen": True},
-    "logp_entropy_kl_frozen": {"want": ALL, "frozen": True},
+    "logp_entropy_kl_frozen": {"outputs": ALL, "frozen": True},
 }
 PARTS = (*CASES, "step")
 
@@ -32,17 +32,17 @@ PARTS = (*CASES, "step")
 def run(
     config: Config | None = None, *, only: str | Iterable[str] | None = None, quick: bool = False
 ) -> dict[str, Any]:
-    """Measure; full logits and blockwise in turns (A B A B).
+    """Measure the output layer with full logits and blockwise in rounds (A B A B), and the objectives' steps.
 
     Args:
-        only: some of PARTS, by name; all by default.
-        quick: small sizes and one turn, to see that it runs; its figures mean little.
+        only: names from PARTS; all by default.
+        quick: use small sizes and one round, to check that the benchmark runs.
 
     Returns:
-        {"device", "threads", "load", "size", "output_layer": {case: {way: {seconds, cpu_seconds,
+        {"device", "threads", "load", "size", "output_layer": {case: {variant: {seconds, cpu_seconds,
         peak_bytes}, "time_ratio", "cpu_time_ratio", "memory_ratio"}}, "step": {variant: {seconds, ratio,
-        cpu_ratio}}}; ratios are blockwise over full logits, from medians over turns, and None where the
-        full logits do not fit.
+        cpu_ratio}}}; ratios are blockwise over full logits, from medians over the rounds, and None where
+        the full logits do not fit into memory.
 
     Raises:
         InputError: an unknown part.
@@ -50,7 +50,7 @@ def run(
     parts = PARTS if only is None else (only,) if isinstance(only, str) else tuple(only)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise InputError(f"only: {' '.join(unknown)} is no part of this benchmark; any of {' '.join(PARTS)}")
+        raise InputError(f"only: {' '.join(unknown)} is not a part of this benchmark; use {' '.join(PARTS)}")
     on_cuda = torch.cuda.is_available()
     size = QUICK if quick else CUDA if on_cuda else CPU
     result: dict[str, Any] = {
@@ -62,21 +62,21 @@ def run(
     }
     for name, change in CASES.items():
         if name in parts:
-            result["output_layer"][name] = compare(replace(size, **change), turns=1 if quick else 2)
+            result["output_layer"][name] = compare(replace(size, **change), rounds=1 if quick else 2)
     if "step" in parts:
         result["step"] = objective_step.run(quick)
     return result
 
 
-def compare(case: Case, turns: int) -> dict[str, Any]:
-    """Both ways of one case, in turns."""
+def compare(case: Case, rounds: int) -> dict[str, Any]:
+    """Measure both variants of one case in rounds."""
     found: dict[str, list[dict[str, float]]] = {"full_logits": [], "blockwise": []}
-    for _ in range(turns):
-        for way, measured in found.items():
-            measured.append(measure(case, way))
+    for _ in range(rounds):
+        for variant, measured in found.items():
+            measured.append(measure(case, variant))
     medians: dict[str, Any] = {
-        way: {key: statistics.median(turn[key] for turn in measured) for key in measured[0]}
-        for way, measured in found.items()
+        variant: {key: statistics.median(row[key] for row in measured) for key in measured[0]}
+        for variant, measured in found.items()
     }
     keys = {"time_ratio": "seconds", "cpu_time_ratio": "cpu_seconds", "memory_ratio": "peak_bytes"}
     ratios = {
@@ -105,7 +105,7 @@ def markdown(result: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
         ]
     for name, case in result["output_layer"].items():
-        cells = [way_cell(case[way]) for way in ("full_logits", "blockwise")]
+        cells = [variant_cell(case[variant]) for variant in ("full_logits", "blockwise")]
         memory = case["memory_ratio"]
         lines.append(
             f"| {name} | {cells[0]} | {cells[1]} | {number(case['time_ratio'])} | "
@@ -118,13 +118,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def way_cell(measured: dict[str, float]) -> str:
-    """Seconds and memory of one way."""
+def variant_cell(measured: dict[str, float]) -> str:
+    """Seconds and memory of one variant."""
     if not measured:
         return "does not fit"
     return f"{measured['seconds']:.2f} s, {measured['peak_bytes'] / 2**20:,.0f} MiB"
 
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
-    """A ratio, or a dash where there is none."""
+    """A ratio, or a dash if there is none."""
     return "-" if value is None else form.format(value)

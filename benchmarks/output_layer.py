@@ -1,8 +1,8 @@
 """Time and peak memory of `token_log_probs` and of the full-logits formula it replaces.
 
-On the CPU every measurement runs in a process of its own, whose peak resident memory is read after the
-inputs are made; on CUDA the allocator's own peak is read. Both count from the inputs upwards, through
-forward and backward, gradients included.
+On the CPU every measurement runs in a separate process, whose peak resident memory is measured from when the
+inputs exist; on CUDA the allocator's peak is used. Both count what forward and backward add to the inputs,
+including gradients.
 
 Shapes: N answer tokens, H hidden, V vocabulary.
 """
@@ -26,9 +26,9 @@ from tbpo_ray.objectives import token_log_probs
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: which outputs, of what size, with a frozen output weight or a learning one."""
+    """One measurement: the outputs, the sizes, and whether the output weight is frozen."""
 
-    want: tuple[str, ...]
+    outputs: tuple[str, ...]
     frozen: bool
     tokens: int
     hidden: int
@@ -39,7 +39,7 @@ class Case:
 
 @dataclass
 class Layer:
-    """Inputs of the output layer. hidden [N, H], weight [V, H], labels [N]; the reference's likewise."""
+    """Inputs of the output layer: hidden [N, H], weight [V, H], labels [N]; the same for the reference."""
 
     hidden: Tensor
     weight: Tensor
@@ -52,7 +52,7 @@ def make_inputs(case: Case) -> Layer:
     """Random inputs with logits of standard deviation about 1."""
     options = {"dtype": getattr(torch, case.dtype), "device": case.device}
     torch.manual_seed(0)
-    kl = "kl" in case.want
+    kl = "kl" in case.outputs
 
     def weight() -> Tensor:
         return torch.randn(case.vocab, case.hidden, **options).mul_(case.hidden**-0.5)
@@ -66,67 +66,68 @@ def make_inputs(case: Case) -> Layer:
     )
 
 
-def full_logits(x: Layer, want: tuple[str, ...]) -> list[Tensor]:
-    """The outputs from [N, V] logits, the way one writes it down. [N] each"""
+def full_logits(x: Layer, outputs: tuple[str, ...]) -> list[Tensor]:
+    """The outputs from [N, V] logits, written the plain way. [N] each"""
     logp = torch.log_softmax((x.hidden @ x.weight.T).float(), -1)
     found = {"logp": logp.gather(-1, x.labels[:, None])[:, 0]}
-    if "entropy" in want:
+    if "entropy" in outputs:
         found["entropy"] = -(logp.exp() * logp).sum(-1)
-    if "kl" in want:
+    if "kl" in outputs:
         assert x.ref_hidden is not None and x.ref_weight is not None
         with torch.no_grad():
             ref = torch.log_softmax((x.ref_hidden @ x.ref_weight.T).float(), -1)
         found["kl"] = (ref.exp() * (ref - logp)).sum(-1)
-    return [found[name] for name in want]
+    return [found[name] for name in outputs]
 
 
-def blockwise(x: Layer, want: tuple[str, ...]) -> list[Tensor]:
+def blockwise(x: Layer, outputs: tuple[str, ...]) -> list[Tensor]:
     """The outputs from `token_log_probs`. [N] each"""
     mask = torch.ones_like(x.labels, dtype=torch.bool)
-    stats = token_log_probs(x.hidden, x.weight, x.labels, mask, x.ref_hidden, x.ref_weight, want)
-    return [getattr(stats, name) for name in want]
+    stats = token_log_probs(x.hidden, x.weight, x.labels, mask, x.ref_hidden, x.ref_weight, outputs)
+    return [getattr(stats, name) for name in outputs]
 
 
-WAYS: dict[str, Callable[[Layer, tuple[str, ...]], list[Tensor]]] = {
+VARIANTS: dict[str, Callable[[Layer, tuple[str, ...]], list[Tensor]]] = {
     "full_logits": full_logits,
     "blockwise": blockwise,
 }
 
 
-def forward_backward(way: str, x: Layer, want: tuple[str, ...]) -> None:
-    """One forward and one backward pass; gradients end in the leaves."""
-    torch.stack(WAYS[way](x, want)).sum().backward()
+def forward_backward(variant: str, x: Layer, outputs: tuple[str, ...]) -> None:
+    """One forward and one backward pass; the gradients are discarded."""
+    torch.stack(VARIANTS[variant](x, outputs)).sum().backward()
     x.hidden.grad = x.weight.grad = None
 
 
-def measure(case: Case, way: str) -> dict[str, float]:
-    """Seconds of one forward plus backward and its peak bytes above the inputs.
+def measure(case: Case, variant: str) -> dict[str, float]:
+    """Measure one forward and backward pass: seconds, and peak bytes above the inputs.
 
-    On the CPU in a fresh process: {seconds, cpu_seconds, peak_bytes}. On CUDA here: {seconds, peak_bytes},
-    or {} where it does not fit.
+    Returns:
+        On the CPU, in a fresh process, {seconds, cpu_seconds, peak_bytes}. On CUDA, in this process,
+        {seconds, peak_bytes}, or {} if it does not fit into memory.
     """
     if case.device != "cpu":
-        return measure_cuda(case, way)
-    arguments = json.dumps({"way": way, **asdict(case)})
+        return measure_cuda(case, variant)
+    arguments = json.dumps({"variant": variant, **asdict(case)})
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.output_layer", arguments],
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"measuring {way} of {case} failed:\n{done.stderr}")
+        raise RuntimeError(f"measuring {variant} of {case} failed:\n{done.stderr}")
     return json.loads(done.stdout)
 
 
-def measure_here(case: Case, way: str) -> dict[str, float]:
-    """Measure on the CPU in this process, which should have done nothing before."""
+def measure_here(case: Case, variant: str) -> dict[str, float]:
+    """Measure on the CPU in this process, which must be fresh."""
     x = make_inputs(case)
-    small = make_inputs(Case(case.want, case.frozen, 8, 64, 512))
-    forward_backward(way, small, case.want)  # libraries and thread pools
+    small = make_inputs(Case(case.outputs, case.frozen, 8, 64, 512))
+    forward_backward(variant, small, case.outputs)  # loads libraries and starts thread pools
     before = resident_bytes()
     reset = reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
-    forward_backward(way, x, case.want)
+    forward_backward(variant, x, case.outputs)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resident_bytes("VmHWM") if reset else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak - before}
@@ -141,8 +142,7 @@ def resident_bytes(key: str = "VmRSS") -> int:
 
 
 def reset_peak() -> bool:
-    """Let VmHWM start again from here. False where the kernel does not let us: then making the inputs
-    counts towards the peak too."""
+    """Reset VmHWM to the present size; False if the kernel refuses, and the peak includes the inputs."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -150,7 +150,7 @@ def reset_peak() -> bool:
     return True
 
 
-def measure_cuda(case: Case, way: str, repeats: int = 3) -> dict[str, float]:
+def measure_cuda(case: Case, variant: str, repeats: int = 3) -> dict[str, float]:
     """Median seconds over repeats after one warm-up, and the allocator's peak above the inputs."""
     torch.cuda.empty_cache()
     x = make_inputs(case)
@@ -161,7 +161,7 @@ def measure_cuda(case: Case, way: str, repeats: int = 3) -> dict[str, float]:
         for _ in range(repeats + 1):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            forward_backward(way, x, case.want)
+            forward_backward(variant, x, case.outputs)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     except torch.cuda.OutOfMemoryError:
@@ -173,11 +173,11 @@ def measure_cuda(case: Case, way: str, repeats: int = 3) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure the case given as JSON in the first argument, in this process."""
+    """Measure the case given as JSON in the first argument in this process."""
     arguments = json.loads(sys.argv[1])
-    way = arguments.pop("way")
-    arguments["want"] = tuple(arguments["want"])
-    print(json.dumps(measure_here(Case(**arguments), way)))
+    variant = arguments.pop("variant")
+    arguments["outputs"] = tuple(arguments["outputs"])
+    print(json.dumps(measure_here(Case(**arguments), variant)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What Ray Train, Ray Data and DeepSpeed add to a step: the worker loop over the bare PyTorch loop.
+"""What Ray Train, Ray Data and DeepSpeed add to a step: the worker loop against the bare PyTorch loop.
 
-One worker, the same steps, batches and threads, compared step by step in the second of two epochs, when the
-memory of either has grown to what it needs. Once with as many threads as there are cores, for which Ray's own
-processes have no room but theirs, and once with a core less.
+Both run one worker with the same steps, batches and threads. They are compared step by step in the second of
+two epochs, when the memory of each has reached its final size. This is done once with as many threads as
+there are cores, where Ray's own processes compete with the training threads, and once with one thread fewer.
 """
 
 from __future__ import annotations
@@ -16,18 +16,10 @@ from typing import Any
 
 from benchmarks import pairs as shapes
 from benchmarks.bare_loop import run_bare, score_reference
+from benchmarks.measure import Measured, machine, median, run_in_rounds, summarize_ratios
 from benchmarks.pairs import build_case, sample_lengths
-from benchmarks.platform_loop import others_share, run_platform
-from benchmarks.turns import (
-    Measured,
-    against,
-    machine,
-    median,
-    of_turns,
-    section,
-    spread,
-    take_turns,
-)
+from benchmarks.platform_loop import driver_share, run_platform
+from benchmarks.tables import goal_cell, ratio_cell, section
 from tbpo_ray.config.schema import Config
 
 GOAL = 1.05
@@ -36,15 +28,15 @@ PLATFORM, BARE = "worker loop", "bare loop"
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
-    """Measure both in turns.
+    """Measure both loops in rounds.
 
     Args:
-        quick: a tiny model, to see that it runs; its figures mean little.
+        quick: use a tiny model, to check that the benchmark runs.
 
     Returns:
-        `{"machine", "steps", "parameters", "threads": {number: {"ways": {way: rows}, "ratio": {ratio, low,
-        high} of a step's time over the same step's in the bare loop, "cpu_ratio": the same in CPU seconds of
-        the worker}}}`.
+        `{"machine", "steps", "parameters", "threads": {number: {"variants": {variant: rows}, "ratio": {ratio,
+        low, high} of a step's time over the same step's in the bare loop, "cpu_ratio": the same in CPU
+        seconds of the worker}}}`.
     """
     about = machine()
     pairs = QUICK_PAIRS if quick else PAIRS
@@ -55,14 +47,14 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         score_reference(case, folder / "scores")
         steps = pairs // case.config.training.pairs_per_step
         threads = sorted({about["cores"], max(1, about["cores"] - 1)}, reverse=True)
-        ways: dict[str, Callable[[], Measured]] = {}
+        variants: dict[str, Callable[[], Measured]] = {}
         for number in threads:
             change: dict[str, Any] = {"cluster__threads_per_worker": number}
-            ways[f"{PLATFORM} {number}"] = partial(
+            variants[f"{PLATFORM} {number}"] = partial(
                 run_platform, case, "overhead", untimed=steps, cluster__num_workers=1, **change
             )
-            ways[f"{BARE} {number}"] = partial(run_bare, case, folder / "scores", **change)
-        found = take_turns(ways, 1 if quick else 2)
+            variants[f"{BARE} {number}"] = partial(run_bare, case, folder / "scores", **change)
+        found = run_in_rounds(variants, 1 if quick else 2)
     return {
         "machine": about,
         "steps": steps,
@@ -72,26 +64,26 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
 
 
 def compare(platform: list[Measured], bare: list[Measured], steps: int) -> dict[str, Any]:
-    """The last `steps` steps of both, turn by turn: medians over the steps, sums of CPU seconds."""
+    """Compare the last `steps` steps of each round: the median over steps, and the sums of CPU seconds."""
     wall, cpu = [], []
     for over, under in zip(platform, bare, strict=True):
         same = zip(over["step_seconds"][-steps:], under["step_seconds"][-steps:], strict=True)
         wall.append(statistics.median(a / b for a, b in same))
         cpu.append(over["worker_cpu_seconds"] / sum(under["step_cpu_seconds"][-steps:]))
     return {
-        "ways": {PLATFORM: platform, BARE: bare},
-        "ratio": of_turns(wall),
-        "cpu_ratio": of_turns(cpu),
+        "variants": {PLATFORM: platform, BARE: bare},
+        "ratio": summarize_ratios(wall),
+        "cpu_ratio": summarize_ratios(cpu),
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A table, a row for each number of threads."""
+    """A table with a row for each number of threads."""
     rows: list[list[str]] = []
     for number, found in result["threads"].items():
         seconds = {
-            way: statistics.median(s for row in turns for s in row["step_seconds"][-result["steps"] :])
-            for way, turns in found["ways"].items()
+            variant: statistics.median(s for row in rounds for s in row["step_seconds"][-result["steps"] :])
+            for variant, rounds in found["variants"].items()
         }
         goal = None if rows else GOAL
         rows.append(
@@ -99,11 +91,11 @@ def markdown(result: Mapping[str, Any]) -> str:
                 str(number),
                 f"{seconds[PLATFORM]:.2f}",
                 f"{seconds[BARE]:.2f}",
-                spread(found["ratio"], 3),
-                against(found["ratio"]["ratio"], goal, at_most=True),
-                spread(found["cpu_ratio"], 3),
-                f"{median(found['ways'][PLATFORM], 'data_wait_share'):.2%}",
-                others_share(found["ways"][PLATFORM]),
+                ratio_cell(found["ratio"], 3),
+                goal_cell(found["ratio"]["ratio"], goal, at_most=True),
+                ratio_cell(found["cpu_ratio"], 3),
+                f"{median(found['variants'][PLATFORM], 'data_wait_share'):.2%}",
+                driver_share(found["variants"][PLATFORM]),
             ]
         )
     head = [

@@ -1,4 +1,4 @@
-"""Put the benchmark's tables into a page, between `<!-- PART -->` and `<!-- end -->`."""
+"""Writes the benchmark's tables into a page, between `<!-- PART -->` and `<!-- end -->`."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from tbpo_ray.storage.files import write_atomic
 END = "<!-- end -->"
 
 
-def check_places(page: Path, parts: Sequence[str]) -> None:
-    """Refuse a page without a place for one of the tables, before hours are spent.
+def check_markers(page: Path, parts: Sequence[str]) -> None:
+    """Refuse a page without a place for one of the tables, before hours are spent on measuring.
 
     Raises:
-        InputError: naming the marks that are missing.
+        InputError: the page does not exist, or has no markers for a part.
     """
     if not page.is_file():
         raise InputError(f"--into {page}: no such file")
     text = page.read_text(encoding="utf-8")
     for part in parts:
-        _place(text, part, page)
+        _find_place(text, part, page)
 
 
-def put(page: Path, part: str, table: str) -> None:
-    """Replace what stands between a part's marks."""
+def replace_table(page: Path, part: str, table: str) -> None:
+    """Replace the text between a part's markers."""
     text = page.read_text(encoding="utf-8")
-    start, stop = _place(text, part, page)
+    start, stop = _find_place(text, part, page)
     write_atomic(page, f"{text[:start]}\n{table.strip()}\n{text[stop:]}")
 
 
-def _place(text: str, part: str, page: Path) -> tuple[int, int]:
-    mark = f"<!-- {part} -->"
-    start = text.find(mark)
+def _find_place(text: str, part: str, page: Path) -> tuple[int, int]:
+    """Start and end of the text between a part's markers."""
+    marker = f"<!-- {part} -->"
+    start = text.find(marker)
     stop = text.find(END, start)
-    between = text[start + len(mark) : stop]
+    between = text[start + len(marker) : stop]
+    # Another marker in between means that this part's own end marker is missing.
     if start < 0 or stop < 0 or "<!--" in between:
-        raise InputError(f"--into {page}: it has no place for {part}; write {mark} and {END} on own lines")
-    return start + len(mark), stop
+        raise InputError(
+            f"--into {page}: no place for {part}; write {marker} and {END} on lines of their own"
+        )
+    return start + len(marker), stop

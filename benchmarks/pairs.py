@@ -1,4 +1,4 @@
-"""Models and pairs to measure on: random weights, real lengths."""
+"""Models with random weights and pairs with realistic lengths, to measure with."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.prepare import prepare
+from tbpo_ray.data.preparation import PairsSpec, prepare
 from tbpo_ray.data.schedule import pair_tokens
-from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data.shards import PreparedPairs
 
 # fmt: off
 _HH_QUANTILES = np.array([
@@ -26,17 +26,17 @@ _HH_QUANTILES = np.array([
 ])
 # fmt: on
 _HH_SHARES = np.array([*np.arange(0, 100, 5), 97.5, 99, 99.5, 100]) / 100
-"""Tokens of prompt, chosen and rejected at these shares of the pairs. Measured on HH-RLHF's harmless-base
-test split (2,307 pairs with one prompt) with Llama 3's tokenizer, BOS and EOS included."""
+"""Quantiles of the tokens of prompt, chosen and rejected, measured on HH-RLHF's harmless-base test split
+(2,307 pairs with one prompt) with Llama 3's tokenizer, including BOS and EOS."""
 _HH_RANK_CORRELATION = np.array([[1.0, 0.255, 0.251], [0.255, 1.0, 0.300], [0.251, 0.300, 1.0]])
-"""Spearman's, between the same three."""
+"""Spearman rank correlations between the same three."""
 LENGTHS = ("hh_rlhf", "ultrafeedback")
 
 
 @dataclass(frozen=True)
 class Size:
-    """A shape with tied embeddings: Llama's, or Gemma 3's with its heads of a size of their own, one of keys
-    and values, and windows in five layers of six."""
+    """A model shape with tied embeddings: Llama's, or Gemma 3's with its own head size, a single key-value
+    head, and sliding windows in five of six layers."""
 
     vocabulary: int = 32_000
     width: int = 384
@@ -45,7 +45,7 @@ class Size:
     intermediate: int = 1024
     positions: int = 2048
     gemma_head: int | None = None
-    """Width of a head, for Gemma's shape."""
+    """Head size; setting it selects Gemma's shape."""
 
 
 MODEL = Size()
@@ -58,19 +58,19 @@ TINY = Size(vocabulary=2048, width=64, layers=2, heads=2, intermediate=128)
 
 @dataclass(frozen=True)
 class Case:
-    """A model folder and prepared pairs, with the configuration of a run on them."""
+    """A model folder and prepared pairs, with the configuration of a run that uses them."""
 
     config: Config
     model: str
-    prepared: Prepared
+    prepared: PreparedPairs
     parameters: int
 
 
 def sample_lengths(kind: str, pairs: int, seed: int = 0) -> np.ndarray:
     """[pairs, 3] tokens of prompt, chosen and rejected.
 
-    `hh_rlhf`: the measured quantiles, evenly covered, joined by a Gaussian copula with the measured rank
-    correlations. `ultrafeedback`: prompts of 150 tokens, answers of 150 to 600.
+    `hh_rlhf`: evenly spaced quantiles of the measured distribution, joined by a Gaussian copula with the
+    measured rank correlations. `ultrafeedback`: prompts of 150 tokens, answers of 150 to 600.
     """
     rng = np.random.default_rng(seed)
     if kind == "ultrafeedback":
@@ -85,15 +85,15 @@ def sample_lengths(kind: str, pairs: int, seed: int = 0) -> np.ndarray:
 
 
 def sample_steps(kind: str, steps: int, pairs_per_step: int = 8) -> np.ndarray:
-    """[steps * pairs_per_step, 3] lengths of whole steps out of a long run in length order.
+    """[steps * pairs_per_step, 3] lengths of whole steps of a long run that batches by length.
 
-    Sorting few pairs by length leaves unlike ones together; a real run sorts hundreds. So a population is
-    sorted and cut into steps, and one step is drawn from each of `steps` equal parts of it: of 200 draws
-    the one whose mean lengths are nearest to the population's. In random order the same pairs are a fair
-    sample as well.
+    Sorting only a few pairs by length leaves dissimilar ones together, while a real run sorts hundreds. So a
+    population is sorted and cut into steps, and one step is drawn from each of `steps` equal parts of it. Of
+    200 such draws, the one whose mean lengths are nearest to the population's is used. In random order the
+    same pairs are a representative sample too.
     """
     population = sample_lengths(kind, 256 * pairs_per_step)
-    ranked = population[np.argsort(pair_tokens(population, cut_tail=True), kind="stable")]
+    ranked = population[np.argsort(pair_tokens(population, truncate_to_shorter=True), kind="stable")]
     groups = ranked.reshape(-1, pairs_per_step, 3)
     rng = np.random.default_rng(0)
     edges = np.linspace(0, len(groups), steps + 1).astype(int)
@@ -103,7 +103,7 @@ def sample_steps(kind: str, steps: int, pairs_per_step: int = 8) -> np.ndarray:
 
 
 def typical_lengths(pairs: int) -> np.ndarray:
-    """[pairs, 3]: every pair has the mean lengths of `hh_rlhf`."""
+    """[pairs, 3] lengths: every pair has the mean lengths of `hh_rlhf`."""
     return np.tile([112, 39, 49], (pairs, 1))
 
 
@@ -111,8 +111,8 @@ def build_case(config: Config, folder: Path, lengths: np.ndarray, size: Size = M
     """Write a model with random weights and a file of pairs into `folder`, and prepare them.
 
     Args:
-        config: what it says of evaluation and tracking stays; model, data and training are set here:
-            TBPO-A with the k3 baseline, RMSprop, fp32, 8 pairs a step, one epoch.
+        config: its evaluation and tracking sections are kept; model, data and training are set here:
+            TBPO-A with the k3 baseline, RMSprop, fp32, 8 pairs per step, one epoch.
         changes: further changes of the configuration, with `__` for the dots.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,11 +144,10 @@ def build_case(config: Config, folder: Path, lengths: np.ndarray, size: Size = M
         },
         **changes,
     )
-    prepared = prepare(
-        str(file), settled.data, str(folder / "model"), cache_dir=folder / "cache", progress=False
-    )
+    spec = PairsSpec(str(file), settled.data, str(folder / "model"))
+    prepared = prepare(spec, folder / "cache", progress=False)
     if not np.array_equal(prepared.lengths(), lengths):
-        raise AssertionError("the prepared pairs have other lengths than the ones asked for")
+        raise AssertionError("the prepared pairs do not have the requested lengths")
     return Case(settled, str(folder / "model"), prepared, parameters)
 
 
@@ -191,8 +190,10 @@ def build_model(folder: Path, size: Size, seed: int = 0) -> int:
 
 
 def write_pairs(file: Path, lengths: np.ndarray, seed: int = 0) -> None:
-    """JSON lines of words that are one token each for the built-in tokenizer, so many that the prepared
-    pairs have these lengths."""
+    """Write pairs as JSON lines whose prepared lengths are `lengths`.
+
+    Every word is one token of the built-in tokenizer.
+    """
     words = ("red", "blue", "cat", "dog", "tree", "hat", "pen", "desk", "gold", "bird", "boat", "sand")
     rng = random.Random(seed)
 

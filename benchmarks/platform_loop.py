@@ -1,6 +1,6 @@
-"""A child of the benchmark: a whole training run, driver and Ray Train workers, timed step by step.
+"""Child process of the benchmark: a whole training run, driver and Ray Train workers, timed step by step.
 
-`python -m benchmarks.platform_loop JSON` with a configuration tree and the steps not timed.
+`python -m benchmarks.platform_loop JSON`, with a configuration tree and the number of untimed steps.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.measure import Measured, run_child
 from benchmarks.pairs import Case
-from benchmarks.turns import Measured, child
 from tbpo_ray.config.loading import stage_config, to_tree
 from tbpo_ray.config.schema import Config
 from tbpo_ray.storage.paths import run_dir
@@ -29,16 +29,15 @@ POLL_SECONDS = 0.02
 
 
 def run_platform(case: Case, name: str, *, untimed: int = 1, **changes: Any) -> Measured:
-    """Train in a process of its own, as `jobs/train.py` does.
+    """Train in a separate process, as `jobs/train.py` does.
 
     Args:
-        untimed: steps at the start that are not counted.
+        untimed: number of steps at the start that are not counted.
 
     Returns:
-        step_seconds: of the steps behind these, from one logged step to the next; seconds: their sum;
-        worker_cpu_seconds, other_cpu_seconds: in them, of the training workers, and of Ray's own processes
-        and the driver;
-        data_wait_share: median over the steps.
+        `step_seconds` of the timed steps, from one logged step to the next; `seconds`, their sum;
+        `worker_cpu_seconds` of the training workers, and `other_cpu_seconds` of Ray's own processes and the
+        driver, during these steps; `data_wait_share`, the median over the steps.
     """
     config = stage_config(
         case.config,
@@ -52,24 +51,26 @@ def run_platform(case: Case, name: str, *, untimed: int = 1, **changes: Any) -> 
     )
     shutil.rmtree(run_dir(config), ignore_errors=True)
     job = {"config": to_tree(config), "untimed": untimed}
-    return child(["-m", "benchmarks.platform_loop"], job)
+    return run_child(["-m", "benchmarks.platform_loop"], job)
 
 
-def others_share(rows: Sequence[Measured]) -> str:
-    """What the driver and Ray's own processes take beside the workers, in words; median of the turns."""
+def driver_share(rows: Sequence[Measured]) -> str:
+    """CPU time of the driver and of Ray's own processes, as a share of a core; the median over the rounds."""
     share = statistics.median(row["other_cpu_seconds"] / row["seconds"] for row in rows)
     return f"{share:.0%} of a core"
 
 
 class WorkerClock(threading.Thread):
-    """Reads the CPU seconds of the processes below this one whenever a step was logged: of the training
-    workers, and of all others, which are Ray's own and this one, the driver."""
+    """Reads the CPU seconds of this process tree whenever a step has been logged.
+
+    The training workers are counted separately from the rest: Ray's own processes and this one, the driver.
+    """
 
     def __init__(self, timings: Path):
         super().__init__(daemon=True)
         self.timings, self.done = timings, threading.Event()
         self.seen: list[tuple[int, dict[int, float], dict[int, float]]] = []
-        """Logged steps, and CPU seconds of each worker and of each other process by then."""
+        """Readings: logged steps, and the CPU seconds of each worker and of each other process until then."""
 
     def run(self) -> None:
         logged = 0
@@ -79,9 +80,9 @@ class WorkerClock(threading.Thread):
                 rows = self.timings.read_bytes().count(b"\n")
             if rows > logged:
                 logged = rows
-                self.seen.append((rows, *self._look()))
+                self.seen.append((rows, *self._read()))
 
-    def _look(self) -> tuple[dict[int, float], dict[int, float]]:
+    def _read(self) -> tuple[dict[int, float], dict[int, float]]:
         workers: dict[int, float] = {}
         others: dict[int, float] = {}
         own = psutil.Process()
@@ -93,9 +94,12 @@ class WorkerClock(threading.Thread):
         return workers, others
 
     def between(self, first: int, last: int) -> tuple[float, float]:
-        """CPU seconds of workers and of other processes from when `first` steps were logged to when `last`
-        were."""
-        at = [[look for rows, *look in self.seen if rows >= n][:1] for n in (first, last)]
+        """CPU seconds of workers and of other processes between the logging of `first` and of `last` steps.
+
+        Raises:
+            RuntimeError: no worker was running at both times.
+        """
+        at = [[reading for rows, *reading in self.seen if rows >= n][:1] for n in (first, last)]
         if not all(at) or not at[0][0][0]:
             raise RuntimeError(
                 f"no worker was seen between steps {first} and {last}: {len(self.seen)} readings"
@@ -108,7 +112,7 @@ class WorkerClock(threading.Thread):
 
 
 def main() -> None:
-    """Train with the configuration given as JSON in the first argument; print what was measured."""
+    """Train with the configuration given as JSON in the first argument and print the measurements."""
     from tbpo_ray.workflows.train import train
 
     job = json.loads(sys.argv[1])

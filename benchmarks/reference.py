@@ -1,7 +1,7 @@
-"""What the cached reference scores save: training with them over training with a live reference model.
+"""What cached reference scores save: training with them against training with a live reference model.
 
-The cost of computing them is counted, over one epoch and over three. An epoch is measured once a turn, the
-second of two, when memory has grown to what it needs; three cost three times as much.
+The cost of computing the scores is included, over one epoch and over three. One epoch is measured per round,
+the second of two, when memory has reached its final size; three epochs are counted as three times that.
 """
 
 from __future__ import annotations
@@ -14,17 +14,9 @@ from typing import Any
 
 from benchmarks import pairs as shapes
 from benchmarks.bare_loop import run_bare, score_reference
+from benchmarks.measure import Measured, machine, median, ratio, run_in_rounds
 from benchmarks.pairs import build_case, sample_steps
-from benchmarks.turns import (
-    Measured,
-    against,
-    machine,
-    median,
-    ratio,
-    section,
-    spread,
-    take_turns,
-)
+from benchmarks.tables import goal_cell, ratio_cell, section
 from tbpo_ray.config.schema import Config
 
 GOALS = {1: 1.1, 3: 1.25}
@@ -32,14 +24,14 @@ STEPS, QUICK_STEPS = 6, 2
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
-    """Measure scoring, an epoch with the scores, and an epoch with the live reference, in turns.
+    """Measure scoring, an epoch with the scores, and an epoch with the live reference, in rounds.
 
     Args:
-        quick: a tiny model, to see that it runs; its figures mean little.
+        quick: use a tiny model, to check that the benchmark runs.
 
     Returns:
-        `{"machine", "pairs", "parameters", "ways": {way: rows}, "ratios": {epochs: {"time", "cpu_time":
-        {ratio, low, high} of live over cached}}}`.
+        `{"machine", "pairs", "parameters", "variants": {variant: rows}, "ratios": {epochs: {"time",
+        "cpu_time": {ratio, low, high} of live over cached}}}`.
     """
     about = machine()
     lengths = sample_steps("hh_rlhf", QUICK_STEPS if quick else STEPS)
@@ -47,17 +39,17 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         folder = Path(name)
         size = shapes.TINY if quick else shapes.MODEL
         case = build_case(config, folder, lengths, size, training__epochs=2)
-        ways: dict[str, Callable[[], Measured]] = {
+        variants: dict[str, Callable[[], Measured]] = {
             "scoring": partial(score_reference, case, folder / "scores"),
             "cached": lambda: last_epoch(run_bare(case, folder / "scores")),
             "live": lambda: last_epoch(run_bare(case, training__reference_scores="live")),
         }
-        found = take_turns(ways, 1 if quick else 2)
+        found = run_in_rounds(variants, 1 if quick else 2)
     return {
         "machine": about,
         "pairs": len(lengths),
         "parameters": case.parameters,
-        "ways": found,
+        "variants": found,
         "ratios": epoch_ratios(found),
     }
 
@@ -69,7 +61,7 @@ def last_epoch(row: Measured) -> Measured:
 
 
 def epoch_ratios(found: Mapping[str, list[Measured]]) -> dict[int, dict[str, dict[str, float]]]:
-    """Live over cached, with the cost of scoring, for each number of epochs."""
+    """Live over cached, including the cost of scoring, for each number of epochs."""
     ratios = {}
     for epochs in GOALS:
         cached = [
@@ -87,16 +79,16 @@ def epoch_ratios(found: Mapping[str, list[Measured]]) -> dict[int, dict[str, dic
 def markdown(result: Mapping[str, Any]) -> str:
     """A table."""
     rows = []
-    seconds = {way: median(measured, "seconds") for way, measured in result["ways"].items()}
+    seconds = {variant: median(measured, "seconds") for variant, measured in result["variants"].items()}
     for epochs, values in result["ratios"].items():
         rows.append(
             [
                 str(epochs),
                 f"{seconds['scoring']:.1f} + {epochs * seconds['cached']:.1f}",
                 f"{epochs * seconds['live']:.1f}",
-                spread(values["time"]),
-                against(values["time"]["ratio"], GOALS[epochs]),
-                spread(values["cpu_time"]),
+                ratio_cell(values["time"]),
+                goal_cell(values["time"]["ratio"], GOALS[epochs]),
+                ratio_cell(values["cpu_time"]),
             ]
         )
     head = ["epochs", "scoring + cached, s", "live, s", "live over cached", "goal", "the same in CPU time"]

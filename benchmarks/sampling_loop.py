@@ -1,6 +1,6 @@
-"""A child of the benchmark: answers of one length to many prompts, by the pool or by transformers.
+"""Child process of the benchmark: answers of one length to many prompts, by the pool or by transformers.
 
-`python -m benchmarks.sampling_loop JSON` with a :class:`Job`.
+`python -m benchmarks.sampling_loop JSON`, with the fields of :class:`Job`.
 """
 
 from __future__ import annotations
@@ -16,41 +16,40 @@ from typing import Any
 
 import torch
 
-from benchmarks.turns import Measured, TreeClock, child
+from benchmarks.measure import Measured, TreeClock, run_child
 from tbpo_ray.config.schema import GenerationConfig
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a child does."""
+    """One measurement in a child process."""
 
     model: str
     prompts: str
-    """A JSON file with a list of token ids for each prompt."""
+    """A JSON file with a list of token ids per prompt."""
     generation: dict[str, Any]
     output: str
-    """Where the pool writes its samples; emptied first."""
+    """Where the pool writes its samples; it is emptied first."""
     batch: int | None = None
-    """Prompts that transformers takes at once; none: the pool."""
+    """Batch size of transformers; None uses the pool."""
     most_batches: int | None = None
-    """transformers: measure so many batches, evenly spread over the prompts' lengths."""
+    """transformers: how many batches are measured, spread evenly over the prompts' lengths; None: all."""
     first: int | None = None
-    """pool: the first so many prompts only."""
+    """pool: how many prompts are sampled, from the first on; None: all."""
 
 
 def run_pool(job: Job) -> Measured:
-    """Sample with the pool, and once more one token of one prompt: what starting it costs.
+    """Sample with the pool, and measure its start separately with one token of one prompt.
 
     Returns:
-        seconds: of sampling, the start taken off, in which `tokens` were sampled;
-        start_seconds, manifest_seconds: of the pool for the one token and for all, as its manifest says;
-        process_seconds: of the whole process, Ray's start and end included;
-        cpu_seconds: of all its processes, the start taken off.
+        `seconds` of sampling `tokens` without the start; `start_seconds` and `manifest_seconds`, which the
+        pool's manifest gives for one token and for all; `process_seconds` of the whole process, including
+        Ray's start and shutdown; `cpu_seconds` of all its processes without the start.
     """
     start = start_pool(job)
     whole = _run(job)
-    # Two starts are never quite alike. What passed between the first block of answers and the last is in any
-    # case sampling.
+    # Two starts never take exactly the same time. The time between the first and the last block of answers is
+    # always sampling, so it is a lower bound.
     seconds = max(whole["manifest_seconds"] - start["manifest_seconds"], whole["between_blocks"])
     return {
         "seconds": seconds,
@@ -65,8 +64,10 @@ def run_pool(job: Job) -> Measured:
 
 
 def start_pool(job: Job) -> Measured:
-    """One token of one prompt, what :func:`run_pool` takes off. The first of all reads the libraries from
-    disk and takes longer than any other: call this once before measuring."""
+    """Sample one token of one prompt, the cost that :func:`run_pool` subtracts.
+
+    The very first call reads the libraries from disk and takes longer, so call this once before measuring.
+    """
     one = job.generation | {"max_tokens": 1}
     return _run(replace(job, generation=one, output=f"{job.output}-start", first=1))
 
@@ -75,24 +76,24 @@ def run_transformers(job: Job) -> Measured:
     """Sample with `transformers.generate`.
 
     Returns:
-        seconds: in `generate`, model load and a first short call left out, in which `tokens` were sampled
-        from `prompts` prompts; process_seconds: of the whole process; cpu_seconds.
+        `seconds` in `generate` for `tokens` from `prompts` prompts, without loading the model and a short
+        first call; `process_seconds` of the whole process; `cpu_seconds`.
     """
     row = _run(job)
     return row | {"tokens_per_second": row["tokens"] / row["seconds"]}
 
 
-def batches(lengths: Sequence[int], size: int, most: int | None) -> list[list[int]]:
-    """Indices of prompts in batches of like length; of more than `most` batches so many, evenly spread."""
+def batches(lengths: Sequence[int], size: int, limit: int | None) -> list[list[int]]:
+    """Indices of prompts in batches of similar length; at most `limit` of them, evenly spread."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     every = [order[at : at + size] for at in range(0, len(order), size)]
-    if most is None or len(every) <= most:
+    if limit is None or len(every) <= limit:
         return every
-    return [every[int((i + 0.5) * len(every) / most)] for i in range(most)]
+    return [every[int((i + 0.5) * len(every) / limit)] for i in range(limit)]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] token ids with padding in front, and the mask."""
+    """[B, T] token ids, padded on the left, and the mask."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_id)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -103,7 +104,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, 
 
 
 def pool(job: Job) -> Measured:
-    """One call of the pool, in a cluster of this process."""
+    """Call the pool once, in a Ray session of this process."""
     from tbpo_ray.cluster.session import start_ray
     from tbpo_ray.generation.pool import generate
     from tbpo_ray.generation.samples import PromptTokens
@@ -123,7 +124,7 @@ def pool(job: Job) -> Measured:
 
 
 def transformers(job: Job) -> Measured:
-    """Batches of prompts through `generate`, with its key-value cache; no answer ends early."""
+    """Call `generate` on batches of prompts, with its key-value cache; no answer ends early."""
     from transformers import AutoModelForCausalLM
 
     from tbpo_ray.models.load import quiet_transformers
@@ -163,12 +164,12 @@ def transformers(job: Job) -> Measured:
 
 def _run(job: Job) -> Measured:
     began = time.perf_counter()
-    row = child(["-m", "benchmarks.sampling_loop"], asdict(job))
+    row = run_child(["-m", "benchmarks.sampling_loop"], asdict(job))
     return row | {"process_seconds": time.perf_counter() - began}
 
 
 def main() -> None:
-    """Run the job given as JSON in the first argument; print what was measured."""
+    """Run the job given as JSON in the first argument and print the measurements."""
     job = Job(**json.loads(sys.argv[1]))
     if job.batch is not None:
         print(json.dumps(transformers(job)))

@@ -1,10 +1,11 @@
-"""Two training workers over one, a thread each: the same run, steps of 128 pairs dealt out to the workers.
+"""Two training workers against one, with one thread each: the same run, with steps of 128 pairs.
 
-Its second epoch is timed. In the first one the memory of a process still grows with each longest pair so far,
-and fresh memory can cost seconds (a virtual machine asks its host for it), for which the other worker waits.
+The second epoch is timed. During the first one the memory of a process still grows with each new longest
+pair, and fresh memory can cost seconds (a virtual machine requests it from its host) for which the other
+worker waits.
 
-Beside it stands what the machine allows: two bare loops at once, which have nothing to do with one another,
-over one alone.
+For comparison, the limit of the machine itself is measured: two independent bare loops at the same time
+against one alone.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 
 from benchmarks import pairs as shapes
 from benchmarks.bare_loop import run_bare, score_reference
+from benchmarks.measure import Measured, machine, ratio, run_in_rounds
 from benchmarks.pairs import Case, build_case, sample_lengths
-from benchmarks.platform_loop import others_share, run_platform
-from benchmarks.turns import Measured, against, machine, ratio, section, spread, take_turns
+from benchmarks.platform_loop import driver_share, run_platform
+from benchmarks.tables import goal_cell, ratio_cell, section
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import Schedule, pair_tokens
-from tbpo_ray.training.plan import make_schedule
+from tbpo_ray.training.run_plan import make_schedule, resolve_run
 
 GOAL = 1.7
 PAIRS, PAIRS_PER_STEP = 384, 128
@@ -33,27 +35,27 @@ BARE_PAIRS = 128
 
 
 def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
-    """Measure both in turns.
+    """Measure both in rounds.
 
     Args:
-        quick: a tiny model, to see that it runs; its figures mean little.
+        quick: use a tiny model, to check that the benchmark runs.
 
     Returns:
-        `{"machine", "steps", "tokens": through the model in the timed steps, "parameters", "ways": {"1
-        worker", "2 workers": rows}, "ratio": {ratio, low, high} of tokens a second, "most": what that can be
-        at most, as :func:`most` says, "cpu_share": CPU seconds of one worker over what two take together,
-        "machine_allows": {ratio, low, high} of two bare loops at once over one}`.
+        `{"machine", "steps", "tokens": through the model in the timed steps, "parameters", "variants": {"1
+        worker", "2 workers": rows}, "ratio": {ratio, low, high} of tokens per second, "most": its upper
+        bound, see :func:`distribution_bound`, "cpu_share": CPU seconds of one worker over those of two
+        together, "machine_allows": {ratio, low, high} of two concurrent bare loops over one}`.
     """
     about = machine()
-    count, a_step = (QUICK_PAIRS, QUICK_PAIRS_PER_STEP) if quick else (PAIRS, PAIRS_PER_STEP)
+    count, pairs_per_step = (QUICK_PAIRS, QUICK_PAIRS_PER_STEP) if quick else (PAIRS, PAIRS_PER_STEP)
     lengths = sample_lengths("hh_rlhf", count)
-    steps = count // a_step  # of an epoch
+    steps = count // pairs_per_step  # per epoch
     with tempfile.TemporaryDirectory(prefix="tbpo-scaling-") as name:
         size = shapes.TINY if quick else shapes.MODEL
         case = build_case(
-            config, Path(name), lengths, size, training__pairs_per_step=a_step, training__epochs=2
+            config, Path(name), lengths, size, training__pairs_per_step=pairs_per_step, training__epochs=2
         )
-        ways = {
+        variants = {
             f"{n} worker{'s'[: n - 1]}": partial(
                 run_platform,
                 case,
@@ -66,18 +68,18 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
         }
         bare = build_case(config, Path(name, "bare"), lengths[:BARE_PAIRS], size)
         score_reference(bare, Path(name, "scores"))
-        ways |= {f"{n} bare": partial(run_together, bare, Path(name, "scores"), n) for n in (1, 2)}
-        found = take_turns(ways, 1 if quick else 2)
-        bound = most(make_schedule(case.config, lengths))
+        variants |= {f"{n} bare": partial(run_together, bare, Path(name, "scores"), n) for n in (1, 2)}
+        found = run_in_rounds(variants, 1 if quick else 2)
+        bound = distribution_bound(make_schedule(resolve_run(case.config), lengths))
     one, two = found["1 worker"], found["2 workers"]
     alone, together = found.pop("1 bare"), found.pop("2 bare")
     return {
         "machine": about,
         "steps": steps,
-        "pairs_per_step": a_step,
-        "tokens": float(pair_tokens(lengths, cut_tail=True).sum()),
+        "pairs_per_step": pairs_per_step,
+        "tokens": float(pair_tokens(lengths, truncate_to_shorter=True).sum()),
         "parameters": case.parameters,
-        "ways": found,
+        "variants": found,
         "ratio": ratio(one, two, "seconds"),
         "most": bound,
         "cpu_share": ratio(one, two, "worker_cpu_seconds"),
@@ -86,18 +88,18 @@ def run(config: Config, *, quick: bool = False) -> dict[str, Any]:
 
 
 def run_together(case: Case, scores: Path, copies: int) -> Measured:
-    """So many bare loops at once, a process and a thread each: mean seconds of a loop."""
+    """Run `copies` bare loops at the same time, with a process and a thread each; mean seconds of a loop."""
     with ThreadPoolExecutor(copies) as threads:
         loops = [threads.submit(run_bare, case, scores, cluster__threads_per_worker=1) for _ in range(copies)]
     return {"seconds": statistics.fmean(loop.result()["seconds"] for loop in loops)}
 
 
-def most(schedule: Schedule) -> float:
-    """Two workers over one if a step took as long as its padded tokens say and its slower worker.
+def distribution_bound(schedule: Schedule) -> float:
+    """The upper bound of two workers over one, if the time of a worker's step is proportional to its tokens.
 
-    Both have equally many pairs, so one has more tokens than the other.
+    A step takes as long as its slower worker, and workers with equally many pairs differ in padded tokens.
     """
-    steps = range(schedule.steps_per_epoch, schedule.steps_total)  # as they are timed
+    steps = range(schedule.steps_per_epoch, schedule.steps_total)  # the timed ones
     alone = sum(schedule.padded_tokens(step, 0, 1) for step in steps)
     return alone / sum(max(schedule.padded_tokens(step, rank, 2) for rank in (0, 1)) for step in steps)
 
@@ -105,23 +107,23 @@ def most(schedule: Schedule) -> float:
 def markdown(result: Mapping[str, Any]) -> str:
     """A table."""
     cells = []
-    for rows in result["ways"].values():
+    for rows in result["variants"].values():
         cells.append(f"{result['tokens'] / statistics.median(row['seconds'] for row in rows):,.0f}")
-    cells += [spread(result["ratio"]), against(result["ratio"]["ratio"], GOAL), f"{result['most']:.2f}"]
-    cells += [spread(result["machine_allows"]), spread(result["cpu_share"])]
-    cells += [others_share(rows) for rows in result["ways"].values()]
+    cells += [ratio_cell(result["ratio"]), goal_cell(result["ratio"]["ratio"], GOAL), f"{result['most']:.2f}"]
+    cells += [ratio_cell(result["machine_allows"]), ratio_cell(result["cpu_share"])]
+    cells += [driver_share(rows) for rows in result["variants"].values()]
     head = [
-        *(f"{way}, tokens/s" for way in result["ways"]),
+        *(f"{variant}, tokens/s" for variant in result["variants"]),
         "ratio",
         "goal",
-        "at most, as the pairs are dealt out",
-        "two bare loops at once over one",
+        "upper bound, as pairs are distributed across ranks",
+        "two concurrent bare loops over one",
         "CPU seconds, 1 over 2 workers",
-        *(f"driver and Ray's own processes, {way}" for way in result["ways"]),
+        *(f"driver and Ray's own processes, {variant}" for variant in result["variants"]),
     ]
     intro = (
         f"{result['steps']} steps of {result['pairs_per_step']} pairs with HH-RLHF's lengths, "
-        f"the second epoch, {result['parameters'] / 1e6:.0f} M parameters, ZeRO as configured, a thread for "
-        "each worker."
+        f"the second epoch, {result['parameters'] / 1e6:.0f} M parameters, ZeRO as configured, one thread "
+        "per worker."
     )
     return section(intro, head, [cells], result["machine"])

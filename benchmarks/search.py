@@ -1,8 +1,8 @@
-"""A study of eight trials over the same eight runs by hand, and over the same study with a live reference.
+"""A study of eight trials against the same eight runs launched separately, and against a live reference.
 
-The runs by hand prepare the pairs, score the reference and start Ray each for itself; the study does so once.
-Both go two at a time, a thread each. With answers of UltraFeedback's lengths, and evaluated as a scheduler
-needs it, the two studies are compared alone.
+Each separate run prepares the pairs, scores the reference and starts Ray for itself; the study does so once.
+Both run two at a time with one thread each. With answers of UltraFeedback's lengths, and evaluated as often
+as a scheduler needs it, only the two studies are compared.
 """
 
 from __future__ import annotations
@@ -18,31 +18,23 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks import pairs as shapes
+from benchmarks.measure import Measured, machine, median, ratio, run_in_rounds
 from benchmarks.pairs import Size, build_case, sample_lengths, write_pairs
 from benchmarks.search_loop import run_study, run_training
-from benchmarks.turns import (
-    Measured,
-    against,
-    machine,
-    median,
-    ratio,
-    section,
-    spread,
-    take_turns,
-)
+from benchmarks.tables import goal_cell, ratio_cell, section
 from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.tuning.space import Space
 
-STUDY, BY_HAND, LIVE = "study, cached scores", "runs by hand", "study, live reference"
+STUDY, SEPARATE, LIVE = "study, cached scores", "separate runs", "study, live reference"
 SPACE: dict[str, Any] = {
     "training.learning_rate": {"grid": [5.0e-7, 1.0e-6, 2.0e-6, 4.0e-6]},
     "objective.beta": {"grid": [0.05, 0.1]},
 }
 QUICK_SPACE: dict[str, Any] = {"training.learning_rate": {"grid": [1.0e-6, 2.0e-6]}}
 AT_ONCE = 2
-GOAL_BY_HAND, GOAL_LIVE = 1.3, 0.8
+GOAL_SEPARATE, GOAL_LIVE = 1.3, 0.8
 MODEL = Size(vocabulary=8192, width=256, layers=4, heads=4, intermediate=704)
 
 
@@ -51,8 +43,8 @@ class Trials:
     """What each trial does.
 
     Attributes:
-        lengths: of whose pairs, as :func:`benchmarks.pairs.sample_lengths` names them.
-        eval_every: steps between evaluations on the held-out pairs; None: at the end alone.
+        lengths: the lengths of the pairs, as :func:`benchmarks.pairs.sample_lengths` names them.
+        eval_every: steps between evaluations on the held-out pairs; None evaluates only at the end.
     """
 
     lengths: str
@@ -71,27 +63,27 @@ QUICK = Trials("hh_rlhf", pairs=32, held_out=16, epochs=1)
 
 
 def run(config: Config, *, quick: bool = False, only: str = "hh_rlhf") -> dict[str, Any]:
-    """Measure each way once.
+    """Measure each variant once.
 
     Args:
-        quick: a tiny model, few pairs and two trials, to see that it runs; its figures mean little.
-        only: `hh_rlhf`, all three ways; `ultrafeedback`, the two studies.
+        quick: use a tiny model, few pairs and two trials, to check that the benchmark runs.
+        only: `hh_rlhf` for all three variants, or `ultrafeedback` for the two studies.
 
     Returns:
-        `{"machine", "trials", "lengths", "pairs", "held_out", "epochs", "eval_every", "parameters", "ways":
-        {way: rows}, "by_hand": {"time", "cpu_time": {ratio, low, high} of the runs by hand over the study},
-        "cached": the same of the study with cached scores over the one with a live reference}`; `by_hand` is
-        not there where that was not measured.
+        `{"machine", "trials", "lengths", "pairs", "held_out", "epochs", "eval_every", "parameters",
+        "variants": {variant: rows}, "separate": {"time", "cpu_time": {ratio, low, high} of the separate runs
+        over the study}, "cached": the same of cached scores over a live reference}`; `separate` is absent
+        if it was not measured.
 
     Raises:
         InputError: for an unknown case.
     """
     if only not in CASES:
-        raise InputError(f"--only search:{only}: no such case; use {' or '.join(CASES)}")
+        raise InputError(f"--only search:{only}: unknown case; use {' or '.join(CASES)}")
     about = machine()
     trials = QUICK if quick else CASES[only]
     space = QUICK_SPACE if quick else SPACE
-    points = list(Space.parse(space).points())
+    points = list(Space.parse(space).grid_points())
     with tempfile.TemporaryDirectory(prefix="tbpo-search-") as name:
         folder = Path(name)
         case = build_case(
@@ -125,31 +117,31 @@ def run(config: Config, *, quick: bool = False, only: str = "hh_rlhf") -> dict[s
             },
         )
         live = stage_config(settled, {"training.reference_scores": "live"})
-        ways: dict[str, Callable[[], Measured]] = {
+        variants: dict[str, Callable[[], Measured]] = {
             STUDY: partial(measure_study, settled, space, folder / "study"),
             LIVE: partial(measure_study, live, space, folder / "live"),
         }
         if only == "hh_rlhf":
-            ways[BY_HAND] = partial(measure_by_hand, settled, points, folder / "by-hand")
-        found = take_turns(ways, 1)  # each is eight runs
+            variants[SEPARATE] = partial(measure_separate_runs, settled, points, folder / "separate")
+        found = run_in_rounds(variants, 1)  # each is eight runs
     return {
         "machine": about,
         "trials": len(points),
         **asdict(trials),
         "parameters": case.parameters,
-        "ways": found,
+        "variants": found,
         **ratios(found),
     }
 
 
 def measure_study(config: Config, space: Mapping[str, Any], folder: Path) -> Measured:
-    """The study from nothing: pairs are prepared and, where they are cached, scores computed in its time."""
+    """Run the study from scratch: its time includes preparing the pairs and computing cached scores."""
     shutil.rmtree(folder, ignore_errors=True)
     return run_study(_placed(config, folder, "study"), space)
 
 
-def measure_by_hand(config: Config, points: Sequence[Mapping[str, Any]], folder: Path) -> Measured:
-    """The runs as someone would launch them, AT_ONCE at a time, each with a folder of its own."""
+def measure_separate_runs(config: Config, points: Sequence[Mapping[str, Any]], folder: Path) -> Measured:
+    """Run each point as its own process, AT_ONCE at a time, with separate folders and caches."""
     shutil.rmtree(folder, ignore_errors=True)
     runs = [stage_config(_placed(config, folder / f"r{i}", f"r{i}"), point) for i, point in enumerate(points)]
     began = perf_counter()
@@ -164,9 +156,9 @@ def measure_by_hand(config: Config, points: Sequence[Mapping[str, Any]], folder:
 
 
 def ratios(found: Mapping[str, list[Measured]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The runs by hand over the study, where they were measured, and cached scores over a live reference."""
+    """The separate runs over the study, if they were measured, and cached scores over a live reference."""
     keys = {"time": "seconds", "cpu_time": "cpu_seconds"}
-    compared = {"by_hand": (BY_HAND, STUDY), "cached": (STUDY, LIVE)}
+    compared = {"separate": (SEPARATE, STUDY), "cached": (STUDY, LIVE)}
     return {
         what: {name: ratio(found[over], found[under], key) for name, key in keys.items()}
         for what, (over, under) in compared.items()
@@ -176,44 +168,44 @@ def ratios(found: Mapping[str, list[Measured]]) -> dict[str, dict[str, dict[str,
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A table."""
-    ways, cached = result["ways"], result["cached"]
+    variants, cached = result["variants"], result["cached"]
     compared = {
         STUDY: ["-", "-", "-"],
         LIVE: [
-            f"cached over live {spread(cached['time'])}",
-            against(cached["time"]["ratio"], GOAL_LIVE, at_most=True),
-            spread(cached["cpu_time"]),
+            f"cached over live {ratio_cell(cached['time'])}",
+            goal_cell(cached["time"]["ratio"], GOAL_LIVE, at_most=True),
+            ratio_cell(cached["cpu_time"]),
         ],
     }
-    by_hand = result.get("by_hand")
-    if by_hand:
-        compared[BY_HAND] = [
-            f"{spread(by_hand['time'])} of the study",
-            against(by_hand["time"]["ratio"], GOAL_BY_HAND),
-            spread(by_hand["cpu_time"]),
+    separate = result.get("separate")
+    if separate:
+        compared[SEPARATE] = [
+            f"{ratio_cell(separate['time'])} of the study",
+            goal_cell(separate["time"]["ratio"], GOAL_SEPARATE),
+            ratio_cell(separate["cpu_time"]),
         ]
     rows = [
         [
-            way,
+            variant,
             f"{median(measured, 'seconds'):.0f}",
             f"{median(measured, 'cpu_seconds'):.0f}",
             f"{median(measured, 'scorings'):.0f}",
-            *compared[way],
+            *compared[variant],
         ]
-        for way, measured in ways.items()
+        for variant, measured in variants.items()
     ]
-    head = ["way", "seconds", "CPU s", "reference scorings", "ratio", "goal", "the same in CPU time"]
+    head = ["variant", "seconds", "CPU s", "reference scorings", "ratio", "goal", "the same in CPU time"]
     steps = result["eval_every"]
     intro = (
-        f"{result['trials']} trials, {AT_ONCE} at a time, a thread each: {result['pairs']} pairs with "
+        f"{result['trials']} trials, {AT_ONCE} at a time, one thread each: {result['pairs']} pairs with "
         f"{NAMES[result['lengths']]} lengths, {result['epochs']} epochs in steps of 8, evaluated "
         f"{f'every {steps} steps' if steps else 'at the end'} on {result['held_out']} held-out pairs; "
-        f"{result['parameters'] / 1e6:.1f} M parameters, TBPO-A with the k3 baseline. One turn of each: the "
-        "brackets hold that one."
+        f"{result['parameters'] / 1e6:.1f} M parameters, TBPO-A with the k3 baseline. One round: the "
+        "brackets contain its single value."
     )
-    if by_hand:
+    if separate:
         intro += (
-            f" The runs by hand are processes of their own, also {AT_ONCE} at a time, each with its own "
+            f" The separate runs are processes of their own, also {AT_ONCE} at a time, each with its own "
             "folder and cache."
         )
     return section(intro, head, rows, result["machine"])

@@ -1,6 +1,6 @@
-"""A child of the benchmark: TRL's DPOTrainer over given token ids, timed step by step.
+"""Child process of the benchmark: TRL's DPOTrainer over given token ids, timed step by step.
 
-Runs in an environment of its own, where trl is installed and tbpo_ray is not: `python trl_loop.py JSON` with
+Runs in a separate environment, where trl is installed and tbpo_ray is not: `python trl_loop.py JSON`, with
 `model` (folder), `pairs` (JSON file: prompt_ids, chosen_ids, rejected_ids, in the order of training),
 `pairs_per_step`, `learning_rate`, `precompute`, `folder` (scratch).
 """
@@ -35,7 +35,7 @@ def main() -> None:
 
     rows: list[dict[str, list[int]]] = json.loads(Path(job["pairs"]).read_text())
     shortest = min(rows, key=lambda row: sum(map(len, row.values())))
-    # The first step is a warm-up on copies of the shortest pair; it makes the optimizer state.
+    # The first step is a warm-up on copies of the shortest pair; it creates the optimizer state.
     data = Dataset.from_list([shortest] * job["pairs_per_step"] + rows)
     marks: list[tuple[float, float]] = []
     found: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def main() -> None:
 
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # token ids already
+            return dataset  # it already has token ids
 
         def _precompute_ref_logps(self, *args: Any) -> Any:
             dataset, first = args[0], job["pairs_per_step"]

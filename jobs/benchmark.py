@@ -10,7 +10,7 @@ from pathlib import Path
 # The benchmarks are not part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.page import check_places, put
+from benchmarks.page import check_markers, replace_table
 from tbpo_ray.cli import run_job
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
@@ -48,7 +48,7 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
         raise InputError(f"--only {arguments.only}: {unknown[0]} is no part; use {' '.join(PARTS)}")
     page = Path(arguments.into) if arguments.into else None
     if page is not None:
-        check_places(page, parts)
+        check_markers(page, parts)
     if arguments.trl_python:
         os.environ["TBPO_TRL_PYTHON"] = arguments.trl_python
     results = {}
@@ -60,7 +60,7 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
         text = module.markdown(result)
         print(text, flush=True)
         if page is not None:
-            put(page, part, text)
+            replace_table(page, part, text)
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
 

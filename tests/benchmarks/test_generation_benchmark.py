@@ -16,14 +16,14 @@ from tbpo_ray.config.schema import Config
 MACHINE = {"processor": "p", "cores": 2, "load": 0.0, "versions": {}}
 
 
-def test_batches_hold_prompts_of_like_length() -> None:
+def test_batches_hold_prompts_of_similar_length() -> None:
     lengths = [5, 1, 4, 2, 3, 6]
     assert batches(lengths, 2, None) == [[1, 3], [4, 2], [0, 5]]
     assert batches(lengths, 4, 2) == [[1, 3, 4, 2], [0, 5]]
     assert batches(lengths, 1, 3) == [[3], [2], [5]]
 
 
-def test_padding_is_in_front() -> None:
+def test_padding_is_on_the_left() -> None:
     ids, mask = pad_left([[7, 8, 9], [5]], 2)
     assert torch.equal(ids, torch.tensor([[7, 8, 9], [2, 2, 5]]))
     assert torch.equal(mask, torch.tensor([[1, 1, 1], [0, 0, 1]]))
@@ -48,12 +48,12 @@ def test_ratios_count_sampling_and_the_whole_process() -> None:
             **more,
         }
 
-    ways = {
+    variants = {
         POOL: [row(10, 1000, process_seconds=30, start_seconds=15, manifest_tokens_per_second=40)],
         ONE: [row(10, 50, process_seconds=15, prompts=5)],
         BEST: [row(25, 1000, process_seconds=30, prompts=100)],
     }
-    ratios = generation.ratios(ways, 100)
+    ratios = generation.ratios(variants, 100)
     assert ratios[ONE]["speed"]["ratio"] == 20 and ratios[BEST]["speed"]["ratio"] == 2.5
     assert ratios[ONE]["whole"]["ratio"] == (5 + 200) / 30 and ratios[BEST]["whole"]["ratio"] == 1
     text = generation.markdown(
@@ -65,7 +65,7 @@ def test_ratios_count_sampling_and_the_whole_process() -> None:
             "parameters": 26_000_000,
             "batches": {8: 30.0, 32: 40.0},
             "best": 32,
-            "ways": ways,
+            "variants": variants,
             "ratios": ratios,
         }
     )
@@ -78,7 +78,7 @@ def test_ratios_count_sampling_and_the_whole_process() -> None:
 @pytest.mark.slow
 def test_quick_generation_run() -> None:
     result = json.loads(json.dumps(generation.run(Config(), quick=True)))
-    (ours,), (one,) = result["ways"][POOL], result["ways"][ONE]
+    (ours,), (one,) = result["variants"][POOL], result["variants"][ONE]
     # The tiny model ends an answer early once in two thousand tokens.
     assert 0.8 < ours["tokens"] / (result["prompts"] * result["answer"]) <= 1
     assert one["tokens"] == one["prompts"] * result["answer"]

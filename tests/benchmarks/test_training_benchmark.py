@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import growth, overhead, reference, scaling, training
 from benchmarks.bare_loop import FullLogitsScorer
+from benchmarks.measure import ratio, run_in_rounds
 from benchmarks.pairs import TINY, Size, build_case, build_model, sample_lengths
 from benchmarks.platform_loop import WorkerClock
-from benchmarks.turns import against, ratio, take_turns
+from benchmarks.tables import goal_cell
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.errors import InputError
@@ -26,12 +27,12 @@ def test_quick_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv(training.TRL_PYTHON, raising=False)
     result = training.run(Config(), quick=True)
     case = json.loads(json.dumps(result))["cases"]["hh_rlhf"]
-    for way in ("TBPO-A", "all off"):
-        (row,) = case["ways"][way]
+    for variant in ("TBPO-A", "all off"):
+        (row,) = case["variants"][variant]
         assert row["pairs_per_second"] == pytest.approx(case["pairs"] / row["seconds"])
         assert len(row["step_seconds"]) == 2 and 0 < row["cpu_seconds"] < 2 * row["seconds"] + 1
         assert row["peak_bytes"] > 0
-    both = case["ways"]
+    both = case["variants"]
     off = case["ratios"]["all off"]
     assert off["speed"]["ratio"] == both["all off"][0]["seconds"] / both["TBPO-A"][0]["seconds"]
     text = training.markdown(result)
@@ -44,9 +45,9 @@ def test_quick_growth_run() -> None:
     result = json.loads(json.dumps(growth.run(Config(), quick=True)))
     assert [row["size"] for row in result["length"]] == list(growth.QUICK_ANSWERS)
     for row in (*result["length"], *result["vocabulary"]):
-        for way in (growth.OURS, growth.PLAIN):
-            assert row["ways"][way][0]["seconds"] > 0
-    small, large = (row["ways"][growth.PLAIN][0]["peak_bytes"] for row in result["vocabulary"])
+        for variant in (growth.OURS, growth.PLAIN):
+            assert row["variants"][variant][0]["seconds"] > 0
+    small, large = (row["variants"][growth.PLAIN][0]["peak_bytes"] for row in result["vocabulary"])
     assert large > small
     text = growth.markdown(result)
     assert "| tokens of each answer |" in text and "| 4,096 |" in text
@@ -101,21 +102,23 @@ def test_full_logits_give_the_same_scores(tmp_path: Path, size: Size, shared: bo
     rng = np.random.default_rng(0)
     prompts = [rng.integers(9, 1000, n) for n in (5, 11)]
     answers = [[rng.integers(9, 1000, n) for n in sizes] for sizes in ((4, 9), (7, 3))]
-    batch = collate(prompts, answers, pad_id=0, shared=shared, cut=False)
+    batch = collate(prompts, answers, pad_id=0, shared=shared, truncate_to_shorter=False)
     ours, plain = PairScorer(model)(batch)[0], FullLogitsScorer(model)(batch)[0]
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_turns_and_ratios() -> None:
+def test_rounds_and_ratios() -> None:
     order: list[str] = []
 
-    def way(name: str, seconds: float):
+    def variant(name: str, seconds: float):
         return lambda: order.append(name) or {"seconds": seconds}
 
-    found = take_turns({"a": way("a", 2.0), "b": way("b", 1.0)}, 2)
+    found = run_in_rounds({"a": variant("a", 2.0), "b": variant("b", 1.0)}, 2)
     assert order == ["a", "b", "a", "b"]
     assert ratio(found["a"], found["b"], "seconds") == {"ratio": 2.0, "low": 2.0, "high": 2.0}
-    assert against(2.0, 1.5) == "at least 1.5: reached" and against(2.0, 1.5, at_most=True).endswith("missed")
+    assert goal_cell(2.0, 1.5) == "at least 1.5: reached" and goal_cell(2.0, 1.5, at_most=True).endswith(
+        "missed"
+    )
 
 
 def test_cached_scores_count_their_cost() -> None:
@@ -124,14 +127,14 @@ def test_cached_scores_count_their_cost() -> None:
         "parameters": 1,
         "machine": {"processor": "p", "cores": 2, "load": 0.0, "versions": {}},
     }
-    ways = {
+    variants = {
         "scoring": [{"seconds": 1.0, "cpu_seconds": 1.0}],
         "cached": [{"seconds": 3.0, "cpu_seconds": 3.0}],
         "live": [{"seconds": 4.0, "cpu_seconds": 4.0}],
     }
-    ratios = reference.epoch_ratios(ways)
+    ratios = reference.epoch_ratios(variants)
     assert ratios[1]["time"]["ratio"] == 1.0 and ratios[3]["time"]["ratio"] == 1.2
-    assert "at least 1.1: missed" in reference.markdown({**row, "ways": ways, "ratios": ratios})
+    assert "at least 1.1: missed" in reference.markdown({**row, "variants": variants, "ratios": ratios})
 
 
 def test_the_second_epoch_is_what_counts() -> None:
@@ -154,8 +157,8 @@ def test_quick_overhead_run() -> None:
     assert result["steps"] == 4 and len(result["threads"]) == min(2, result["machine"]["cores"])
     for found in result["threads"].values():
         assert found["ratio"]["ratio"] > 0 and found["cpu_ratio"]["ratio"] > 0
-        for way in (overhead.PLATFORM, overhead.BARE):
-            assert len(found["ways"][way][0]["step_seconds"]) >= result["steps"]
+        for variant in (overhead.PLATFORM, overhead.BARE):
+            assert len(found["variants"][variant][0]["step_seconds"]) >= result["steps"]
     assert "| worker loop, s/step |" in overhead.markdown(result)
 
 
@@ -171,12 +174,18 @@ def test_the_overhead_compares_the_same_steps() -> None:
 def test_quick_scaling_run() -> None:
     result = scaling.run(Config(), quick=True)
     assert result["steps"] == 4 and result["ratio"]["ratio"] > 0 and result["cpu_share"]["ratio"] > 0
-    assert result["machine_allows"]["low"] > 0 and set(result["ways"]) == {"1 worker", "2 workers"}
+    assert result["machine_allows"]["low"] > 0 and set(result["variants"]) == {"1 worker", "2 workers"}
     assert "2 workers, tokens/s" in scaling.markdown(result)
 
 
-def test_what_dealing_out_allows() -> None:
+def test_the_bound_of_distributing_pairs_across_ranks() -> None:
     lengths = np.array([[10, 5, 5]] * 3 + [[100, 50, 50]])
-    settings = {"seed": 0, "pairs_per_step": 4, "micro_batch_pairs": 1, "max_steps": 3, "cut_tail": True}
+    settings = {
+        "seed": 0,
+        "pairs_per_step": 4,
+        "micro_batch_pairs": 1,
+        "max_steps": 3,
+        "truncate_to_shorter": True,
+    }
     # 200 + 20 to one, 20 + 20 to the other, by equal numbers of pairs.
-    assert scaling.most(Schedule(lengths, **settings)) == pytest.approx(260 / 220)
+    assert scaling.distribution_bound(Schedule(lengths, **settings)) == pytest.approx(260 / 220)
