@@ -1,8 +1,8 @@
-"""Metrics of an objective: scalar tensors, detached, computed without waiting for the device.
+"""Metrics of an objective: detached scalar tensors, computed without waiting for the device.
 
-Every metric is a mean over pairs (P) or over answer tokens (A: of both answers; C: compared tokens, those
-both answers have), except the quantiles. To average over ranks or micro-batches weight a value by its
-number of pairs or tokens: exact for the means, an approximation for the quantiles and `baseline/std`.
+Every metric except the quantiles is a mean over pairs (P) or over answer tokens (A: of both answers; C:
+compared tokens, which both answers have). To average over ranks or micro-batches, weight a value by its
+number of pairs or tokens; this is exact for the means and approximate for the quantiles and `baseline/std`.
 
 | name                                    | mean of | over |
 |-----------------------------------------|------------------------------|------|
@@ -15,18 +15,18 @@ number of pairs or tokens: exact for the means, an approximation for the quantil
 | `logratio/q05`, `/q50`, `/q95`          | quantiles of r_t | A |
 | `u/mean`                                | log model ratio, rejected over chosen, before clamping | C or P |
 | `u/clamped_share`                       | 1 where the generator clamped u | C or P |
-| `baseline/mean`                         | c_t before centring (tdpo: the KL) | A |
+| `baseline/mean`                         | c_t before centering (tdpo: the KL) | A |
 | `baseline/std`                          | standard deviation of the same | A |
 | `kl/k3`                                 | K3 with rho = pi_ref/pi, an estimate of KL(pi || pi_ref) | A |
-| `loss/t_reg`                            | the regulariser's part of the loss (t_reg) | P |
+| `loss/t_reg`                            | the regularizer's part of the loss (t_reg) | P |
 | `token_nll`                             | -log pi (sft) | A |
 | `entropy`, `kl/exact` [2]               | of the policy; KL(pi_ref || pi) | A |
 | `baseline/gate`, `baseline/gate_std` [3] | the mixed baseline's gate; its standard deviation | A |
 
-[1] `simpo` and `sepo`, which have no reference, read log pi for r_t and length-normalise.
-[2] From `distribution_metrics`, given what `token_log_probs` returned. [3] From `MixedBaseline.metrics`.
+[1] `simpo` and `sepo`, which have no reference, use log pi in place of r_t and normalize by length.
+[2] From `distribution_metrics`, from the outputs of `token_log_probs`. [3] From `MixedBaseline.metrics`.
 
-`sft` has `logps/chosen`, `token_nll` and, given a reference, `logps/chosen_drift`.
+`sft` has `logps/chosen`, `token_nll` and, with a reference, `logps/chosen_drift`.
 Pairs without tokens count as zeros.
 """
 
@@ -41,17 +41,17 @@ from tbpo_ray.objectives.baseline import k3
 from tbpo_ray.objectives.types import Side
 
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
-MAX_QUANTILE_TOKENS = 1 << 16  # quantiles of a longer batch come from an even stride through it
+MAX_QUANTILE_TOKENS = 1 << 16  # a longer batch is subsampled with an even stride
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the selected entries of the whole tensor, 0 if none. Scalar."""
+    """Mean of the entries of the whole tensor that the mask selects; 0 if it selects none. Scalar."""
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
 @torch.no_grad()
 def pair_metrics(chosen: Side, rejected: Side, beta: float, reference: bool) -> dict[str, Tensor]:
-    """Rewards, accuracies and log-probs of the answers; reference=False normalises by length instead."""
+    """Rewards, accuracies and log-probs of the answers; without a reference, rewards use log pi per token."""
     m: dict[str, Tensor] = {}
     rewards = []
     for name, side in (("chosen", chosen), ("rejected", rejected)):
@@ -82,13 +82,17 @@ def log_ratio_metrics(chosen: Side, rejected: Side) -> dict[str, Tensor]:
 
 
 def quantiles(values: Tensor, mask: Tensor, q: list[float]) -> list[Tensor]:
-    """Quantiles of the selected entries (linear interpolation), 0 if none. Flat tensors in, scalars out."""
+    """Quantiles of the entries that the mask selects, with linear interpolation; 0 if it selects none.
+
+    Takes flat tensors and returns scalars.
+    """
     stride = -(-values.numel() // MAX_QUANTILE_TOKENS) or 1
     values, mask = values[::stride], mask[::stride]
     if not values.numel():
         return [values.sum()] * len(q)
     ordered = torch.where(mask, values, torch.inf).sort().values
     count = mask.sum()
+    # The positions depend on the count, which stays on the device; non_blocking avoids a synchronization.
     at = torch.tensor(q, dtype=values.dtype).to(values.device, non_blocking=True) * (count - 1).clamp(min=0)
     low = ordered[at.floor().long()]
     high = ordered[at.ceil().long()]
@@ -109,10 +113,10 @@ def baseline_metrics(c_chosen: Tensor, c_rejected: Tensor, chosen: Side, rejecte
 def distribution_metrics(
     entropies: Mapping[str, Tensor | None], kls: Mapping[str, Tensor | None], masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """`entropy` and `kl/exact` from `token_log_probs`, by side.
+    """Compute `entropy` and `kl/exact` from the outputs of `token_log_probs`.
 
     Args:
-        entropies, kls: {"chosen": [B, T], "rejected": [B, T]}; a None or absent side is left out.
+        entropies, kls: {"chosen": [B, T], "rejected": [B, T]}; a side that is None or absent is skipped.
         masks: the same keys, [B, T] bool.
     """
     m = {}

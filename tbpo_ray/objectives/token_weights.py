@@ -1,7 +1,7 @@
-"""Per-token weights, scores and rewards that some objectives read, from the models their papers use.
+"""The per-token weights, scores and rewards that some objectives read, computed from two models.
 
-All take per-token log-probs of the same label tokens under two models (or two prompts) and return what
-goes into `TokenScores.*_weights`. Shapes: B pairs, T answer tokens; every argument and result is [B, T].
+Every function takes log-probs of the same label tokens under two models (or two prompts) and returns a value
+for `TokenScores.*_weights`. Shapes: B pairs, T answer tokens; every argument and result is [B, T].
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def contrastive_weights(
     """TIS-DPO importance weights w_t = k exp(mu clamp(log pi+ - log pi-, low, high)).
 
     mu is 1 on the chosen side and -1 on the rejected side. pi+ and pi- are two contrastive models: one
-    trained (or prompted) towards chosen answers, one towards rejected ones.
+    trained (or prompted) toward chosen answers, one toward rejected ones.
 
     Source: TIS-DPO, arXiv 2410.04350, with its k = 1, low = -0.5, high = 1.5.
 
     Raises:
         InputError: shapes disagree, or low is not below high.
     """
-    same_shape(positive_logps, negative_logps)
+    check_same_shape(positive_logps, negative_logps)
     if not low < high:
-        raise InputError(f"low, high: {low}, {high} will not do; low below high")
+        raise InputError(f"low, high: {low}, {high}; low must be below high")
     reward = (positive_logps - negative_logps).detach().clamp(low, high)
     return k * torch.exp(reward if chosen else -reward)
 
@@ -41,28 +41,35 @@ def contrastive_weights(
 def oracle_scores(oracle_logps: Tensor, oracle_ref_logps: Tensor) -> Tensor:
     """SePO's token scores: log pi_oracle - log pi_ref of a DPO-trained oracle and its own reference.
 
-    Source: SePO, arXiv 2408.13518 (the implicit token reward of DPO, its factor beta left out: only ranks
-    within an answer are read). Raises InputError where shapes disagree.
+    These are DPO's implicit token rewards without the factor beta, as only ranks within an answer matter.
+
+    Source: SePO, arXiv 2408.13518.
+
+    Raises:
+        InputError: shapes disagree.
     """
-    same_shape(oracle_logps, oracle_ref_logps)
+    check_same_shape(oracle_logps, oracle_ref_logps)
     return (oracle_logps - oracle_ref_logps).detach()
 
 
 def self_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
-    """T-REG's self-given token rewards in (-1/2, 1/2): sigmoid(log pi(.|better) - log pi(.|worse)) - 1/2.
+    """T-REG's self-assigned token rewards, sigmoid(log pi(.|better) - log pi(.|worse)) - 1/2.
 
     The same model scores the same answer under two revised prompts, one that asks for a better answer and
     one that asks for a worse one.
 
-    Source: T-REG, arXiv 2412.02685. Raises InputError where shapes disagree.
+    Source: T-REG, arXiv 2412.02685.
+
+    Raises:
+        InputError: shapes disagree.
     """
-    same_shape(better_logps, worse_logps)
+    check_same_shape(better_logps, worse_logps)
     return torch.sigmoid(better_logps - worse_logps).detach() - 0.5
 
 
-def same_shape(a: Tensor, b: Tensor) -> None:
-    """Raises InputError unless both tensors have one shape."""
+def check_same_shape(a: Tensor, b: Tensor) -> None:
+    """Raise InputError unless both tensors have the same shape."""
     if a.shape != b.shape:
         raise InputError(
-            f"log-probs: shapes {tuple(a.shape)} and {tuple(b.shape)} disagree; one shape [B, T]"
+            f"log-probs: shapes {tuple(a.shape)} and {tuple(b.shape)} disagree; must be the same [B, T]"
         )

@@ -1,4 +1,4 @@
-"""What goes into an objective and what comes out of it.
+"""The input and the output of an objective.
 
 Shapes: B pairs, T answer tokens. Tokens are counted from the first token of the answer, so index t of
 the chosen row and index t of the rejected row are the t-th tokens of the two answers.
@@ -18,18 +18,19 @@ from tbpo_ray.errors import InputError
 class TokenScores:
     """Per-token scores of a batch of preference pairs.
 
-    Whatever stands at positions outside the masks is never read: it may be NaN.
+    Values at positions outside the masks are never read and may be NaN.
 
     Args:
         chosen_logps: log pi of each token of the chosen answer, in nats. [B, T] float
-        rejected_logps: the same for the rejected answer (None for `sft`). [B, T] float
+        rejected_logps: the same for the rejected answer. [B, T] float. Every `rejected_*` may be None for
+            an objective that does not read the rejected answer (`sft`).
         chosen_ref_logps: log pi_ref of the same tokens (None for objectives without a reference). [B, T]
         rejected_ref_logps: [B, T] float
         chosen_mask: True where the answer has a token; tokens start at index 0. [B, T] bool
         rejected_mask: [B, T] bool
         chosen_baseline: c_t, the state baseline (learned b, or a KL): depends on the prefix only. [B, T]
         rejected_baseline: [B, T] float
-        chosen_weights: token weights (`tis_dpo`), oracle token scores (`sepo`) or self-given token
+        chosen_weights: token weights (`tis_dpo`), oracle token scores (`sepo`) or self-assigned token
             rewards (`t_reg`). [B, T] float
         rejected_weights: [B, T] float
     """
@@ -63,7 +64,7 @@ class ObjectiveOutput:
 
 @dataclass
 class Side:
-    """One answer of each pair, cleaned: zero outside the mask, at least float32. All [B, T] or None."""
+    """One answer of each pair: zero outside the mask, in at least float32. All [B, T] or None."""
 
     logps: Tensor
     mask: Tensor
@@ -82,12 +83,10 @@ FIELDS = ("logps", "ref_logps", "mask", "baseline", "weights")
 
 
 def clean_side(scores: TokenScores, side: str, needed: tuple[str, ...]) -> Side:
-    """The `chosen` or `rejected` half of the scores, masked and in at least float32.
-
-    Masking is a selection (`torch.where`), so a NaN outside the mask reaches neither loss nor gradient.
+    """Return the `chosen` or `rejected` half of the scores, masked and in at least float32.
 
     Raises:
-        InputError: a needed field is missing, or shapes disagree.
+        InputError: a needed field is None, or shapes disagree.
     """
     fields = {name: getattr(scores, f"{side}_{name}") for name in FIELDS}
     check_shapes(fields, scores.chosen_logps.shape, side)
@@ -103,7 +102,7 @@ def clean_side(scores: TokenScores, side: str, needed: tuple[str, ...]) -> Side:
 
 
 def check_shapes(fields: dict[str, Tensor | None], shape: torch.Size, side: str) -> None:
-    """Every tensor of a side must be [B, T] like `chosen_logps`. Raises InputError naming those not."""
+    """Raise InputError for tensors of a side that do not have the shape [B, T] of `chosen_logps`."""
     wrong = [
         f"{side}_{name}: shape {tuple(value.shape)}, expected {tuple(shape)} ([B, T], as chosen_logps)"
         for name, value in fields.items()
@@ -120,10 +119,11 @@ def masked(values: Tensor | None, mask: Tensor) -> Tensor | None:
     if values is None:
         return None
     dtype = torch.promote_types(values.dtype, torch.float32)
+    # A selection, not a product: a NaN outside the mask reaches neither the loss nor its gradient.
     return torch.where(mask, values.to(dtype), torch.zeros((), dtype=dtype, device=values.device))
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the last dimension of the entries the mask selects; 0 where it selects none. [B]"""
+    """Mean over the last dimension of the entries that the mask selects; 0 if it selects none. [B]"""
     zero = torch.zeros((), dtype=values.dtype, device=values.device)
     return torch.where(mask, values, zero).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""The typed tree: faults name key, value and what would do; every YAML in the repository parses."""
+"""The typed tree: faults name the key, the value and what is accepted; every shipped YAML file parses."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ),
         ("generation.engine={trust_remote_code: true}", ["trust_remote_code"]),
         ("model=3", ["model=3"]),
+        ("training.max_steps=true", ["training.max_steps=True", "number"]),
+        ("objective={name: sft, label_smoothing: 0.1}", ["objective.label_smoothing=0.1", "sft"]),
     ],
 )
 def test_a_fault_names_key_and_value(override, words):
@@ -60,7 +62,7 @@ def test_names_that_would_leave_the_folder_are_refused(name):
         validate({"run": {"name": name}})
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_reported_at_once():
     with pytest.raises(InputError) as caught:
         load_config(None, ["training.optimizer=sgd", "foo=1", "run.seed=-1"])
     assert len(caught.value.faults) == 3
@@ -79,7 +81,7 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "\t: x"])
-def test_a_file_that_is_no_configuration(tmp_path, text):
+def test_a_file_that_is_not_a_configuration(tmp_path, text):
     file = tmp_path / "c.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError):

@@ -1,4 +1,4 @@
-"""Bad configuration and bad input are named, never a silent number."""
+"""Invalid configuration and input raise an error that names them, and never give a silent number."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ from tbpo_ray.objectives.objective import FAMILIES
         ({"name": "tbpo_q", "state_baseline": {"kind": "kl"}}, ["state_baseline.kind", "'kl'", "exact_kl"]),
         (
             {"name": "tbpo_q", "state_baseline": {"center": 1}},
-            ["objective.state_baseline.center=1", "boolean"],
+            ["state_baseline.center=1", "boolean"],
         ),
         (
             {"name": "tbpo_q", "state_baseline": {"clip": 0}},
-            ["objective.state_baseline.clip=0", "greater than 0"],
+            ["state_baseline.clip=0", "greater than 0"],
         ),
-        ({"name": "tbpo_q", "state_baseline": {"samples": 0}}, ["objective.state_baseline.samples=0", "1"]),
-        ({"name": "tbpo_q", "state_baseline": {"hidden": -1}}, ["objective.state_baseline.hidden=-1", "0"]),
+        ({"name": "tbpo_q", "state_baseline": {"samples": 0}}, ["state_baseline.samples=0", "1"]),
+        ({"name": "tbpo_q", "state_baseline": {"hidden": -1}}, ["state_baseline.hidden=-1", "0"]),
         (
             {"name": "tbpo_q", "state_baseline": {"lr": 0}},
-            ["objective.state_baseline.lr=0", "greater than 0"],
+            ["state_baseline.lr=0", "greater than 0"],
         ),
         ({"name": "tbpo_q", "state_baseline": {"width": 9}}, ["state_baseline.width", "unknown key"]),
     ],
@@ -127,7 +127,7 @@ def test_one_configuration_serves_every_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_shapes_that_disagree_and_missing_fields(name: str) -> None:
+def test_mismatched_shapes_and_missing_fields(name: str) -> None:
     objective = build_objective({"name": name})
     scores = random_scores()
     scores.chosen_mask = scores.chosen_mask[:, :-1]

@@ -1,4 +1,4 @@
-"""What every loss must satisfy: golden numbers, hand-worked values, masks, gradients, NaN, padding."""
+"""Properties of every loss: golden numbers, hand-computed values, masks, gradients, NaN, padding."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ HAND = {
 
 
 @pytest.mark.parametrize("name", HAND)
-def test_value_worked_by_hand(name: str, hand_scores: TokenScores) -> None:
+def test_hand_computed_value(name: str, hand_scores: TokenScores) -> None:
     if name == "tbpo_a_k3":  # computed from the log-probs unless given
         hand_scores.chosen_baseline = hand_scores.rejected_baseline = None
     out = build_objective(CONFIGS[name])(hand_scores)
     assert out.loss.item() == pytest.approx(HAND[name], abs=1e-12)
 
 
-def test_every_objective_is_worked_by_hand() -> None:
+def test_every_objective_has_a_hand_computed_value() -> None:
     assert {CONFIGS[name]["name"] for name in HAND} == set(OBJECTIVES)
 
 
@@ -197,7 +197,7 @@ def test_nan_outside_the_mask_poisons_nothing(config: dict[str, Any]) -> None:
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_far_out_stays_finite(config: dict[str, Any], dtype: torch.dtype) -> None:
+def test_extreme_scores_stay_finite(config: dict[str, Any], dtype: torch.dtype) -> None:
     scores = random_scores(dtype=dtype)
     objective = build_objective(config)
     for scale in (1e2, 1e4, 1e6):
@@ -218,7 +218,7 @@ def test_metrics_are_scalars_without_gradient(config: dict[str, Any], scores: To
         assert value.dim() == 0 and not value.requires_grad and value.isfinite(), name
 
 
-def test_one_token_longer_than_the_other_answer_is_dead_in_tbpo(scores: TokenScores) -> None:
+def test_tokens_beyond_the_shorter_answer_have_no_effect_in_tbpo(scores: TokenScores) -> None:
     objective = build_objective(CONFIGS["tbpo_q"])
     objective(scores).loss.backward()
     both = scores.chosen_mask & scores.rejected_mask

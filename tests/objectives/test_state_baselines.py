@@ -1,4 +1,4 @@
-"""State baselines: the kinds, their options, the learned heads and who gets a gradient from them."""
+"""State baselines: the kinds, their options, the learned heads and the gradients through them."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ def test_detach_and_missing(kind: str) -> None:
         tbpo(kind=kind)(scores)
 
 
-def test_centring_makes_a_constant_irrelevant_and_clip_bounds_the_difference() -> None:
+def test_centering_makes_a_constant_irrelevant_and_clip_bounds_the_difference() -> None:
     scores = random_scores()
-    plain, centred = tbpo(center=True)(scores), tbpo(center=True)
+    plain, centered = tbpo(center=True)(scores), tbpo(center=True)
     scores.chosen_baseline = scores.chosen_baseline + 3
-    torch.testing.assert_close(centred(scores).per_pair_loss, plain.per_pair_loss)
+    torch.testing.assert_close(centered(scores).per_pair_loss, plain.per_pair_loss)
     tight = tbpo(clip=1e-12)(scores)
     torch.testing.assert_close(tight.per_pair_loss, tbpo(kind="none")(scores).per_pair_loss)
 
 
-def test_what_an_objective_asks_for() -> None:
+def test_requirements_of_an_objective() -> None:
     def flags(config: dict) -> tuple:
         o = build_objective(config)
         return (o.needs_reference, o.needs_kl, o.needs_samples, o.needs_weights, o.needs_rejected)
@@ -195,7 +195,7 @@ def test_gate_is_a_metric_and_needs_the_kl() -> None:
         head(hidden)
 
 
-def test_nothing_to_learn_is_no_head() -> None:
+def test_kinds_without_parameters_have_no_head() -> None:
     for kind in ("none", "exact_kl", "k3", "k3_sampled"):
         assert build_state_baseline({"kind": kind}, H) is None
     assert build_state_baseline(build_objective({"name": "tbpo_a"}).state_baseline, H) is None

@@ -1,4 +1,4 @@
-"""The optimum, in a world small enough to know it: section 5 of the method, through the public interface.
+"""The population optimum in a small tabular world, through the public interface.
 
 5 states, 6 actions, a random Q; every ordered pair of (state, action) is a preference pair, weighted by its
 Bradley-Terry probability, so there is no sampling noise. Under the token-level model the minimiser must be
