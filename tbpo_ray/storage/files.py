@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, on a file system that all nodes share."""
+"""Files and folders that are either complete or absent, on a file system that all nodes share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target` to write to; it replaces `target` when the block ends without an error.
+    """Yield a path next to `target` to write to, which replaces `target` if the block ends without an error.
 
-    The content is on disk before the name is: a reader sees the old file or the new one, never a part.
+    The content reaches the disk before the name does: a reader sees the old file or the new one, never a
+    partial one.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -35,7 +36,7 @@ def write_atomic(target: Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target` to fill; it becomes `target` when the block ends without an error.
+    """Yield an empty folder next to `target`, which becomes `target` if the block ends without an error.
 
     Args:
         replace: remove an existing `target` first. Otherwise a `target` that another process completed in the
@@ -45,7 +46,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp gives it to its owner alone
+        partial.chmod(0o755)  # mkdtemp makes it accessible to its owner only
         if replace:
             shutil.rmtree(target, ignore_errors=True)
         try:
@@ -59,7 +60,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def file_lock(file: Path) -> Iterator[None]:
-    """Hold an advisory lock on `file` (made if missing); others wait. Dies with the process."""
+    """Hold an advisory lock on `file` (created if missing); others wait. Released when the process dies."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

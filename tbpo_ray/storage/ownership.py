@@ -1,12 +1,12 @@
-"""Who may write into a run's folder: one driver at a time, and of its workers those it started last.
+"""Who may write into a run's folder: one driver at a time, and the workers that it started last.
 
-.owner.json   the attempt that holds the run: its token, its machine and process
-.owner.beat   a count that a driver which lives keeps moving
-.gang         the worker group that the attempt started last
+.owner.json   the driver that holds the run: its token, its machine and its process
+.owner.beat   the heartbeat, a counter that a live driver keeps incrementing
+.gang         the worker group that the driver started last
 
-A driver that was killed leaves workers behind which do not know of it yet, and a node that was cut off goes
-on. So every write asks first whether the run is still its writer's. Checkpoints are besides written aside and
-put in their place whole: a write that was under way when the run changed hands meets nobody else's.
+A driver that is killed leaves workers behind that do not know it yet, and a node that was cut off continues
+to work. So every write first checks that its writer still holds the run. Checkpoints are also written under a
+temporary name and renamed when complete, so that two writers of the same step never share a folder.
 """
 
 from __future__ import annotations
@@ -32,46 +32,47 @@ from tbpo_ray.storage.files import write_atomic
 OWNER, HEARTBEAT, WORKER_GROUP = ".owner.json", ".owner.beat", ".gang"
 HEARTBEAT_SECONDS = 2.0
 SILENCE_SECONDS = 15.0
-"""A driver on another machine that moves nothing for so long is dead."""
+"""A driver on another machine whose heartbeat stops for this long is considered dead."""
 PATIENCE_SECONDS = 10.0
-"""How long a driver that is just ending is waited for, before the run is refused."""
+"""How long to wait for a driver that may be about to end, before the run is refused."""
 LEASE_SECONDS = 150.0
-"""How long a file server may keep the lock of a machine that is gone."""
+"""How long a file server may keep the lock of a machine that has disappeared."""
 
 
-class NotOursError(RunFailedError):
-    """Raised by a write into a run that somebody else has taken over."""
+class LeaseLostError(RunFailedError):
+    """A write into a run that another driver or a later worker group has taken over."""
 
 
 @dataclass(frozen=True)
 class WriteLease:
-    """The right to write into a run's folder; travels to the workers."""
+    """The right to write into a run's folder. Picklable: the driver sends it to its workers."""
 
     run_dir: str
     token: str
     worker_group: str = ""
-    """Of one start of the worker group; empty outside it."""
+    """Identifies one start of the worker group; empty for the driver."""
 
     def check(self) -> None:
-        """Raises NotOursError where the run has passed to another driver, or to a later worker group."""
+        """Check that this lease still holds.
+
+        Raises:
+            LeaseLostError: another driver or a later worker group has taken over the run.
+        """
         folder = Path(self.run_dir)
-        owner = _owner(folder)
+        owner = _read_owner(folder)
         if owner.get("token") != self.token:
-            raise NotOursError(
-                f"{folder}: "
-                + (f"taken over by {_who(owner)}" if owner else "the driver that started this has ended")
-                + "; nothing more is written from here"
-            )
+            reason = f"taken over by {_describe(owner)}" if owner else "its driver has ended"
+            raise LeaseLostError(f"{folder}: {reason}; this process writes nothing more")
         if self.worker_group and (folder / WORKER_GROUP).read_text(encoding="utf-8") != self.worker_group:
-            raise NotOursError(
-                f"{folder}: workers that were started later go on with it; nothing more is written from here"
+            raise LeaseLostError(
+                f"{folder}: taken over by workers that were started later; this process writes nothing more"
             )
 
     def for_new_worker_group(self) -> WriteLease:
-        """The permit of a worker group that starts now; from here on earlier groups have none.
+        """The lease of a worker group that starts now; it invalidates those of earlier groups.
 
         Raises:
-            NotOursError: the driver has lost the run.
+            LeaseLostError: the driver has lost the run.
         """
         self.check()
         lease = replace(self, worker_group=uuid.uuid4().hex)
@@ -80,28 +81,28 @@ class WriteLease:
 
 
 class RunLock:
-    """Holds a run for one driver, as a context manager that gives the :class:`Permit`.
+    """Holds a run for one driver; a context manager that returns the driver's :class:`WriteLease`.
 
-    The lock of the file system decides between two drivers that start together. Where it does not reach
-    (other machines, on some mounts), the beat tells whether the driver before lives; and should two claim the
-    run in the same moment after all, the later one has it and the other one's writes are refused.
+    The file system's lock decides between two drivers that start at the same time. Where it has no effect
+    (other machines, on some mounts), the heartbeat shows whether the previous driver is alive. If two drivers
+    claim the run at the same moment nevertheless, the later one gets it and the other one's writes fail.
 
     Args:
-        folder: the run's; has to exist.
-        wait: for another driver of the same run to end, instead of refusing.
+        folder: the run's folder, which has to exist.
+        wait: wait until another driver of the same run ends, instead of refusing.
     """
 
     def __init__(self, folder: Path, *, wait: bool = False):
         self.folder, self.wait = folder, wait
         self.lease = WriteLease(str(folder), uuid.uuid4().hex)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._heartbeat, name="own-run", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="run-heartbeat", daemon=True)
 
     def __enter__(self) -> WriteLease:
         self._lock = (self.folder / ".lock").open("a")
         try:
             self._await_turn()
-            write_atomic(self.folder / OWNER, json.dumps({"token": self.lease.token, **_myself()}))
+            write_atomic(self.folder / OWNER, json.dumps({"token": self.lease.token, **_this_process()}))
         except BaseException:
             self._lock.close()
             raise
@@ -111,7 +112,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._is_ours():
+        if self._is_held():
             (self.folder / OWNER).unlink(missing_ok=True)
         self._lock.close()
 
@@ -119,33 +120,28 @@ class RunLock:
         """Return when the run is free.
 
         Raises:
-            InputError: its driver lives.
+            InputError: its driver is alive.
         """
-        began = moved = time.monotonic()
-        seen, beats = self._read_heartbeat(), 0
-        told = False
-        while True:
-            locked, owner = self._try_lock(), _owner(self.folder)
-            if locked and (not owner or _has_ended(owner)):
-                return
-            now = time.monotonic()
-            beat = self._read_heartbeat()
-            if beat and beat != seen:  # empty: read in the middle of a write
-                seen, moved, beats = beat, now, beats + 1
-            silent = now - moved >= SILENCE_SECONDS
-            if locked and silent:
-                return
-            waited = now - began
-            lives = beats >= 2 and not silent  # the last one of a driver that died may show late
-            if not self.wait and ((lives and waited >= PATIENCE_SECONDS) or waited >= LEASE_SECONDS):
+        watch = _HeartbeatWatch(self.folder)
+        while not self._try_acquire(watch):
+            if not self.wait and watch.should_refuse():
+                owner = _describe(_read_owner(self.folder))
                 raise InputError(
-                    f"run.name={self.folder.name}: {_who(owner)} is at work on this run; wait for it or end "
-                    "it, or use another run.name"
+                    f"run.name={self.folder.name}: {owner} is working on this run; wait for it or stop it, "
+                    "or use another run.name"
                 )
-            if not told:
-                log_progress(f"run {self.folder.name}: waiting to see whether {_who(owner)} still lives")
-                told = True
+            if not watch.is_announced:
+                owner = _describe(_read_owner(self.folder))
+                log_progress(f"run {self.folder.name}: waiting to see whether {owner} is alive")
+                watch.is_announced = True
             time.sleep(0.2)
+            watch.update()
+
+    def _try_acquire(self, watch: _HeartbeatWatch) -> bool:
+        if not self._try_lock():
+            return False
+        owner = _read_owner(self.folder)
+        return not owner or _has_ended(owner) or watch.is_silent()
 
     def _try_lock(self) -> bool:
         try:
@@ -154,41 +150,67 @@ class RunLock:
             return False
         return True
 
-    def _is_ours(self) -> bool:
-        return _owner(self.folder).get("token") == self.lease.token
+    def _is_held(self) -> bool:
+        return _read_owner(self.folder).get("token") == self.lease.token
 
-    def _read_heartbeat(self) -> str:
-        file = self.folder / HEARTBEAT
-        return file.read_text(encoding="utf-8") if file.exists() else ""
-
-    def _heartbeat(self) -> None:
+    def _send_heartbeats(self) -> None:
         count = 0
         while True:
-            with contextlib.suppress(OSError):  # storage that fails for a moment is no reason to end
-                if not self._is_ours():
+            with contextlib.suppress(OSError):  # a transient storage error must not end the heartbeat
+                if not self._is_held():
                     return
-                # In place: other machines see a file that stays sooner than one that is replaced.
+                # In place: over NFS, other machines see a changed file sooner than a replaced one.
                 (self.folder / HEARTBEAT).write_text(f"{self.lease.token} {count}", encoding="utf-8")
             count += 1
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
 
 
-def _owner(folder: Path) -> dict[str, Any]:
-    """Who holds the run; empty where nobody does."""
+class _HeartbeatWatch:
+    """What a driver that waits for its turn has seen of the other driver's heartbeat."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / HEARTBEAT
+        self.began = self.changed = time.monotonic()
+        self.last, self.changes = self._read(), 0
+        self.is_announced = False
+        """Whether the user has been told about the waiting."""
+
+    def update(self) -> None:
+        beat = self._read()
+        if beat and beat != self.last:  # empty: read in the middle of a write
+            self.last, self.changed, self.changes = beat, time.monotonic(), self.changes + 1
+
+    def is_silent(self) -> bool:
+        return time.monotonic() - self.changed >= SILENCE_SECONDS
+
+    def should_refuse(self) -> bool:
+        """Whether the other driver is alive beyond doubt, or the wait has become too long to tell."""
+        waited = time.monotonic() - self.began
+        # Two changes, since the last heartbeat of a driver that died may become visible late.
+        is_alive = self.changes >= 2 and not self.is_silent()
+        return (is_alive and waited >= PATIENCE_SECONDS) or waited >= LEASE_SECONDS
+
+    def _read(self) -> str:
+        return self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+
+
+def _read_owner(folder: Path) -> dict[str, Any]:
+    """The content of `.owner.json`; empty if no driver holds the run."""
     try:
-        return json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        owner: dict[str, Any] = json.loads((folder / OWNER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    return owner
 
 
-def _who(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, Any]) -> str:
     if not owner:
         return "another driver"
     return f"the driver with process id {owner['pid']} on {owner['host']}"
 
 
-def _myself() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -199,7 +221,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """What makes process ids comparable: the machine, its start, and the container."""
+    """Identifies the scope in which process ids are unique: the machine, its boot, and the container."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
@@ -208,12 +230,13 @@ def _machine() -> str:
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Whether the owner is a process of this machine that is there no more. Of others nobody can tell."""
+    """Whether the owner is a process of this machine that no longer exists. False for other machines."""
     if owner["machine"] != _machine():
         return False
     try:
         process = psutil.Process(owner["pid"])
-        another = abs(process.create_time() - owner["born"]) > 30  # seconds; it moves with the clock
-        return another or process.status() == psutil.STATUS_ZOMBIE
+        # Another process may have the same id by now. The creation time shifts when the clock is adjusted.
+        is_another = abs(process.create_time() - float(owner["born"])) > 30
+        return is_another or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
