@@ -1,4 +1,4 @@
-"""What a cluster can hold: the nodes that are up, and those that its autoscaler may start."""
+"""The capacity of a cluster: the nodes that are up, and those that its autoscaler may start."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 import yaml
 
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, first_line
 
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
-"""Where `ray up` leaves the cluster file on the head node."""
+"""Where `ray up` stores the cluster file on the head node."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "m": 1e-3}
 _UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+UNLIMITED = 2**31
 
 
 @dataclass(frozen=True)
@@ -26,32 +29,36 @@ class NodeKind:
     resources: Mapping[str, float]
     """Ray resources of one such node."""
     most: int = 1
-    """How many there can be."""
+    """The maximum number of such nodes."""
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def holds(self, bundle: Mapping[str, float]) -> int:
-        """How many bundles fit onto one node, by every resource that they ask for."""
-        asked = {name: each for name, each in bundle.items() if each > 0}
-        return min(
-            (int(self.resources.get(name, 0.0) / each + 1e-9) for name, each in asked.items()), default=2**31
+        """How many bundles fit onto one node."""
+        # Fractions of a resource add up inexactly: 0.3 / 0.1 must count as 3.
+        fits = (
+            int(self.resources.get(name, 0.0) / amount + 1e-9)
+            for name, amount in bundle.items()
+            if amount > 0
         )
+        return min(fits, default=UNLIMITED)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Kinds of nodes, and how many workers of all kinds together there can be."""
+    """Kinds of nodes, and the maximum number of nodes of all kinds together."""
 
     kinds: Sequence[NodeKind]
     most_nodes: int | None = None
 
     def fits(self, bundle: Mapping[str, float], labels: Mapping[str, str] | None = None) -> int:
-        """How many bundles fit onto nodes that carry `labels`, none of them split over two nodes."""
-        able = sorted((k.holds(bundle), k.most) for k in self.with_labels(labels))
-        left, fitting = self.most_nodes if self.most_nodes is not None else 2**31, 0
-        for each, most in reversed(able):
-            fitting += each * min(most, left)
-            left -= min(most, left)
-        return min(fitting, 2**31)
+        """How many bundles fit onto nodes that carry `labels`. No bundle is split over two nodes."""
+        by_size = sorted(((k.holds(bundle), k.most) for k in self.with_labels(labels)), reverse=True)
+        nodes_left, fitting = self.most_nodes if self.most_nodes is not None else UNLIMITED, 0
+        for per_node, most in by_size:
+            nodes = min(most, nodes_left)
+            fitting += per_node * nodes
+            nodes_left -= nodes
+        return min(fitting, UNLIMITED)
 
     def with_labels(self, labels: Mapping[str, str] | None) -> list[NodeKind]:
         return [k for k in self.kinds if all(k.labels.get(name) == v for name, v in (labels or {}).items())]
@@ -59,15 +66,16 @@ class Capacity:
     def has(self, resource: str, labels: Mapping[str, str] | None = None) -> bool:
         return any(k.most > 0 and k.resources.get(resource, 0) > 0 for k in self.with_labels(labels))
 
-    def sentence(self, names: Iterable[str]) -> str:
-        """The nodes in words, with the resources `names`: `4 x gpu-train (8 GPU, 96 CPU)`."""
-        words = [
+    def format(self, resources: Iterable[str]) -> str:
+        """The nodes as text, with the given resources: `4 x gpu-train (8 GPU, 96 CPU)`."""
+        names = list(resources)
+        kinds = [
             f"{kind.most} x {kind.name} ({', '.join(f'{kind.resources.get(n, 0):g} {n}' for n in names)})"
             for kind in self.kinds
             if kind.most
         ]
         limit = "" if self.most_nodes is None else f", at most {self.most_nodes} of them together"
-        return (", ".join(words) or "no node") + limit
+        return (", ".join(kinds) or "no node") + limit
 
 
 def present() -> Capacity:
@@ -84,13 +92,13 @@ def present() -> Capacity:
 
 
 def possible(node_types: str | None = None) -> Capacity | None:
-    """What the autoscaler may start; None where nothing says so.
+    """The nodes that the autoscaler may start; None if that is not known.
 
     Args:
-        node_types: file with the node types; by default the one that `ray up` left on this node.
+        node_types: a file with the node types; by default the one that `ray up` stored on this node.
 
     Raises:
-        InputError: `node_types` is missing, or describes no cluster.
+        InputError: `node_types` does not exist, or does not describe a cluster.
     """
     if node_types is None:
         file = Path(BOOTSTRAP).expanduser()
@@ -102,13 +110,13 @@ def read_cluster_file(path: str | Path) -> Capacity:
     """The node types of a Ray cluster file, or of a KubeRay RayCluster or RayJob.
 
     Raises:
-        InputError: no such file, or no cluster in it.
+        InputError: the file does not exist, or does not describe a cluster.
     """
     key = f"cluster.node_types={path}"
     try:
         documents = [d for d in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if d]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{key}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{key}: cannot be read ({first_line(error)})") from error
     for document in documents:
         if not isinstance(document, dict):
             continue
@@ -127,14 +135,14 @@ def _ray_cluster(tree: Mapping[str, Any]) -> Capacity:
     limit = tree.get("max_workers")
     kinds = []
     for name, kind in tree["available_node_types"].items():
-        head = name == tree.get("head_node_type")
-        most = 1 if head else kind.get("max_workers", limit or 0)
+        is_head = name == tree.get("head_node_type")
+        most = 1 if is_head else kind.get("max_workers", limit or 0)
         kinds.append(NodeKind(name, kind.get("resources") or {}, most, kind.get("labels") or {}))
-    return Capacity(kinds, None if limit is None else limit + 1)
+    return Capacity(kinds, None if limit is None else limit + 1)  # max_workers does not count the head
 
 
 def _kuberay(spec: Mapping[str, Any]) -> Capacity:
-    """Groups of a KubeRay cluster. `rayStartParams` win over the container's limits, as in KubeRay."""
+    """The groups of a KubeRay cluster. `rayStartParams` override the container's limits, as in KubeRay."""
     kinds = []
     for group in (spec.get("headGroupSpec") or {}, *spec["workerGroupSpecs"]):
         container = group["template"]["spec"]["containers"][0]

@@ -1,4 +1,4 @@
-"""Whether the configured workers and engines can ever fit into the cluster."""
+"""Check whether the configured workers and engines can ever fit into the cluster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tbpo_ray.errors import InputError
 
 
 def fit_to_cluster(config: Config) -> Config:
-    """Settle what the configuration leaves to the cluster: GPUs or not, and how many workers at most.
+    """Resolve what the configuration leaves to the cluster: `use_gpu: auto` and the maximum of workers.
 
     Raises:
-        InputError: for a plan that the cluster can never satisfy, with the arithmetic.
+        InputError: the cluster can never hold the workers; the message includes the calculation.
     """
     sizes = capacities(config)
     pools = config.cluster.labels
@@ -24,47 +24,47 @@ def fit_to_cluster(config: Config) -> Config:
     if use_gpu == "auto":
         use_gpu = any(size.has("GPU", pools.train) for size in sizes)
     config = stage_config(config, {}, cluster__use_gpu=use_gpu)
-    asked = config.cluster.num_workers
-    least, largest = asked if isinstance(asked, list) else (asked, asked)
+    workers = config.cluster.num_workers
+    least, most = workers if isinstance(workers, list) else (workers, workers)
     bundle = config.cluster.worker_resources
     fits = max(size.fits(bundle, pools.train) for size in sizes)
     if fits < least:
         raise InputError(
-            f"cluster.num_workers={asked}: {least} x ({format_resources(bundle)}) never fit into "
-            f"{_sizes(sizes, bundle, pools.train)}; at most {fits} worker(s) do. Lower "
+            f"cluster.num_workers={workers}: {least} x ({format_resources(bundle)}) never fit into "
+            f"{_format_largest(sizes, bundle, pools.train)}; at most {fits} worker(s) do. Lower "
             "cluster.num_workers or cluster.resources_per_worker, or add nodes"
         )
-    if isinstance(asked, list) and fits < largest:
+    if isinstance(workers, list) and fits < most:
         return stage_config(config, {}, cluster__num_workers=[least, fits])
     return config
 
 
 def fit_engines(config: Config, engines: int, bundle: Mapping[str, float]) -> None:
-    """Refuse vLLM engines that the cluster can never hold.
+    """Refuse more vLLM engines than the cluster can ever hold.
 
     Raises:
-        InputError: with the arithmetic.
+        InputError: with the calculation.
     """
     sizes, labels = capacities(config), config.cluster.labels.generate
     fits = max(size.fits(bundle, labels) for size in sizes)
     if fits < engines:
         raise InputError(
             f"generation.engines={config.generation.engines}: {engines} x ({format_resources(bundle)}) never "
-            f"fit into the cluster, {_sizes(sizes, bundle, labels)}; at most {fits} engine(s) do. Lower "
-            "generation.engines or generation.tensor_parallel, or add nodes"
+            f"fit into the cluster, {_format_largest(sizes, bundle, labels)}; at most {fits} engine(s) do. "
+            "Lower generation.engines or generation.tensor_parallel, or add nodes"
         )
 
 
-def _sizes(sizes: list[Capacity], bundle: Mapping[str, float], labels: Mapping[str, str]) -> str:
-    """The cluster in words; the largest it can be."""
-    most = sizes[-1]
-    words = most.sentence(bundle)
+def _format_largest(sizes: list[Capacity], bundle: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    """The largest size that the cluster can have, as text."""
+    largest = sizes[-1]
+    text = largest.format(bundle)
     if labels:
-        words += f" (with {format_resources(labels)}: {Capacity(most.with_labels(labels)).sentence(bundle)})"
-    return words if len(sizes) > 1 else f"{words}, which is all that is up"
+        text += f" (with {format_resources(labels)}: {Capacity(largest.with_labels(labels)).format(bundle)})"
+    return text if len(sizes) > 1 else f"{text}, the whole cluster"
 
 
 def capacities(config: Config) -> list[Capacity]:
-    """The nodes that are up and, where the cluster grows and something says how far, all it can have."""
+    """The nodes that are up and, if the cluster can grow to a known size, all nodes that it can have."""
     grown = None if is_private() else possible(config.cluster.node_types)
     return [present()] if grown is None else [present(), grown]

@@ -1,4 +1,4 @@
-"""Join the Ray cluster at hand, or start a private one on this machine."""
+"""Connect to the surrounding Ray cluster, or start a private one on this machine."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from typing import Any
 
 QUIET = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve", "ray._private")
 _PRIVATE = "TBPO_PRIVATE_CLUSTER"
-"""Set in a process that started a cluster of its own, and so in that cluster's workers."""
+"""Set in a process that started a private cluster, and thereby in that cluster's workers."""
 
 
 def start_ray(**options: Any) -> None:
-    """Connect to Ray once per process, with its log lines at warnings and above.
+    """Connect to Ray once per process, with logging at WARNING and above.
 
-    Inside a job, or with `RAY_ADDRESS` set, this joins that cluster. Otherwise it starts a private one
-    with a temporary folder of its own, so that another cluster on this machine is not disturbed, and
-    ends it with the process.
+    Inside a job, or with `RAY_ADDRESS` set, this connects to that cluster. Otherwise it starts a private one
+    with its own temporary folder, so that it does not disturb another cluster on this machine, and shuts it
+    down when the process exits.
+
+    Args:
+        options: further arguments of `ray.init`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    # Workers that wait for nodes to come up must not be given up on after a minute.
+    # The default of a minute is too short for workers that wait for nodes to start.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -32,7 +35,7 @@ def start_ray(**options: Any) -> None:
 
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-            if os.environ.pop(_PRIVATE, None):  # of the process that started this one
+            if os.environ.pop(_PRIVATE, None):  # inherited from the process that started this one
                 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
             ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, **options)
         else:
@@ -40,8 +43,8 @@ def start_ray(**options: Any) -> None:
             folder = tempfile.mkdtemp(prefix="tbpo-ray-")
             os.environ["RAY_TMPDIR"] = folder
             port = free_port()
-            # What frees the resources of a trainer that was killed asks the dashboard whether it still lives.
-            # Without an address it looks over the machine for a cluster, and gives up where it finds two.
+            # Ray frees the resources of a killed trainer after asking the dashboard whether its job is alive.
+            # Without this address it searches the machine for a cluster, and gives up if it finds two.
             os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
             ray.init(
                 address="local",
@@ -61,12 +64,12 @@ def start_ray(**options: Any) -> None:
 
 
 def free_port() -> int:
-    """A port that nothing on this machine listens at now."""
+    """A port on which nothing on this machine listens at present."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def is_private() -> bool:
-    """Whether this runs in a cluster of :func:`start_ray`'s own, which has one node and never grows."""
+    """Whether this runs in a private cluster of :func:`start_ray`, which has one node and never grows."""
     return _PRIVATE in os.environ

@@ -54,10 +54,12 @@ def test_a_link_in_the_place_of_a_run_is_refused(tmp_path, capsys):
 def test_a_data_set_that_is_no_hub_name_is_refused_before_the_hub_is_asked(name, monkeypatch):
     from tbpo_ray.data import sources
 
-    asked = sources.resolve
-    monkeypatch.setattr(sources, "resolve", lambda s: pytest.fail(s) if s.startswith("hf://") else asked(s))
-    with pytest.raises(InputError, match="no hub name"):
-        sources.resolve(f"hf:{name}")
+    asked = sources.resolve_source
+    monkeypatch.setattr(
+        sources, "resolve_source", lambda s: pytest.fail(s) if s.startswith("hf://") else asked(s)
+    )
+    with pytest.raises(InputError, match="hf:OWNER/NAME"):
+        sources.resolve_source(f"hf:{name}")
 
 
 def test_a_nul_in_any_value_is_refused(capsys, tmp_path):
@@ -67,7 +69,7 @@ def test_a_nul_in_any_value_is_refused(capsys, tmp_path):
 
 def test_a_password_in_an_address_is_neither_shown_nor_kept_nor_a_change(tmp_path):
     from tbpo_ray.config.loading import load_config, to_yaml
-    from tbpo_ray.training.plan import refuse_changes
+    from tbpo_ray.training.resume_checks import refuse_changes
 
     config = load_config(
         None,

@@ -83,7 +83,7 @@ def test_a_node_that_is_told_to_go_gets_a_checkpoint_and_another_goes_on_from_it
     until(lambda: list(manifests.glob("step-*/manifest.json")), "no checkpoint in time", NOTICE_SECONDS)
     (saved,) = (int(f.parent.name.removeprefix("step-")) for f in manifests.glob("step-*/manifest.json"))
     assert 5 < saved < EVERY
-    assert f"the node of worker 0 is about to go: checkpoint at step {saved}" in events()
+    assert f"the node of worker 0 is being preempted: checkpoint at step {saved}" in events()
     time.sleep(max(0.0, gone_at - time.monotonic()))
     scaling.pull_the_plug(node)
 
