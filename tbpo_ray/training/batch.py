@@ -1,12 +1,13 @@
-"""Token ids of some pairs -> padded tensors, in one of two layouts.
+"""Collate token ids of pairs into padded tensors, in one of two layouts.
 
-separate  each answer has a row of its own:       [prompt][chosen]  /  [prompt][rejected]
+separate  each answer has its own row:            [prompt][chosen]  /  [prompt][rejected]
 shared    both answers follow one prompt:         [prompt][chosen][rejected]
 
-Either way the model's hidden states are gathered at the positions that predict answer tokens, so
-everything behind the model sees the same `[S, B, T]` tensors.
+In either layout the model's hidden states are gathered at the positions that predict answer tokens, so
+everything after the model sees the same `[S, B, T]` tensors.
 
-B pairs, S sides (chosen, rejected; one for SFT), T answer tokens, R rows, L row length.
+Shapes: B pairs, S sides (chosen, rejected; one for SFT), T answer tokens, R rows of length L, K length of a
+row with a single answer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 ALIGN = 8
-"""Rows and answers are padded to a multiple of this, so that few shapes occur."""
+"""Rows and answers are padded to a multiple of this, which keeps the number of distinct shapes small."""
 
 
 @dataclass
@@ -30,7 +31,7 @@ class PairBatch:
     input_ids: Tensor
     """[R, L] int64"""
     position_ids: Tensor
-    """[R, L] int64; the rejected answer restarts behind the prompt"""
+    """[R, L] int64; the positions of the rejected answer restart after the prompt"""
     segment: Tensor
     """[R, L] int8: 0 prompt, 1 chosen, 2 rejected, -1 padding"""
     predict: Tensor
@@ -44,11 +45,12 @@ class PairBatch:
     weights: Tensor | None
     """[S, B, T] float32: token weights, where the data has them"""
     shared: bool
-    pick: Tensor | None = None
-    """[S * B, K] int64, shared layout: index into the flattened [R * L] positions of each answer's row as it
-    would be alone, [prompt][answer]; padded with 0"""
-    back: Tensor | None = None
-    """[R, L] int64: where each position stands in the flattened [S * B * K] picked ones; padded with 0"""
+    gather_index: Tensor | None = None
+    """[S * B, K] int64, shared layout only: for each answer, the flattened [R * L] positions of its separate
+    row [prompt][answer]; padded with 0"""
+    scatter_index: Tensor | None = None
+    """[R, L] int64, shared layout only: for each position, its index in the flattened [S * B * K] gathered
+    rows; padded with 0"""
 
     @property
     def pairs(self) -> int:
@@ -64,9 +66,8 @@ class PairBatch:
     def attention_mask(self, window: int | None = None) -> Tensor:
         """[R, 1, L, L] bool, True where the query (third axis) may see the key (fourth axis).
 
-        A token sees its own prompt and its own answer up to itself. `window` keeps keys whose
-        position is less than `window` behind (sliding-window layers). Padding sees itself, so that
-        no softmax is empty.
+        A token sees its own prompt and its own answer up to itself. `window` keeps only keys whose
+        position is less than `window` before the query's (sliding-window layers).
         """
         length = self.segment.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.segment.device).tril()
@@ -74,6 +75,7 @@ class PairBatch:
         allowed = causal & (key >= 0) & ((key == 0) | (key == query))
         if window is not None:
             allowed &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
+        # Padding sees itself: a softmax over no key at all would be NaN, which spreads in the backward pass.
         return (allowed | torch.eye(length, dtype=torch.bool, device=allowed.device))[:, None]
 
 
@@ -83,99 +85,125 @@ def collate(
     *,
     pad_id: int,
     shared: bool,
-    cut: bool,
+    truncate_to_shorter: bool,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
     weights: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> PairBatch:
-    """Pad some pairs.
+    """Pad pairs to a batch.
 
     Args:
         prompts: B arrays of token ids, BOS included, never empty.
-        answers: for each side B arrays of token ids; one side for SFT, else chosen and rejected.
-        shared: the layout.
-        cut: compare to the shorter answer only (OBJECTIVES 'the tail is dead'): both are cut there.
-        ref_logps: for each side B arrays as long as the answers (before the cut).
-        weights: likewise.
+        answers: for each side B arrays of token ids; one side for SFT, otherwise chosen and rejected.
+        shared: whether both answers follow one prompt in one row.
+        truncate_to_shorter: truncate both answers of a pair to the length of the shorter one, for objectives
+            that compare the answers token by token and do not read beyond it.
+        ref_logps: for each side B arrays as long as the answers before truncation.
+        weights: token weights, in the same form.
     """
     sides, pairs = len(answers), len(prompts)
     sizes = np.array([[len(a) for a in side] for side in answers], dtype=np.int64).reshape(sides, pairs)
-    if cut and sides == 2:
+    if truncate_to_shorter and sides == 2:
         sizes = np.broadcast_to(sizes.min(axis=0), sizes.shape)
-    prompt_sizes = np.array([len(p) for p in prompts], dtype=np.int64)
-    longest = _align(int(sizes.max(initial=1)))
-    # The last token of an answer predicts nothing, so it is no input.
-    inputs = np.maximum(sizes - 1, 0)
-    row_sizes = prompt_sizes + inputs.sum(axis=0) if shared else (prompt_sizes + inputs).reshape(-1)
-    length, rows = _align(int(row_sizes.max(initial=1))), pairs if shared else sides * pairs
-
-    ids = np.full((rows, length), pad_id, dtype=np.int64)
-    positions = np.zeros((rows, length), dtype=np.int64)
-    segment = np.full((rows, length), -1, dtype=np.int8)
-    labels = np.zeros((sides, pairs, longest), dtype=np.int64)
-    predict = np.zeros((sides, pairs, longest), dtype=np.int64)
-    mask = np.arange(longest) < sizes[:, :, None]
-    alone = _align(int((prompt_sizes + inputs).max(initial=1)))
-    pick = np.zeros((sides * pairs, alone), dtype=np.int64)
-    back = np.zeros((rows, length), dtype=np.int64)
+    rows = _Rows(prompts, sizes, pad_id=pad_id, shared=shared)
     for b, prompt in enumerate(prompts):
-        p = len(prompt)
-        end = p
         for s in range(sides):
-            row = b if shared else s * pairs + b
-            n = int(sizes[s, b])
-            start = end if shared else p
-            if not shared or s == 0:
-                ids[row, :p], positions[row, :p], segment[row, :p] = prompt, np.arange(p), 0
-                back[row, :p] = (s * pairs + b) * alone + np.arange(p)
-            pick[s * pairs + b, :p] = row * length + np.arange(p)
-            if n == 0:
-                continue
-            answer = answers[s][b][:n]
-            end = start + n - 1
-            ids[row, start:end] = answer[:-1]
-            positions[row, start:end] = np.arange(p, p + n - 1)
-            segment[row, start:end] = s + 1
-            pick[s * pairs + b, p : p + n - 1] = row * length + np.arange(start, end)
-            back[row, start:end] = (s * pairs + b) * alone + np.arange(p, p + n - 1)
-            labels[s, b, :n] = answer
-            predict[s, b, 0] = row * length + p - 1
-            predict[s, b, 1:n] = row * length + np.arange(start, end)
+            rows.place(s, b, prompt, answers[s][b][: sizes[s, b]])
+    mask = np.arange(rows.labels.shape[-1]) < sizes[:, :, None]
     return PairBatch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
-        segment=torch.from_numpy(segment),
-        predict=torch.from_numpy(predict),
-        labels=torch.from_numpy(labels),
+        input_ids=torch.from_numpy(rows.input_ids),
+        position_ids=torch.from_numpy(rows.position_ids),
+        segment=torch.from_numpy(rows.segment),
+        predict=torch.from_numpy(rows.predict),
+        labels=torch.from_numpy(rows.labels),
         mask=torch.from_numpy(mask),
-        ref_logps=_ragged(ref_logps, sizes, longest),
-        weights=_ragged(weights, sizes, longest),
+        ref_logps=_pad_values(ref_logps, sizes, mask.shape[-1]),
+        weights=_pad_values(weights, sizes, mask.shape[-1]),
         shared=shared,
-        pick=torch.from_numpy(pick) if shared else None,
-        back=torch.from_numpy(back) if shared else None,
+        gather_index=torch.from_numpy(rows.gather_index) if shared else None,
+        scatter_index=torch.from_numpy(rows.scatter_index) if shared else None,
     )
 
 
-def collate_columns(
-    columns: Mapping[str, Sequence[np.ndarray]], *, sides: int, pad_id: int, shared: bool, cut: bool
-) -> PairBatch:
-    """`collate` from the columns of prepared data: `prompt_ids`, `chosen_ids`, `rejected_ids`, and where
-    present `chosen_ref_logps`, `rejected_ref_logps`, `chosen_weights`, `rejected_weights`."""
-    names = ("chosen", "rejected")[:sides]
+class _Rows:
+    """The arrays of a :class:`PairBatch` while they are filled, answer by answer."""
 
-    def both(suffix: str) -> list[Sequence[np.ndarray]] | None:
-        found = [columns.get(f"{name}_{suffix}") for name in names]
-        return None if any(column is None for column in found) else found  # type: ignore[return-value]
+    def __init__(self, prompts: Sequence[np.ndarray], sizes: np.ndarray, *, pad_id: int, shared: bool):
+        sides, self.pairs = sizes.shape
+        self.shared = shared
+        prompt_sizes = np.array([len(p) for p in prompts], dtype=np.int64)
+        # The last token of an answer predicts nothing, so it is a label but not an input.
+        inputs = np.maximum(sizes - 1, 0)
+        row_sizes = prompt_sizes + (inputs.sum(axis=0) if shared else inputs)
+        self.length = _align(int(row_sizes.max(initial=1)))
+        self.single = _align(int((prompt_sizes + inputs).max(initial=1)))
+        rows, longest = self.pairs if shared else sides * self.pairs, _align(int(sizes.max(initial=1)))
+        self.input_ids = np.full((rows, self.length), pad_id, dtype=np.int64)
+        self.position_ids = np.zeros((rows, self.length), dtype=np.int64)
+        self.segment = np.full((rows, self.length), -1, dtype=np.int8)
+        self.labels = np.zeros((sides, self.pairs, longest), dtype=np.int64)
+        self.predict = np.zeros((sides, self.pairs, longest), dtype=np.int64)
+        self.gather_index = np.zeros((sides * self.pairs, self.single), dtype=np.int64)
+        self.scatter_index = np.zeros((rows, self.length), dtype=np.int64)
+        self.filled = np.zeros(rows, dtype=np.int64)
+        """[R] columns used so far"""
 
-    answers = both("ids")
+    def place(self, side: int, pair: int, prompt: np.ndarray, answer: np.ndarray) -> None:
+        """Append an answer to its row, after the prompt that the row needs once."""
+        single_row = side * self.pairs + pair
+        row, p, n = pair if self.shared else single_row, len(prompt), len(answer)
+        if not self.filled[row]:
+            self._fill(row, single_row, slice(0, p), prompt, position=0, segment=0)
+        self.gather_index[single_row, :p] = row * self.length + np.arange(p)
+        if n == 0:
+            return
+        start = int(self.filled[row])
+        self._fill(row, single_row, slice(start, start + n - 1), answer[:-1], position=p, segment=side + 1)
+        columns = row * self.length + np.arange(start, start + n - 1)
+        self.gather_index[single_row, p : p + n - 1] = columns
+        self.labels[side, pair, :n] = answer
+        # The first answer token is predicted by the last position of the prompt.
+        self.predict[side, pair, 0] = row * self.length + p - 1
+        self.predict[side, pair, 1:n] = columns
+
+    def _fill(
+        self, row: int, single_row: int, where: slice, ids: np.ndarray, *, position: int, segment: int
+    ) -> None:
+        positions = np.arange(position, position + len(ids))
+        self.input_ids[row, where], self.position_ids[row, where] = ids, positions
+        self.segment[row, where] = segment
+        self.scatter_index[row, where] = single_row * self.single + positions
+        self.filled[row] = where.stop
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the columns of prepared pairs become a batch."""
+
+    sides: int
+    pad_id: int
+    shared_prompt: bool
+    truncate_to_shorter: bool
+
+
+def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLayout) -> PairBatch:
+    """Collate the columns of prepared data: `prompt_ids`, `chosen_ids`, `rejected_ids`, and where present
+    `chosen_ref_logps`, `rejected_ref_logps`, `chosen_weights`, `rejected_weights`."""
+    names = ("chosen", "rejected")[: layout.sides]
+
+    def each_side(suffix: str) -> list[Sequence[np.ndarray]] | None:
+        values = [columns[f"{name}_{suffix}"] for name in names if f"{name}_{suffix}" in columns]
+        return values if len(values) == len(names) else None
+
+    answers = each_side("ids")
     assert answers is not None
     return collate(
         columns["prompt_ids"],
         answers,
-        pad_id=pad_id,
-        shared=shared and sides == 2,
-        cut=cut,
-        ref_logps=both("ref_logps"),
-        weights=both("weights"),
+        pad_id=layout.pad_id,
+        shared=layout.shared_prompt and layout.sides == 2,
+        truncate_to_shorter=layout.truncate_to_shorter,
+        ref_logps=each_side("ref_logps"),
+        weights=each_side("weights"),
     )
 
 
@@ -183,7 +211,9 @@ def _align(n: int) -> int:
     return max(ALIGN, -(-n // ALIGN) * ALIGN)
 
 
-def _ragged(values: Sequence[Sequence[np.ndarray]] | None, sizes: np.ndarray, longest: int) -> Tensor | None:
+def _pad_values(
+    values: Sequence[Sequence[np.ndarray]] | None, sizes: np.ndarray, longest: int
+) -> Tensor | None:
     if values is None:
         return None
     out = np.zeros((*sizes.shape, longest), dtype=np.float32)

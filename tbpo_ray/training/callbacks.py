@@ -1,4 +1,4 @@
-"""What Ray Train's controller tells the run's folder, for the driver to pass on."""
+"""Callbacks in Ray Train's controller, which write to the run's folder for the driver to read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from ray.train import UserCallback
 
 from tbpo_ray.cluster.error_summary import error_summary
-from tbpo_ray.storage.ownership import NotOursError, WriteLease
+from tbpo_ray.storage.ownership import LeaseLostError, WriteLease
 from tbpo_ray.training.metrics_file import MetricsFile
 
 
 class FailureLog(UserCallback):
-    """Notes failed workers: a sentence in `events.log`, everything in `failure.log`."""
+    """Records failed workers: one sentence in `events.log`, all tracebacks in `failure.log`."""
 
     def __init__(self, lease: WriteLease):
         self.lease = lease
@@ -25,8 +25,8 @@ class FailureLog(UserCallback):
         run_dir = Path(self.lease.run_dir)
         try:
             MetricsFile(run_dir, self.lease).log_event(f"worker {ranks} failed: {error_summary(first)}")
-        except NotOursError:  # their driver has ended, and others tell what becomes of the run
-            return
+        except LeaseLostError:
+            return  # these workers no longer belong to the run, so their failure does not either
         with (run_dir / "failure.log").open("a", encoding="utf-8") as out:
             for rank, error in sorted(worker_exceptions.items()):
                 out.write(f"--- worker {rank}\n{''.join(traceback.format_exception(error))}\n")

@@ -1,4 +1,4 @@
-"""Put together what a training step is made of: scorer, reference, baseline head, objective."""
+"""Build what a training step consists of: scorer, reference, baseline head, objective."""
 
 from __future__ import annotations
 
@@ -8,132 +8,96 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import (
-    add_lora,
-    layers_beside_attention,
-    load_model,
-    load_tokenizer,
-    training_dtype,
-)
-from tbpo_ray.objectives import Objective, build_objective, build_state_baseline
-from tbpo_ray.training.plan import RunPaths
+from tbpo_ray.models.load import add_lora, load_model, load_tokenizer
+from tbpo_ray.objectives import build_state_baseline
+from tbpo_ray.training.batch import BatchLayout
+from tbpo_ray.training.run_paths import RunPaths
+from tbpo_ray.training.run_plan import RunPlan
 from tbpo_ray.training.scorer import PairScorer
 from tbpo_ray.training.step import PreferenceStep
 
+Reference = PairScorer | Literal["adapter_off"] | None
 
-@dataclass
+
+@dataclass(frozen=True)
 class TrainingComponents:
-    """What a loop needs, on one device."""
+    """What a training loop needs, on one device."""
 
     scorer: PairScorer
     step: PreferenceStep
     head: nn.Module | None
-    pad_id: int
-    shared: bool
-    cut: bool
+    layout: BatchLayout
 
 
-def objective_of(config: Config) -> Objective:
-    """The objective of a configuration.
-
-    Raises:
-        InputError: for a value that will not do.
-    """
-    return build_objective(config.objective.model_dump(exclude_none=True, exclude={"token_weights"}))
-
-
-def reference_mode(config: Config, objective: Objective) -> str:
-    """`none`, `cached` or `live`: where the reference's scores come from.
-
-    Raises:
-        InputError: for `cached` where the whole distribution is needed.
-    """
-    if not objective.needs_reference:
-        return "none"
-    distribution = objective.needs_kl or objective.needs_samples > 0
-    asked = config.training.reference_scores
-    if asked == "cached" and distribution:
-        raise InputError(f"training.reference_scores=cached: objective.name={objective.name} needs live")
-    return asked or ("live" if distribution else "cached")
+def build_components(plan: RunPlan, run_paths: RunPaths, device: torch.device) -> TrainingComponents:
+    """Load the models and build the step. The same torch seed gives the same head on every rank."""
+    # The order matters: adapter and head draw their initial weights from torch's global generator.
+    scorer = _load_policy(plan, run_paths.model, device)
+    reference = _load_reference(plan, run_paths, scorer, device)
+    head = _build_head(plan, scorer, device)
+    return TrainingComponents(
+        scorer=scorer,
+        step=PreferenceStep(plan.objective, head, reference, seed=plan.config.run.seed),
+        head=head,
+        layout=batch_layout(plan, run_paths.model),
+    )
 
 
-def uses_shared_prompt(config: Config) -> bool:
-    """Whether both answers follow one prompt in one row. FlashAttention takes no mask of that kind."""
-    asked, possible = config.training.shared_prompt, config.model.attention != "flash_attention_2"
-    if asked and not possible:
-        raise InputError(
-            "training.shared_prompt=true: model.attention=flash_attention_2 takes no such mask; use sdpa"
-        )
-    return possible if asked is None else asked
+def batch_layout(plan: RunPlan, model: str) -> BatchLayout:
+    """The layout of batches for a model; padding uses its tokenizer's pad token, or else EOS."""
+    tokenizer = load_tokenizer(model)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return BatchLayout(plan.sides, int(pad_id), plan.shared_prompt, plan.truncate_to_shorter)
 
 
-def check_shared_prompt(config: Config, folder: str, key: str) -> None:
-    """Refuse a model in which one answer of a row would reach the other past the attention's mask.
-
-    Args:
-        folder: of the model that `key` names.
-
-    Raises:
-        InputError: naming the key.
-    """
-    if not uses_shared_prompt(config) or not objective_of(config).needs_rejected:
-        return
-    others = layers_beside_attention(folder)
-    if others:
-        raise InputError(
-            f"{key}: the model has {others}, which would carry the chosen answer into the rejected one "
-            "behind it; set training.shared_prompt=false, then each answer has a row of its own"
-        )
+def load_frozen(plan: RunPlan, model: str, device: torch.device) -> PairScorer:
+    """A scorer whose model is not trained."""
+    frozen: Any = load_model(model, dtype=plan.dtype, attention=plan.config.model.attention)
+    return PairScorer(frozen.requires_grad_(False).to(device)).eval()
 
 
-def build_parts(config: Config, run_paths: RunPaths, device: torch.device) -> TrainingComponents:
-    """Load models and build the step. The same seed gives the same head on every rank."""
-    objective = objective_of(config)
-    dtype = training_dtype(config.training.precision)
-    model_options: dict[str, Any] = {"dtype": dtype, "attention": config.model.attention}
-    policy: Any = load_model(run_paths.model, **model_options)
-    tokenizer = load_tokenizer(run_paths.model)
+def _load_policy(plan: RunPlan, model: str, device: torch.device) -> PairScorer:
+    config = plan.config
+    policy: Any = load_model(model, dtype=plan.dtype, attention=config.model.attention)
     if config.training.activation_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.lora is not None:
             policy.enable_input_require_grads()
     if config.model.lora is not None:
         policy = add_lora(policy, config.model.lora)
-    scorer = PairScorer(policy.to(device))
-    scorer.train()
+    return PairScorer(policy.to(device)).train()
 
-    mode = reference_mode(config, objective)
-    reference: PairScorer | Literal["adapter_off"] | None = None
-    if mode == "live":
-        if config.model.lora is not None and config.model.reference is None:
-            reference = "adapter_off"
-        else:
-            frozen: Any = load_model(run_paths.reference or run_paths.model, **model_options)
-            reference = PairScorer(frozen.requires_grad_(False).to(device)).eval()
-            if (reference.softcap, reference.logit_scale) != (scorer.softcap, scorer.logit_scale):
-                raise InputError(
-                    f"model.reference={config.model.reference}: caps or scales its logits otherwise than "
-                    f"model.name_or_path={config.model.name_or_path}; use training.reference_scores=cached, "
-                    "or a model of one family"
-                )
 
-    head = None
-    if objective.learned_baseline:
-        layer: Any = scorer.output_layer
-        section = config.objective.state_baseline.model_dump(exclude_none=True)
-        width = int(getattr(layer, "base_layer", layer).weight.shape[-1])
-        head = build_state_baseline(section | {"kind": config.objective.baseline_kind}, width)
-        assert head is not None
-        head.to(device)
-    step = PreferenceStep(objective, head, reference, seed=config.run.seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return TrainingComponents(
-        scorer=scorer,
-        step=step,
-        head=head,
-        pad_id=int(pad),
-        shared=uses_shared_prompt(config),
-        cut=objective.compares_to_shorter and config.training.cut_dead_tail,
-    )
+def _load_reference(
+    plan: RunPlan, run_paths: RunPaths, policy: PairScorer, device: torch.device
+) -> Reference:
+    if plan.reference_mode != "live":
+        return None
+    if plan.adapter_off_reference:
+        return "adapter_off"
+    reference = load_frozen(plan, run_paths.reference or run_paths.model, device)
+    # Policy and reference go through one fused output layer, which has one softcap and one scale.
+    if (reference.softcap, reference.logit_scale) != (policy.softcap, policy.logit_scale):
+        model = plan.config.model
+        raise InputError(
+            f"model.reference={model.reference}: its logit softcap {reference.softcap} or logit scale "
+            f"{reference.logit_scale:g} differs from that of model.name_or_path={model.name_or_path} "
+            f"({policy.softcap}, {policy.logit_scale:g}); use training.reference_scores=cached, or a model "
+            "of the same family"
+        )
+    return reference
+
+
+def _build_head(plan: RunPlan, scorer: PairScorer, device: torch.device) -> nn.Module | None:
+    """The learned state baseline, where the objective has one."""
+    if not plan.objective.learned_baseline:
+        return None
+    layer: Any = scorer.output_layer
+    settings = plan.config.objective
+    section = settings.state_baseline.model_dump(exclude_none=True) | {"kind": settings.baseline_kind}
+    # peft wraps the output layer where LoRA targets it.
+    hidden_size = int(getattr(layer, "base_layer", layer).weight.shape[-1])
+    head = build_state_baseline(section, hidden_size)
+    assert head is not None
+    return head.to(device)

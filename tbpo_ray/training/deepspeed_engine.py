@@ -16,19 +16,19 @@ from tbpo_ray.training.optim import build_optimizer, set_learning_rate
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The mapping DeepSpeed gets: what the project sets, then `training.deepspeed` on top."""
+    """The DeepSpeed configuration: this project's settings, overridden by `training.deepspeed`."""
     training = config.training
-    given = dict(training.deepspeed)
-    stage = given.pop("stage", None)
-    zero = dict(given.pop("zero_optimization", None) or {})
+    overrides = dict(training.deepspeed)
+    stage = overrides.pop("stage", None)
+    zero = dict(overrides.pop("zero_optimization", None) or {})
     if stage is not None:
         zero["stage"] = stage
     zero.setdefault("stage", 0)
-    # Reductions run in the order of the backward pass, so that a run is repeatable.
+    # Reductions run in the order of the backward pass, which makes a run reproducible.
     zero.setdefault("overlap_comm", False)
     zero.setdefault("round_robin_gradients", False)
     base: dict[str, Any] = {
-        # Micro-batches of a step differ in size and number: the loop sets the boundary itself.
+        # Micro-batches differ in size and number between steps: the loop sets the boundary itself.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
@@ -40,11 +40,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
     if training.precision == "bf16":
         base["bf16"] = {"enabled": True}
-    return base | given
+    return base | overrides
 
 
 def without_partitions(config: Config, world: int) -> Config:
-    """Stage 0 where ZeRO has nothing to partition and would only copy: one worker, fp32, no offload."""
+    """Use stage 0 where ZeRO has nothing to partition and would only copy: one worker, fp32, no offload."""
     if world > 1 or config.training.precision != "fp32" or config.training.offloads:
         return config
     kept = {k: v for k, v in config.training.deepspeed.items() if k != "zero_optimization"}
@@ -58,8 +58,8 @@ class Engine:
     def __init__(self, module: nn.Module, config: Config, device: torch.device):
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
-        # DeepSpeed compiles a small op on first use. Kept with the environment that it was compiled for:
-        # two environments that share one cache would build it again and again.
+        # DeepSpeed compiles a small op on first use. The cache belongs to this Python environment: two
+        # environments that share one cache would rebuild it for each other every time.
         if os.access(sys.prefix, os.W_OK):
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
         with hide_modules("mlflow"):
@@ -77,34 +77,38 @@ class Engine:
         optimizer.watched = lambda: [self.loss]  # type: ignore[attr-defined]
         self.stage = self.engine.zero_optimization_stage()
         if not self.stage and self.engine.dp_world_size == 1:
-            self.engine.enable_backward_allreduce = False  # would copy all gradients there and back
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients to reduce nothing
         self.names = {id(p): n for n, p in module.named_parameters()}
 
     @property
     def module(self) -> nn.Module:
-        return self.engine.module
+        module: nn.Module = self.engine.module
+        return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate; `last` marks the step's last micro-batch."""
+        """Accumulate gradients; `last` marks the step's last micro-batch, after which they are reduced."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
     def step(self, rate: float, loss: float = 0.0) -> float:
-        """Clip, check, update. Returns the gradient norm before clipping.
+        """Clip the gradients, check them, update the weights.
 
         Args:
-            loss: of this rank's part of the step; the guard looks at it.
+            loss: the loss of this rank's part of the step, which the guard checks too.
+
+        Returns:
+            The gradient norm before clipping.
 
         Raises:
-            NonFiniteGradient: with `training.on_nonfinite=stop`, on all ranks, before a weight moves.
+            NonFiniteGradientError: with `training.on_nonfinite=stop`, on all ranks, before any update.
         """
         self.loss = loss
         set_learning_rate(self.optimizer, rate)
         self.engine.step()
-        # With a gradient norm that is not finite ZeRO leaves out the step by itself, and says nothing.
+        # With a non-finite gradient norm ZeRO skips the step itself, silently, before it reaches the guard.
         if getattr(self.optimizer, "overflow", False):
             self.client_optimizer.refuse()  # type: ignore[attr-defined]
         norm = self.engine.get_global_grad_norm()

@@ -1,9 +1,10 @@
-"""What a run is going to do and need, without a GPU, a worker or the model's weights."""
+"""The plan of a run and what it will need, without a GPU, a worker or the model's weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -13,69 +14,75 @@ from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.load import add_lora, load_tokenizer, model_config, resolve_model
-from tbpo_ray.storage.paths import cache_dir
-from tbpo_ray.training.components import objective_of, reference_mode, uses_shared_prompt
-from tbpo_ray.training.plan import make_schedule
+from tbpo_ray.training.run_plan import RunPlan, make_schedule, resolve_run
 from tbpo_ray.training.token_weight_cache import check_token_weights
 
 READ_RECORDS, SAMPLE_PAIRS = 200_000, 1_000
+ACTIVATION_WIDTHS, CHECKPOINTED_WIDTHS = 16, 2
+"""Hidden-sized tensors that a layer keeps per token, without and with activation checkpointing."""
+OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
 OUTPUT_BLOCK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class DataEstimate:
-    """Counts from the records read, lengths from a sample of them."""
+    """Counts from the records that were read, lengths from a sample of them."""
 
     pairs: int
     complete: bool
     """Whether all records were read."""
     lengths: np.ndarray
-    """[sample, 3] tokens of prompt, chosen, rejected"""
+    """[sample, 3] tokens of prompt, chosen and rejected answer"""
 
 
 def plan_text(config: Config) -> str:
-    """The plan behind `--dry-run`: pairs, tokens, steps, bytes of memory per worker by part.
+    """The plan that `--dry-run` prints: pairs, tokens, steps, bytes of memory per worker by part.
 
     Raises:
-        InputError: for what would stop the run before its workers start.
+        InputError: something that would stop the run before its workers start.
     """
-    objective = objective_of(config)
-    mode, shared = reference_mode(config, objective), uses_shared_prompt(config)
-    model = resolve_model(config.model.name_or_path, cache_dir(config))
-    check_token_weights(config, objective)
+    plan = resolve_run(config)
+    model = resolve_model(config.model.name_or_path, plan.cache_dir)
+    check_token_weights(plan)
     data = estimate_data(config, model)
     prompt, chosen, rejected = data.lengths.mean(axis=0)
-    cut = objective.compares_to_shorter and config.training.cut_dead_tail
-    shorter = data.lengths[:, 1:].min(axis=1).mean()
-    answers = 2 * shorter if cut else chosen + (rejected if objective.needs_rejected else 0)
-    prompts = prompt * (1 if shared or not objective.needs_rejected else 2)
-    repeated = np.resize(data.lengths, (max(1, data.pairs), 3))
-    schedule = make_schedule(config, repeated)
-    tokens = int((prompts + answers) * schedule.pairs_before(schedule.steps_total))
-    memory = estimate_memory(config, model, mode, float(data.lengths.sum(axis=1).max()))
-    gib = 2.0**30
+    per_pair = _tokens_per_pair(plan, data.lengths)
+    schedule = make_schedule(plan, np.resize(data.lengths, (max(1, data.pairs), 3)))
+    tokens = int(per_pair * schedule.pairs_before(schedule.steps_total))
+    memory = estimate_memory(plan, model, float(data.lengths.sum(axis=1).max()))
+    memory["total"] = sum(memory.values())
     lines = [
         "",
         "# plan",
         f"# pairs            {data.pairs}{'' if data.complete else ' or more (reading stopped there)'}",
         f"# tokens per pair  prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f} "
-        f"(mean of {len(data.lengths)}); through the model {prompts + answers:.0f}",
+        f"(mean of {len(data.lengths)}); through the model {per_pair:.0f}",
         f"# steps            {schedule.steps_total} of {config.training.pairs_per_step} pairs",
         f"# tokens in all    {tokens}",
-        f"# objective        {objective.name}; reference: {mode}; shared prompt: {shared}; tail cut: {cut}",
+        f"# objective        {plan.objective.name}; reference: {plan.reference_mode}; "
+        f"shared prompt: {plan.shared_prompt}; truncated to shorter answer: {plan.truncate_to_shorter}",
         f"# workers          {config.cluster.num_workers}, each {config.cluster.worker_resources}",
         "# memory per worker (estimate)",
-        *(f"#   {part:<22} {int(size):>16} bytes ({size / gib:.2f} GiB)" for part, size in memory.items()),
-        f"#   {'total':<22} {int(sum(memory.values())):>16} bytes ({sum(memory.values()) / gib:.2f} GiB)",
+        *(f"#   {part:<22} {int(size):>16} bytes ({size / 2**30:.2f} GiB)" for part, size in memory.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _tokens_per_pair(plan: RunPlan, lengths: np.ndarray) -> float:
+    """Mean number of tokens that a pair sends through the model. lengths: [N, 3]"""
+    prompt, chosen, rejected = lengths.mean(axis=0)
+    if plan.truncate_to_shorter:
+        answers = 2 * lengths[:, 1:].min(axis=1).mean()
+    else:
+        answers = chosen + (rejected if plan.sides == 2 else 0)
+    return float(prompt * (1 if plan.shared_prompt else plan.sides) + answers)
+
+
 def estimate_data(config: Config, model: str) -> DataEstimate:
-    """Read records (at most 200,000) and tokenize a sample of them.
+    """Read records, at most READ_RECORDS of them, and tokenize a sample.
 
     Raises:
-        InputError: a source that cannot be read, or holds no pair.
+        InputError: a source cannot be read, or contains no pair.
     """
     options = {"revision": config.model.revision, "gguf_file": config.model.gguf_file}
     tokenizer = load_tokenizer(model, chat_template=config.model.chat_template, **options)
@@ -85,12 +92,12 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     count, read, lengths = 0.0, 0, []
     for source, weight in mix:
         try:
-            found = list(islice(iter_records(source, config.data.max_pairs), READ_RECORDS - read))
+            records = list(islice(iter_records(source, config.data.max_pairs), READ_RECORDS - read))
         except InputError as error:
             raise InputError(*(f"data.train: {fault}" for fault in error.faults)) from error
-        read += len(found)
-        count += weight * len(found)
-        for pair in pairs.pairs(found[:SAMPLE_PAIRS]):
+        read += len(records)
+        count += weight * len(records)
+        for pair in pairs.pairs(records[:SAMPLE_PAIRS]):
             if not isinstance(pair, RecordError):
                 lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
     if not lengths:
@@ -98,31 +105,41 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     return DataEstimate(round(count), read < READ_RECORDS, np.array(lengths, dtype=np.int32))
 
 
-def estimate_memory(config: Config, model: str, mode: str, longest_pair: float) -> dict[str, float]:
-    """Bytes on one worker, by part. Activations are a rule of thumb, the rest is counted."""
+def estimate_memory(plan: RunPlan, model: str, longest_pair: float) -> dict[str, float]:
+    """Bytes on one worker, by part. Activations follow a rule of thumb, the rest is counted."""
+    config = plan.config
+    training, workers, stage = config.training, config.cluster.max_workers, config.training.zero_stage
+    facts = model_config(model, config.model)
+    weights, trained = _count_parameters(config, facts)
+    width = plan.dtype.itemsize
+    has_reference = plan.reference_mode == "live" and not plan.adapter_off_reference
+    master_and_states = 4 * (1 + OPTIMIZER_STATES[training.optimizer])
+    return {
+        "weights": weights * width / (workers if stage == 3 else 1),
+        "reference": weights * width if has_reference else 0,
+        "gradients": trained * width / (workers if stage >= 2 else 1),
+        "master and optimizer": trained * master_and_states / (workers if stage >= 1 else 1),
+        "activations": _activation_bytes(config, facts, width, longest_pair),
+        "output layer blocks": OUTPUT_BLOCK_BYTES,
+    }
+
+
+def _count_parameters(config: Config, facts: Any) -> tuple[int, int]:
+    """All parameters of the model, adapter included, and those that are trained."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    facts = model_config(model, config.model)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(facts, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(facts, trust_remote_code=False)  # type: ignore[no-untyped-call]
         if config.model.lora is not None:
             network = add_lora(network, config.model.lora)
-    all_weights = sum(p.numel() for p in network.parameters())
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    training, workers = config.training, config.cluster.max_workers
-    width = 2 if training.precision == "bf16" else 4
-    stage = training.zero_stage
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+
+
+def _activation_bytes(config: Config, facts: Any, width: int, longest_pair: float) -> float:
+    training = config.training
     text = facts.get_text_config() if hasattr(facts, "get_text_config") else facts
     tokens = training.micro_batch_pairs * min(longest_pair, 2.0 * config.data.max_length)
-    per_token = text.hidden_size * width * (2 if training.activation_checkpointing else 16)
-    states = {"rmsprop": 1, "adamw": 2}[training.optimizer]
-    second = mode == "live" and (config.model.lora is None or config.model.reference is not None)
-    return {
-        "weights": all_weights * width / (workers if stage == 3 else 1),
-        "reference": all_weights * width if second else 0,
-        "gradients": trained * width / (workers if stage >= 2 else 1),
-        "master and optimizer": trained * 4 * (1 + states) / (workers if stage >= 1 else 1),
-        "activations": tokens * per_token * text.num_hidden_layers,
-        "output layer blocks": OUTPUT_BLOCK_BYTES,
-    }
+    widths = CHECKPOINTED_WIDTHS if training.activation_checkpointing else ACTIVATION_WIDTHS
+    return float(tokens * text.hidden_size * width * widths * text.num_hidden_layers)

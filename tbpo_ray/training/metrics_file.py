@@ -1,8 +1,9 @@
-"""Metric sums over micro-batches and ranks, and the files a run's metrics are written to.
+"""Metric sums over micro-batches and ranks, and the files that a run's metrics are written to.
 
-`metrics.jsonl` holds what the run computed and nothing that depends on the clock, so that a resumed
-run writes the very same file; `timings.jsonl` holds what depends on the clock; `validation.jsonl`
-scores of sampled checkpoints; `events.log` sentences.
+metrics.jsonl     what the run computed, independent of the clock: a resumed run writes an identical file
+timings.jsonl     what depends on the clock
+validation.jsonl  scores of checkpoints that were sampled
+events.log        one sentence per event, such as a resumption or a failed worker
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tbpo_ray.storage.ownership import WriteLease
+from tbpo_ray.training.distributed import all_reduce_sum
 
 VALIDATION = "validation.jsonl"
 
 
 class MetricSums:
-    """Pair-weighted sums of metrics; tensors stay tensors until `reduce`."""
+    """Pair-weighted sums of metrics. They stay tensors until `reduce`, to avoid waiting for the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.pairs = 0
 
     def add(self, loss_sum: Tensor, metrics: Mapping[str, Tensor], pairs: int) -> None:
-        """`metrics` are means over the `pairs` of a micro-batch; `loss_sum` is a sum."""
+        """Add a micro-batch: its summed loss, and metrics that are means over its `pairs`."""
         values = {"loss": loss_sum.detach().float()} | {
             k: v.detach().float() * pairs for k, v in metrics.items()
         }
@@ -40,26 +41,25 @@ class MetricSums:
 
     @property
     def loss(self) -> float:
-        """Sum of the losses so far, on this rank; 0 before the first."""
+        """The sum of the losses so far, on this rank; 0 before the first micro-batch."""
         return float(self.sums.get("loss", 0.0))
 
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """Means over all pairs of all ranks. Every rank must have seen the same metric names."""
+        """Means over all pairs of all ranks. Collective: every rank must have added the same metric names."""
         names = sorted(self.sums)
         flat = torch.stack(
             [*(self.sums[n].double() for n in names), torch.tensor(float(self.pairs)).double()]
         )
         flat = flat.to(device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flat)
+        all_reduce_sum(flat)
         values = flat.tolist()
         return {n: v / max(1.0, values[-1]) for n, v in zip(names, values[:-1], strict=True)}
 
 
 class MetricsFile:
-    """The three files of a run, written by rank 0.
+    """Metrics, timings and events of a run. Writes nothing unless `enabled`, which is set on rank 0.
 
-    Writing raises NotOursError once the run has passed to others than the holder of `permit`.
+    Every write raises LeaseLostError once another driver or worker group has taken over the run.
     """
 
     def __init__(self, run_dir: Path, lease: WriteLease, *, enabled: bool = True):
@@ -71,7 +71,7 @@ class MetricsFile:
     def write(self, row: Mapping[str, float], timing: Mapping[str, float]) -> None:
         if self.enabled:
             self.lease.check()
-            # Timings first: whoever follows the metrics finds the timing of each of its lines.
+            # Timings first: a reader that follows the metrics then finds the timing of each of their lines.
             append_line(self.timings_path, json.dumps(timing))
             append_line(self.metrics_path, json.dumps(row))
 
@@ -84,14 +84,14 @@ class MetricsFile:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def rewind(self, offset: int) -> None:
-        """Drop the lines behind `offset` bytes: steps that will be done again."""
+        """Truncate the metrics to `offset` bytes: the steps after it will be repeated."""
         if self.enabled and self.metrics_path.exists():
             self.lease.check()
             os.truncate(self.metrics_path, min(offset, self.offset()))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line that is cut off is left out."""
+    """The rows of a run's `metrics.jsonl`, without an incomplete last line."""
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         return []
@@ -100,6 +100,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def append_line(file: Path, line: str) -> None:
-    """Add a line to a file that others may be reading."""
+    """Append a line in one write, since others may be reading the file."""
     with file.open("a", encoding="utf-8") as out:
         out.write(line + "\n")

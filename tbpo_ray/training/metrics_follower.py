@@ -1,6 +1,6 @@
-"""Follow a run from the driver: its metrics files become progress lines and MLflow points.
+"""Follow a run from the driver: turn its metrics files into progress lines and MLflow metrics.
 
-Workers write to the run's folder only; nothing but the driver talks to MLflow or to the terminal.
+Workers write to the run's folder only; the driver alone talks to MLflow and to the terminal.
 """
 
 from __future__ import annotations
@@ -21,13 +21,26 @@ from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training.metrics_file import VALIDATION
 
 FALLING_TAG = "alarm.chosen_logps"
+PROGRESS_METRICS = {
+    "margin": "rewards/margin",
+    "acc": "rewards/accuracy",
+    "kl": "kl/k3",
+    "eval loss": "eval/loss",
+    "eval acc": "eval/rewards/accuracy",
+}
+"""Names in progress lines and the metrics that they show."""
 TIMINGS = ("step_seconds", "data_wait_share", "tokens_per_second", "padding_share")
 
 
 class Follower:
-    """Reads what is appended to `metrics.jsonl`, `timings.jsonl` and `events.log` until closed.
+    """Reads what is appended to the run's metrics, timings, validations and events until it is closed.
 
-    Use as a context manager around the training run.
+    Use it as a context manager around the training run.
+
+    Args:
+        label: the name of the run, for the progress lines.
+        every_seconds: the time between progress lines.
+        on_row: called with every new row of `metrics.jsonl`, in the follower's thread.
     """
 
     def __init__(
@@ -71,84 +84,78 @@ class Follower:
 
     def _poll(self, *, final: bool = False) -> None:
         for line in self.events.lines():
-            self._say(line)
+            self._print(line)
         for row in self.timings.rows():
             self.timing_rows[int(row["step"])] = row
         for row in self.metrics.rows():
-            self._row(row)
+            self._handle_row(row)
         for row in self.validations.rows():
-            self._validation(row)
+            self._handle_validation(row)
         if self.last_row and (final or time.monotonic() - self.last_print > self.every_seconds):
-            self._progress(final)
+            self._print_progress(final)
 
-    def _row(self, row: dict[str, Any]) -> None:
+    def _handle_row(self, row: dict[str, Any]) -> None:
         step = int(row["step"])
-        # A resumed run writes some steps again, with the same values: they are logged once.
-        if step > self.done:
-            timing = self.timing_rows.pop(step, {})
-            if self.tracker is not None:
-                numbers = {k: v for k, v in row.items() if k != "step"}
-                numbers |= {k: timing[k] for k in TIMINGS if k in timing}
-                self.tracker.log_metrics(numbers, step)
-            drift = row.get("logps/chosen_drift", row.get("logps/chosen"))
-            if drift is not None and self.alarm.falls(drift):
-                self._raise_alarm(step)
-            self.done = step
-            self.first_step = step if self.first_step is None else self.first_step
-            self.last_row = row | timing
-            if self.on_row is not None:
-                self.on_row(row | {k: timing[k] for k in ("total",) if k in timing})
+        if step <= self.done:
+            return  # a resumed run writes some steps again, with the same values
+        timing = self.timing_rows.pop(step, {})
+        if self.tracker is not None:
+            self.tracker.log_metrics(_numbers(row) | {k: timing[k] for k in TIMINGS if k in timing}, step)
+        drift = row.get("logps/chosen_drift", row.get("logps/chosen"))
+        if drift is not None and self.alarm.falls(drift):
+            self._raise_alarm(step)
+        self.done = step
+        self.first_step = step if self.first_step is None else self.first_step
+        self.last_row = row | timing
+        if self.on_row is not None:
+            self.on_row(row | {k: timing[k] for k in ("total",) if k in timing})
 
-    def _validation(self, row: dict[str, Any]) -> None:
-        numbers = {k: v for k, v in row.items() if k != "step"}
+    def _handle_validation(self, row: dict[str, Any]) -> None:
+        numbers = _numbers(row)
         if self.tracker is not None:
             self.tracker.log_metrics(numbers, int(row["step"]))
         shown = "  ".join(
             f"{k.removeprefix('validation/')} {v:.3f}" for k, v in numbers.items() if v is not None
         )
-        self._say(f"{self.label} sampled at step {row['step']}: {shown}")
+        self._print(f"{self.label} sampled at step {row['step']}: {shown}")
 
     def _raise_alarm(self, step: int) -> None:
-        words = (
+        message = (
             f"step {step}: the chosen answers' log-prob has been falling for {3 * self.alarm.window} logged "
-            "steps; lower training.learning_rate, raise objective.beta, or look for damage in the data"
+            "steps; lower training.learning_rate, raise objective.beta, or check the data for corruption"
         )
-        self._say(f"{self.label} ALARM: {words}")
+        self._print(f"{self.label} ALARM: {message}")
         if self.tracker is not None:
-            self.tracker.set_tags({FALLING_TAG: words})
+            self.tracker.set_tags({FALLING_TAG: message})
 
-    def _progress(self, final: bool) -> None:
+    def _print_progress(self, final: bool) -> None:
         row = self.last_row
         self.last_print = time.monotonic()
         self.last_row = {} if not final else row
-        parts = [
+        fields = [
             f"{self.label} step {int(row['step'])}/{int(row.get('total', 0))}",
             f"loss {row.get('loss', 0):.4f}",
+            *(f"{name} {row[key]:.3f}" for name, key in PROGRESS_METRICS.items() if key in row),
         ]
-        for name, key in (
-            ("margin", "rewards/margin"),
-            ("acc", "rewards/accuracy"),
-            ("kl", "kl/k3"),
-            ("eval loss", "eval/loss"),
-            ("eval acc", "eval/rewards/accuracy"),
-        ):
-            if key in row:
-                parts.append(f"{name} {row[key]:.3f}")
         if "tokens_per_second" in row:
-            parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+            fields.append(f"{row['tokens_per_second']:,.0f} tok/s")
         left = int(row.get("total", 0)) - int(row["step"])
         if left > 0 and self.first_step is not None and row["step"] > self.first_step:
             pace = (time.monotonic() - self.started) / max(1, row["step"] - self.first_step + 1)
-            parts.append(f"{_duration(left * min(pace, 1.5 * row.get('step_seconds', pace)))} left")
-        self._say("  ".join(parts))
+            # The mean includes starting the workers; a recent step bounds what that adds to the estimate.
+            fields.append(f"{_duration(left * min(pace, 1.5 * row.get('step_seconds', pace)))} left")
+        self._print("  ".join(fields))
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
 
 class FallingAlarm:
-    """Notices a value that falls for long: three windows in a row, each lower than the one before by
-    more than twice the standard error of their difference. Raised once until the value has recovered."""
+    """Detects a value that keeps falling.
+
+    It goes off when each of three consecutive windows has a mean below the previous one's by more than twice
+    the standard error of the difference, and not again before the value has recovered.
+    """
 
     def __init__(self, window: int = 20):
         self.window = window
@@ -156,23 +163,23 @@ class FallingAlarm:
         self.raised = False
 
     def falls(self, value: float) -> bool:
-        """Take the next value; whether the alarm is raised by it."""
+        """Add the next value. Returns whether it sets off the alarm."""
         self.values.append(value)
         if len(self.values) < 3 * self.window:
             return False
         values, n = list(self.values), self.window
-        parts = [values[i * n : (i + 1) * n] for i in range(3)]
+        windows = [values[i * n : (i + 1) * n] for i in range(3)]
         falling = all(
             statistics.fmean(a) - statistics.fmean(b)
             > 2 * math.sqrt((statistics.variance(a) + statistics.variance(b)) / n)
-            for a, b in pairwise(parts)
+            for a, b in pairwise(windows)
         )
-        news, self.raised = falling and not self.raised, falling
-        return news
+        goes_off, self.raised = falling and not self.raised, falling
+        return goes_off
 
 
 class _Tail:
-    """New whole lines of a growing file, which may shrink when a run goes back to a checkpoint."""
+    """The new complete lines of a growing file, which shrinks when a run returns to a checkpoint."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -194,12 +201,17 @@ class _Tail:
         return [line for line in data[:end].decode("utf-8", errors="replace").split("\n") if line]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The new lines as JSON. A file that shrank and grew again between two looks is read anew."""
+        """The new lines, parsed as JSON."""
         try:
             return [json.loads(line) for line in self.lines()]
         except ValueError:
+            # The file shrank and grew past the old position in between, so that reading began within a line.
             self.at = 0
             return []
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != "step"}
 
 
 def _duration(seconds: float) -> str:

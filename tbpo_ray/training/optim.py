@@ -1,4 +1,4 @@
-"""Optimizers, the learning-rate schedule, and the guard that keeps a non-finite step from moving weights."""
+"""Optimizers, the learning-rate schedule, and the guard that refuses steps with non-finite gradients."""
 
 from __future__ import annotations
 
@@ -7,33 +7,28 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tbpo_ray.config.schema import TrainingConfig
+from tbpo_ray.training.distributed import all_reduce_sum, collective_device, is_distributed, world_size
 
 
 class NonFiniteGradientError(RuntimeError):
-    """Raised on every rank, in the same step, before any weight moves."""
+    """The loss or a gradient is NaN or infinite; raised on every rank in the same step, before the update."""
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass and without a copy."""
+    """Whether no value is NaN or infinite."""
+    # aminmax propagates NaN and takes one pass without a temporary, unlike isfinite().all().
     return not values.numel() or all(math.isfinite(end) for end in torch.stack(values.aminmax()).tolist())
 
 
-def collective_device() -> torch.device:
-    """Where tensors have to be for the ranks to reduce them: with NCCL on the GPU, also where an offloaded
-    optimizer holds its own on the CPU."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 class FiniteGuard:
-    """Mixed into a torch optimizer: looks at the gradients (in DeepSpeed: this rank's partition, reduced
-    and clipped) before the step, and at the numbers that `watched` gives, such as the loss. All ranks
-    agree on what to do."""
+    """Mixin for a torch optimizer that checks the gradients before each step.
+
+    Under DeepSpeed these are this rank's partition, reduced and clipped. The values that `watched` returns,
+    such as the loss, are checked too. All ranks reach the same verdict.
+    """
 
     on_nonfinite = "stop"
     watched: Callable[[], Iterable[float]] = staticmethod(lambda: ())
@@ -47,9 +42,9 @@ class FiniteGuard:
             for p in group["params"]:
                 if p.grad is not None and not all_finite(p.grad):
                     bad += 1
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             bad = bad.to(collective_device())
-            dist.all_reduce(bad)
+            all_reduce_sum(bad)
         return float(bad) == 0.0
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -59,39 +54,40 @@ class FiniteGuard:
         return super().step(closure)  # type: ignore[misc]
 
     def refuse(self) -> None:
-        """Count a step that is left out, or raise NonFiniteGradient with `on_nonfinite=stop`."""
+        """Count a skipped step, or raise NonFiniteGradientError with `on_nonfinite=stop`."""
         if self.on_nonfinite == "stop":
             raise NonFiniteGradientError("the loss or a gradient is NaN or infinite")
         self.skipped += 1
 
 
 class GuardedRMSprop(FiniteGuard, torch.optim.RMSprop):
-    """RMSprop behind the guard."""
+    """RMSprop with the guard."""
 
 
 class GuardedAdamW(FiniteGuard, torch.optim.AdamW):
-    """AdamW behind the guard."""
+    """AdamW with the guard."""
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-    """The policy's optimizer, on trainable parameters only."""
-    chosen = [p for p in parameters if p.requires_grad]
-    kind = {"rmsprop": GuardedRMSprop, "adamw": GuardedAdamW}[training.optimizer]
-    # `foreach` changes no result and saves a loop over the few flat partitions.
-    optimizer = kind(chosen, lr=training.learning_rate, weight_decay=training.weight_decay)
+    """The policy's optimizer, on its trainable parameters."""
+    trainable = [p for p in parameters if p.requires_grad]
+    kind: type[GuardedRMSprop] | type[GuardedAdamW] = {"rmsprop": GuardedRMSprop, "adamw": GuardedAdamW}[
+        training.optimizer
+    ]
+    optimizer = kind(trainable, lr=training.learning_rate, weight_decay=training.weight_decay)
     optimizer.on_nonfinite = training.on_nonfinite
     return optimizer
 
 
 def learning_rate(step: int, total: int, training: TrainingConfig) -> float:
-    """The rate of step `step` (0-based) of `total`: linear warm-up, then the scheduler's decay to 0."""
+    """The learning rate of step `step` (0-based) of `total`: linear warm-up, then the scheduler's decay."""
     warmup = math.ceil(training.warmup_ratio * total)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
     if training.scheduler == "constant":
         return training.learning_rate
-    share = (step - warmup) / max(1, total - warmup)
-    decay = 1.0 - share if training.scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+    progress = (step - warmup) / max(1, total - warmup)
+    decay = 1.0 - progress if training.scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return training.learning_rate * decay
 
 
@@ -101,9 +97,11 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 
 class HeadOptimizer:
-    """AdamW of the learned state baseline. The head is small, so every rank holds all of it and its
-    gradients are summed over the ranks by hand: the policy's engine, its clipping and its partitions
-    never see it."""
+    """AdamW of the learned state baseline.
+
+    The head is small, so every rank holds all of it, and its gradients are averaged over the ranks here. It
+    is not part of the policy's engine, whose clipping and partitioning therefore do not depend on it.
+    """
 
     def __init__(self, head: nn.Module, lr: float):
         self.head = head
@@ -113,14 +111,8 @@ class HeadOptimizer:
         gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
         if not gradients:
             return
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            at = 0
-            for g in gradients:
-                g.copy_(flat[at : at + g.numel()].view_as(g))
-                at += g.numel()
+        if is_distributed():
+            _average_over_ranks(gradients)
         if all(all_finite(g) for g in gradients):
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
@@ -144,6 +136,15 @@ class HeadOptimizer:
         self.adamw.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
+def _average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace tensors with their mean over the ranks, in one collective."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    all_reduce_sum(flat)
+    flat /= world_size()
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 def head_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head's own state dict out of what `HeadOptimizer.state_dict` saved."""
+    """The head's own state dict, extracted from what `HeadOptimizer.state_dict` saved."""
     return {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}

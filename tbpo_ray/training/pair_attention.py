@@ -1,11 +1,11 @@
-"""Attention over rows [prompt][chosen][rejected]: each answer attends to the prompt as if alone with it.
+"""Attention over rows [prompt][chosen][rejected] in which each answer sees the prompt and itself only.
 
-All other layers run over such a row once. A mask over the whole row would make attention cost its length
-squared, hold as much, and keep the fast causal kernels away; so where rows are long enough for it to pay,
-queries, keys and values are picked into rows [prompt][chosen] and [prompt][rejected], which are causal like
-any other, and the results are put back.
+All other layers run over such a row once. A dense mask over the whole row would make attention quadratic in
+the row length in time and memory, and it rules out the fast causal kernels. So for rows that are long enough,
+queries, keys and values are gathered into separate rows [prompt][chosen] and [prompt][rejected], which are
+plainly causal, and the results are scattered back.
 
-R rows of length L, picked into 2 R rows of length K; D heads.
+Shapes: R rows of length L, gathered into 2 R rows of length K; D heads of size H.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 NAME = "pair_sdpa"
-"""Under which transformers finds it."""
-PICKING = 100
-"""Picking a position costs as much as this many queries that attend to a key; measured on a CPU."""
+"""The name under which transformers finds this implementation."""
+GATHER_COST = 100
+"""Gathering a position costs as much as this many query-key products; measured on a CPU."""
 
 
 def use_pair_attention(model: Any) -> bool:
-    """Let a transformers model with SDPA attention take :func:`plan`; whether it can."""
+    """Switch a transformers model from SDPA to this implementation. Returns whether the model supports it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -36,29 +36,34 @@ def use_pair_attention(model: Any) -> bool:
     return True
 
 
-def pays(length: int, alone: int) -> bool:
-    """Whether picking costs less than attention over whole rows with a mask.
+def is_worthwhile(length: int, single: int) -> bool:
+    """Whether gathering costs less than masked attention over whole rows.
 
     Args:
         length: L, of rows with both answers.
-        alone: K, of rows with one.
+        single: K, of rows with one answer.
     """
-    return length**2 - alone**2 > PICKING * 2 * alone
+    return length**2 - single**2 > GATHER_COST * 2 * single
 
 
-def plan(pick: Tensor, back: Tensor, window: int | None) -> Tensor:
-    """[1, 1, window or 1, 2 R K + R L] int64: what a model gets as its mask, and hands on to every layer.
+def encode_indices(gather_index: Tensor, scatter_index: Tensor, window: int | None) -> Tensor:
+    """Pack both indices and the window into the tensor that the model receives as its attention mask.
 
-    Models hand on four-dimensional masks as they are. The third axis takes no memory: its size alone counts.
+    Models pass four-dimensional masks on to every layer unchanged, which is the only channel from the caller
+    to :func:`pair_attention`. The window is encoded as the size of the third axis, which takes no memory
+    because the tensor is expanded.
 
     Args:
-        pick: [2 R, K] index into the R L positions.
-        back: [R, L] index into the 2 R K picked ones.
-        window: keys that a query sees at most, itself included; None: all.
+        gather_index: [2 R, K] index into the R L positions.
+        scatter_index: [R, L] index into the 2 R K gathered positions.
+        window: the most keys that a query sees, itself included; None for all of them.
+
+    Returns:
+        [1, 1, window or 1, 2 R K + R L] int64
     """
-    longest = pick.shape[1]
+    longest = gather_index.shape[1]
     windows = window if window is not None and window < longest else 1
-    return torch.cat([pick.reshape(-1), back.reshape(-1)]).expand(1, 1, windows, -1)
+    return torch.cat([gather_index.reshape(-1), scatter_index.reshape(-1)]).expand(1, 1, windows, -1)
 
 
 def pair_attention(
@@ -69,30 +74,35 @@ def pair_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query [R, D, L, H], key and value of as many or fewer heads -> [R, L, D, H].
+    """The attention function that transformers calls; plain SDPA unless the mask is from `encode_indices`.
 
-    Where `attention_mask` is no :func:`plan`, this is SDPA as it was.
+    Args:
+        query: [R, D, L, H]; key and value have as many heads or fewer.
+
+    Returns:
+        [R, L, D, H], and None for the attention weights.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     rows, _, length, _ = query.shape
-    index, window = attention_mask[0, 0, 0], attention_mask.shape[2]
-    pick, back = index[: -rows * length], index[-rows * length :]
-    query, key, value = (_picked(tensor, pick) for tensor in (query, key, value))
+    indices, window = attention_mask[0, 0, 0], attention_mask.shape[2]
+    gather_index, scatter_index = indices[: -rows * length], indices[-rows * length :]
+    query, key, value = (_gather(tensor, gather_index) for tensor in (query, key, value))
     mask = _band(query.shape[2], window, query.device) if window > 1 else None
     options["is_causal"] = True
     out, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
     heads, size = out.shape[2:]
-    return out.reshape(-1, heads * size).index_select(0, back).view(rows, length, heads, size), None
+    flat = out.reshape(-1, heads * size).index_select(0, scatter_index)
+    return flat.view(rows, length, heads, size), None
 
 
-def _picked(tensor: Tensor, pick: Tensor) -> Tensor:
+def _gather(tensor: Tensor, gather_index: Tensor) -> Tensor:
     """[R, D, L, H] -> [2 R, D, K, H]"""
     rows, heads, length, size = tensor.shape
     flat = tensor.transpose(1, 2).reshape(rows * length, heads * size)
-    return flat.index_select(0, pick).view(2 * rows, -1, heads, size).transpose(1, 2)
+    return flat.index_select(0, gather_index).view(2 * rows, -1, heads, size).transpose(1, 2)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""Per-token log-probs of the frozen reference, computed once and stored beside the prepared pairs.
+"""Per-token log-probs of the frozen reference, computed once and stored next to the prepared pairs.
 
-A Ray Data actor pool scores parts of the shards; each part is a file, so an interrupted job repeats at
-most the parts under way. Runs and trials with the same pairs and the same reference share one folder.
+A Ray Data actor pool scores parts of the shards. Each part is a file, so an interrupted job repeats only the
+parts that were in progress. Runs and trials with the same pairs and the same reference share one folder.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ import pyarrow.parquet as pq
 
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.prepare import Prepared
 from tbpo_ray.data.schedule import pair_tokens
+from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import RunFailedError
-from tbpo_ray.storage.files import file_lock, write_atomic
+from tbpo_ray.storage.files import atomic_file, file_lock, write_atomic
+from tbpo_ray.training.run_plan import RunPlan, resolve_run
 
 VERSION = 1
 PART_PAIRS = 512
 MANIFEST = "manifest.json"
 SCORINGS = "scorings.jsonl"
+"""Log, in the cache, of the computations that took place."""
+_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def model_digest(path: str) -> str:
-    """Content digest of a model folder: sizes of all files, bytes of the small ones, both ends of the
-    large ones. A hub name stands for itself."""
+    """Digest of a model folder's content; a hub name is its own content.
+
+    Of large files it reads the first and the last MiB, which tells checkpoints of one model apart.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return digest(path)
@@ -50,37 +55,30 @@ def model_digest(path: str) -> str:
 
 
 def reference_scores(
-    config: Config,
-    prepared: Prepared,
+    plan: RunPlan,
+    prepared: PreparedPairs,
     model: str,
     *,
-    cut: bool,
-    cache: Path,
     prefix: Sequence[int] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Folder of Parquet files named as the prepared shards, row for row, with the columns
-    `chosen_ref_logps` and `rejected_ref_logps` (list<float32>, nats, one per answer token up to the cut).
+    """Score the prepared pairs under a frozen model, or find the scores in the cache.
 
     Args:
         model: the reference, as transformers loads it.
-        cut: score tokens up to the shorter answer only.
-        prefix: token ids put before each prompt, behind its BOS; an instruction.
-        progress: gets a sentence now and then.
+        prefix: token ids of an instruction, inserted before each prompt but after its BOS.
+        progress: called with one line after each part.
+
+    Returns:
+        A folder of Parquet files with the names and rows of the prepared shards and the columns
+        `chosen_ref_logps` and `rejected_ref_logps` (list<float32>, nats, one per answer token that remains
+        after truncation).
 
     Raises:
-        RunFailed: where the actors could not finish.
+        RunFailedError: some pairs were not scored.
     """
-    identity = {
-        "version": VERSION,
-        "pairs": prepared.fingerprint,
-        "model": model_digest(model),
-        "cut": cut,
-        "precision": config.training.precision,
-        "attention": config.model.attention,
-    }
-    if prefix:
-        identity["prefix"] = list(prefix)
+    cache = plan.cache_dir
+    identity = _identity(plan, prepared, model, prefix)
     folder = cache / f"reference-{digest(identity)}"
     with file_lock(cache / f".{folder.name}.lock"):
         if (folder / MANIFEST).is_file():
@@ -88,10 +86,11 @@ def reference_scores(
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        _compute(config, prepared, model, cut, prefix, folder, progress)
+        _compute(plan, prepared, model, prefix, folder, progress)
         for file, pairs in prepared.shards:
             _assemble(folder, file, pairs)
         write_atomic(folder / MANIFEST, json.dumps(identity, indent=1))
+        # Only now: until the manifest is written, an interrupted job reuses the parts.
         for part in folder.glob("scored-*"):
             part.unlink()
         scoring = {"folder": folder.name, "pairs": prepared.pairs, "seconds": time.monotonic() - began}
@@ -100,54 +99,63 @@ def reference_scores(
     return folder
 
 
+def _identity(plan: RunPlan, prepared: PreparedPairs, model: str, prefix: Sequence[int]) -> dict[str, Any]:
+    """Everything that the scores depend on. Its digest names the folder, so keys and order are fixed."""
+    identity = {
+        "version": VERSION,
+        "pairs": prepared.fingerprint,
+        "model": model_digest(model),
+        "cut": plan.truncate_to_shorter,
+        "precision": plan.config.training.precision,
+        "attention": plan.config.model.attention,
+    }
+    return identity | ({"prefix": list(prefix)} if prefix else {})
+
+
 def scorings(cache: Path) -> list[dict[str, Any]]:
-    """Every time that reference scores were computed into this cache: `folder`, `pairs`, `seconds`."""
+    """The computations of reference scores in this cache, each with `folder`, `pairs` and `seconds`."""
     file = cache / SCORINGS
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 def _compute(
-    config: Config,
-    prepared: Prepared,
+    plan: RunPlan,
+    prepared: PreparedPairs,
     model: str,
-    cut: bool,
     prefix: Sequence[int],
     folder: Path,
     progress: Callable[[str], None],
 ) -> None:
+    """Score the parts that are missing in `folder`."""
     import ray
 
-    jobs: list[dict[str, Any]] = []
-    for file, pairs in prepared.shards:
-        for start in range(0, pairs, PART_PAIRS):
-            name = _part(file, start)
-            if not (folder / name).is_file():
-                jobs.append(
-                    {
-                        "shard": str(Path(prepared.path) / file),
-                        "start": start,
-                        "stop": min(pairs, start + PART_PAIRS),
-                        "out": str(folder / name),
-                    }
-                )
+    jobs = [
+        {
+            "shard": str(Path(prepared.path) / file),
+            "start": start,
+            "stop": min(pairs, start + PART_PAIRS),
+            "out": str(folder / _part(file, start)),
+        }
+        for file, pairs in prepared.shards
+        for start in range(0, pairs, PART_PAIRS)
+        if not (folder / _part(file, start)).is_file()
+    ]
     if not jobs:
         return
-    actors = max(1, min(len(jobs), config.cluster.max_workers))
+    cluster = plan.config.cluster
+    actors = max(1, min(len(jobs), cluster.max_workers))
     resources: dict[str, Any] = (
-        {"num_gpus": 1}
-        if config.cluster.gpus
-        else {"num_cpus": config.cluster.worker_resources.get("CPU", 1.0)}
+        {"num_gpus": 1} if cluster.gpus else {"num_cpus": cluster.worker_resources.get("CPU", 1.0)}
     )
-    pools = config.cluster.labels
     rows = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         ReferenceScorer,
-        fn_constructor_args=(config.model_dump(mode="json"), model, cut, list(prefix), actors),
+        fn_constructor_args=(plan.config.model_dump(mode="json"), model, list(prefix), actors),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-        label_selector=pools.train if config.cluster.gpus else pools.prepare,
+        label_selector=cluster.labels.train if cluster.gpus else cluster.labels.prepare,
         **resources,
     )
-    done, total = 0, sum(j["stop"] - j["start"] for j in jobs)
+    done, total = 0, sum(int(j["stop"]) - int(j["start"]) for j in jobs)
     for row in rows.iter_rows():
         done += row["pairs"]
         progress(f"reference scores: {done}/{total} pairs")
@@ -156,90 +164,88 @@ def _compute(
 
 
 class ReferenceScorer:
-    """Actor: scores parts of shards."""
+    """Actor that scores parts of shards.
 
-    def __init__(self, tree: dict[str, Any], model: str, cut: bool, prefix: list[int], actors: int):
+    Args:
+        tree: the run's configuration.
+        model: the reference, as transformers loads it.
+        prefix: token ids inserted before each prompt but after its BOS.
+        actors: how many share this machine's cores.
+    """
+
+    def __init__(self, tree: dict[str, Any], model: str, prefix: Sequence[int], actors: int):
         import torch
 
-        from tbpo_ray.models.load import load_model, load_tokenizer, quiet_transformers, training_dtype
-        from tbpo_ray.training.components import uses_shared_prompt
-        from tbpo_ray.training.scorer import PairScorer
+        from tbpo_ray.models.load import load_tokenizer, quiet_transformers
+        from tbpo_ray.training.components import batch_layout, load_frozen
 
         quiet_transformers()
-        config = Config.model_validate(tree)
-        self.config, self.cut, self.prefix = config, cut, np.asarray(prefix, dtype=np.int64)
-        self.device = torch.device("cuda" if config.cluster.gpus else "cpu")
+        self.plan = resolve_run(Config.model_validate(tree))
+        self.prefix = np.asarray(prefix, dtype=np.int64)
+        self.device = torch.device("cuda" if self.plan.config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
-        dtype = training_dtype(config.training.precision)
-        frozen = load_model(model, dtype=dtype, attention=config.model.attention)
-        self.scorer = PairScorer(frozen.requires_grad_(False).to(self.device)).eval()  # type: ignore[arg-type]
-        tokenizer = load_tokenizer(model)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.bos = tokenizer.bos_token_id
-        self.shared = uses_shared_prompt(config)
+        self.scorer = load_frozen(self.plan, model, self.device)
+        self.layout = batch_layout(self.plan, model)
+        self.bos = load_tokenizer(model).bos_token_id
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
+        """Score the parts that the rows of `batch` describe, and write each to a file of its own."""
         counts = []
         for shard, start, stop, out in zip(
             batch["shard"], batch["start"], batch["stop"], batch["out"], strict=True
         ):
-            names = ["prompt_ids", "chosen_ids", "rejected_ids"]
-            table = pq.read_table(shard, columns=names).slice(int(start), int(stop - start))
-            columns = {n: [np.asarray(v, dtype=np.int64) for v in table[n].to_pylist()] for n in names}
-            columns["prompt_ids"] = [self._instructed(ids) for ids in columns["prompt_ids"]]
-            self._write(Path(str(out)), self.score(columns))
+            table = pq.read_table(shard, columns=list(_COLUMNS)).slice(int(start), int(stop - start))
+            columns = {n: [np.asarray(v, dtype=np.int64) for v in table[n].to_pylist()] for n in _COLUMNS}
+            columns["prompt_ids"] = [self._with_prefix(ids) for ids in columns["prompt_ids"]]
+            _write_scores(Path(str(out)), *self.score(columns))
             counts.append(table.num_rows)
         return {"pairs": counts}
 
-    def _instructed(self, prompt: np.ndarray) -> np.ndarray:
+    def _with_prefix(self, prompt: np.ndarray) -> np.ndarray:
         at = 1 if len(prompt) and prompt[0] == self.bos else 0
         return np.concatenate([prompt[:at], self.prefix, prompt[at:]])
 
     def score(self, columns: dict[str, list[np.ndarray]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Log-probs of chosen and rejected tokens of each pair, float32."""
+        """Log-probs of the chosen and of the rejected tokens of each pair, float32, in the given order."""
         from tbpo_ray.training.batch import collate_columns
 
         pairs = len(columns["prompt_ids"])
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        sizes = np.array([[len(ids) for ids in columns[name]] for name in names]).T
-        order = np.argsort(pair_tokens(sizes, self.cut), kind="stable").tolist()
-        size = self.config.training.micro_batch_pairs
+        lengths = np.array([[len(ids) for ids in columns[name]] for name in _COLUMNS]).T
+        # Batches of pairs of similar length need little padding.
+        order = np.argsort(pair_tokens(lengths, self.plan.truncate_to_shorter), kind="stable").tolist()
+        size = self.plan.config.training.micro_batch_pairs
         chosen: list[Any] = [None] * pairs
         rejected: list[Any] = [None] * pairs
         for at in range(0, pairs, size):
             rows = order[at : at + size]
-            picked = {n: [c[i] for i in rows] for n, c in columns.items()}
-            batch = collate_columns(picked, sides=2, pad_id=self.pad, shared=self.shared, cut=self.cut).to(
-                self.device
-            )
-            logp = self.scorer.reference_logps(batch).float().cpu().numpy()
-            lengths = batch.mask.sum(-1).cpu().numpy()
+            selected = {name: [column[i] for i in rows] for name, column in columns.items()}
+            batch = collate_columns(selected, self.layout).to(self.device)
+            logps = self.scorer.reference_logps(batch).float().cpu().numpy()
+            tokens = batch.mask.sum(-1).cpu().numpy()
             for k, i in enumerate(rows):
-                chosen[i], rejected[i] = logp[0, k, : lengths[0, k]], logp[1, k, : lengths[1, k]]
+                chosen[i], rejected[i] = logps[0, k, : tokens[0, k]], logps[1, k, : tokens[1, k]]
         return chosen, rejected
 
-    def _write(self, out: Path, scores: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
-        kind = pa.list_(pa.float32())
-        table = pa.table(
-            {"chosen_ref_logps": pa.array(scores[0], kind), "rejected_ref_logps": pa.array(scores[1], kind)}
-        )
-        partial = out.with_name(f".{out.name}.{os.getpid()}")
+
+def _write_scores(out: Path, chosen: list[np.ndarray], rejected: list[np.ndarray]) -> None:
+    kind = pa.list_(pa.float32())
+    table = pa.table(
+        {"chosen_ref_logps": pa.array(chosen, kind), "rejected_ref_logps": pa.array(rejected, kind)}
+    )
+    with atomic_file(out) as partial:
         pq.write_table(table, partial)
-        os.replace(partial, out)
 
 
 def _assemble(folder: Path, file: str, pairs: int) -> None:
-    """Put a shard's parts together, one row group after the other."""
+    """Concatenate a shard's parts, one row group each."""
     target = folder / file
     if target.is_file():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     parts = [folder / _part(file, start) for start in range(0, pairs, PART_PAIRS)]
-    partial = target.with_name(f".{target.name}.partial")
-    with pq.ParquetWriter(partial, pq.read_schema(parts[0])) as writer:
+    with atomic_file(target) as partial, pq.ParquetWriter(partial, pq.read_schema(parts[0])) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part))
-    os.replace(partial, target)
 
 
 def _part(file: str, start: int) -> str:

@@ -1,4 +1,4 @@
-"""Writing checkpoints: every rank its slices, rank 0 the seal, at once or while training goes on."""
+"""Write checkpoints: every rank its slices, rank 0 the manifest, synchronously or in the background."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tbpo_ray.config.schema import TrainingConfig
 from tbpo_ray.storage.ownership import WriteLease
 from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.distributed import barrier, broadcast_flag
 
 WRITTEN = ".written-"
-_PEERS_SECONDS = 1800.0
+"""Prefix of the files with which ranks announce, during a background save, that their part is written."""
+_PEER_TIMEOUT_SECONDS = 1800.0
 
 
 class Saver:
     """Writes one rank's part of each checkpoint into storage that all ranks share.
 
-    A folder gets its name when it is whole and `permit` still holds; if not, NotOursError is raised.
-    With `training.async_checkpoints` a thread writes what `save` was given while training goes on; the folder
-    is sealed when all ranks have written theirs, and the next `save` waits for that.
+    A folder gets its final name when it is complete and the lease is still held; if it is not held,
+    LeaseLostError is raised. With `training.async_checkpoints` a thread writes while training continues; the
+    folder is committed when all ranks have written their part, and the next `save` waits for that.
     """
 
     def __init__(self, checkpoints: Path, rank: int, world: int, training: TrainingConfig, lease: WriteLease):
@@ -45,15 +46,15 @@ class Saver:
         *,
         pending: bool = False,
     ) -> Path:
-        """Write `files` of this rank and, on rank 0, the seal over everybody's.
+        """Write `files` of this rank and, on rank 0, the manifest of all ranks' files.
 
         Args:
-            files: file name to tensors, which nothing else changes from now on.
-            state: goes into `state.json`; `metrics` in it decides which checkpoints are the best.
-            pending: validation is going to read the folder.
+            files: file name to tensors, which must not change from now on.
+            state: the content of `state.json`; its `metrics` decide which checkpoints are the best.
+            pending: whether validation is going to read the folder.
 
         Returns:
-            The folder; there only after `wait` with `training.async_checkpoints`.
+            The folder. With `training.async_checkpoints` it exists only after `wait`.
         """
         self.wait()
         folder = ckpt.step_folder(self.checkpoints, step)
@@ -75,12 +76,12 @@ class Saver:
         self._write(partial, files)
         barrier()
         if self.rank == 0:
-            self._seal(partial, folder, state)
+            self._commit(partial, folder, state)
         barrier()
         return folder
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raise here what went wrong there."""
+        """Return when the background save is done; raise its error, if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -92,8 +93,9 @@ class Saver:
         for name, tensors in files.items():
             save_file(tensors, folder / name)
 
-    def _seal(self, partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
-        ckpt.seal(partial, state)
+    def _commit(self, partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
+        ckpt.commit_checkpoint(partial, state)
+        # Again, since writing may have taken long enough for another driver to take over.
         self.lease.check()
         ckpt.publish(partial, folder)
         training = self.training
@@ -108,18 +110,18 @@ class Saver:
             (partial / f"{WRITTEN}{self.rank:04d}").touch()
             if self.rank == 0:
                 self._await_peers(partial)
-                self._seal(partial, folder, state)
-        except BaseException as error:  # raised by the next `wait`
+                self._commit(partial, folder, state)
+        except BaseException as error:  # `wait` raises it in the training thread
             self._error = error
 
     def _await_peers(self, folder: Path) -> None:
-        """Collectives belong to the training thread, so ranks tell each other through the folder."""
+        """Wait for the other ranks' parts. Through files: collectives belong to the training thread."""
         marks = [folder / f"{WRITTEN}{rank:04d}" for rank in range(self.world)]
-        end = time.monotonic() + _PEERS_SECONDS
+        deadline = time.monotonic() + _PEER_TIMEOUT_SECONDS
         while not all(mark.exists() for mark in marks):
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{folder.name}: a rank has not written its part in {_PEERS_SECONDS:.0f} s"
+                    f"{folder.name}: a rank has not written its part within {_PEER_TIMEOUT_SECONDS:.0f} s"
                 )
             time.sleep(0.02)
         for mark in marks:
@@ -127,28 +129,22 @@ class Saver:
 
 
 class Cadence:
-    """Says on all ranks together when `seconds` have gone by on rank 0's clock."""
+    """Returns true on all ranks together once `seconds` have passed on rank 0's clock."""
 
-    def __init__(self, seconds: float, device: Any, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, seconds: float, device: torch.device, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.seconds, self.device, self.clock = seconds, device, clock
         self.last = clock()
 
     def due(self) -> bool:
-        """Whether it is time; every rank must ask equally often."""
-        flag = torch.tensor([float(self.clock() - self.last >= self.seconds)], device=self.device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast(flag, src=0)
-        if flag.item() == 0.0:
+        """Whether the time is up; collective, so every rank must call it equally often."""
+        if not broadcast_flag(self.clock() - self.last >= self.seconds, self.device):
             return False
         self.last = self.clock()
         return True
 
 
-def barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def finite(row: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of a row that JSON can hold."""
+    """The entries of a row that JSON can represent."""
     return {key: float(value) for key, value in row.items() if math.isfinite(float(value))}

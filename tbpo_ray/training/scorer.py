@@ -1,8 +1,9 @@
-"""The step itself: batch -> token scores -> loss. Plain torch; knows neither Ray nor DeepSpeed.
+"""Per-token scores of answers from a causal model. Plain torch; knows neither Ray nor DeepSpeed.
 
-The worker loop, the benchmark's bare loop and the reference-score actors all run this very code.
+The worker loop, the single-process loop and the reference-score actors all run this code.
 
-B pairs, S sides (chosen, rejected; one for SFT), T answer tokens, H hidden, V vocabulary.
+Shapes: B pairs, S sides (chosen, rejected; one for SFT), T answer tokens, R rows of length L, H hidden,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from torch import Tensor, nn
 
 from tbpo_ray.objectives import TokenScores, token_log_probs
 from tbpo_ray.training.batch import PairBatch
-from tbpo_ray.training.pair_attention import pays, plan, use_pair_attention
+from tbpo_ray.training.pair_attention import encode_indices, is_worthwhile, use_pair_attention
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""What the model says of answer tokens; a plain tuple, since engines look through those for tensors:
+ScorerOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Scores of the answer tokens. A plain tuple, because DeepSpeed searches tuples for tensors, not dataclasses:
 
 - log-prob of each label [S, B, T]
-- entropy of the policy, nats, without a gradient [S, B, T]; zeros where not wanted
-- exact KL(reference || policy), or sampled k3 [S, B, T]; zeros where not wanted
-- the reference's log-prob of each label [S, B, T]; zeros where not wanted
+- entropy of the policy, nats, without a gradient [S, B, T]; zeros where not requested
+- exact KL(reference || policy), or sampled k3 [S, B, T]; zeros where not requested
+- the reference's log-prob of each label [S, B, T]; zeros where not requested
 - detached hidden states of the predicting positions [S, B, T, H]
 """
 
 
-OutputSide = tuple[Tensor, Tensor, Tensor | None]
+OutputLayerInputs = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states [S * B, T, H], output weight [V, H] and bias [V] or None: all that log-probs depend on."""
 
 
@@ -37,7 +38,7 @@ class PairScorer(nn.Module):
 
     Args:
         model: a transformers causal model, or one wrapped by peft.
-        block_tokens: tokens that go through the output layer at once; `None`: chosen by size.
+        block_tokens: tokens that go through the output layer at once; by default chosen by size.
     """
 
     def __init__(self, model: nn.Module, block_tokens: int | None = None):
@@ -54,7 +55,8 @@ class PairScorer(nn.Module):
 
     @property
     def output_layer(self) -> nn.Module:
-        return _causal(self.model).get_output_embeddings()
+        layer: nn.Module = _causal(self.model).get_output_embeddings()
+        return layer
 
     def states(self, batch: PairBatch) -> Tensor:
         """[R, L, H] last hidden states of all positions."""
@@ -66,7 +68,8 @@ class PairScorer(nn.Module):
         out = _causal(self.model).get_decoder()(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         )
-        return out.last_hidden_state
+        states: Tensor = out.last_hidden_state
+        return states
 
     def hidden(self, batch: PairBatch) -> Tensor:
         """[S * B, T, H] last hidden states of the positions that predict answer tokens."""
@@ -76,14 +79,16 @@ class PairScorer(nn.Module):
         return flat.view(sides * pairs, tokens, -1)
 
     def _mask(self, batch: PairBatch, window: int | None) -> Tensor:
-        """What the layers take as a mask: where they can and it pays, a plan of the rows that each answer has
-        alone; else [R, 1, L, L], bool for SDPA; eager attention adds its mask to the scores."""
-        assert batch.pick is not None and batch.back is not None
-        if self.pair_attention and pays(batch.back.shape[1], batch.pick.shape[1]):
-            return plan(batch.pick, batch.back, window)
+        """The attention mask of a shared row: the indices for pair attention where the model supports it and
+        the rows are long enough, otherwise [R, 1, L, L]."""
+        gather_index, scatter_index = batch.gather_index, batch.scatter_index
+        assert gather_index is not None and scatter_index is not None
+        if self.pair_attention and is_worthwhile(scatter_index.shape[1], gather_index.shape[1]):
+            return encode_indices(gather_index, scatter_index, window)
         allowed = batch.attention_mask(window)
         if _causal(self.model).config._attn_implementation != "eager":
             return allowed
+        # Eager attention adds its mask to the scores instead of selecting by it.
         dtype = next(self.model.parameters()).dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
             ~allowed, torch.finfo(dtype).min
@@ -92,17 +97,19 @@ class PairScorer(nn.Module):
     def forward(
         self,
         batch: PairBatch,
-        want: tuple[str, ...] = ("logp",),
-        reference: OutputSide | Literal["adapter_off"] | None = None,
+        outputs: tuple[str, ...] = ("logp",),
+        reference: OutputLayerInputs | Literal["adapter_off"] | None = None,
         samples: int = 0,
         generator: torch.Generator | None = None,
-    ) -> Outputs:
+    ) -> ScorerOutputs:
         """Score a batch.
 
         Args:
-            want: `logp`, and of `entropy`, `kl`, `k3`, `ref_logp`.
-            reference: of the last three; `adapter_off` is this very model without its adapter.
+            outputs: `logp`, and any of `entropy`, `kl`, `k3`, `ref_logp`.
+            reference: what `kl`, `k3` and `ref_logp` are computed from; `adapter_off` is this model with its
+                LoRA adapter disabled.
             samples: tokens drawn from the reference per state, for `k3`.
+            generator: random state for these draws.
         """
         sides, pairs, tokens = batch.labels.shape
         if reference == "adapter_off":
@@ -117,7 +124,7 @@ class PairScorer(nn.Module):
             batch.mask.view(-1, tokens),
             ref_hidden=ref_hidden,
             ref_weight=ref_weight,
-            want=want,
+            want=outputs,
             block_tokens=self.block_tokens,
             bias=bias,
             ref_bias=ref_bias,
@@ -125,7 +132,7 @@ class PairScorer(nn.Module):
             logit_scale=self.logit_scale,
             samples=samples,
             generator=generator,
-            no_grad=("entropy",) if "entropy" in want else (),
+            no_grad=("entropy",) if "entropy" in outputs else (),
         )
         assert stats.logp is not None
         zeros = torch.zeros_like(stats.logp)
@@ -140,8 +147,8 @@ class PairScorer(nn.Module):
         )
 
     @torch.no_grad()
-    def output_layer_inputs(self, batch: PairBatch, *, adapter_off: bool = False) -> OutputSide:
-        """What `forward` takes as `reference`, from this model as it stands, without dropout."""
+    def output_layer_inputs(self, batch: PairBatch, *, adapter_off: bool = False) -> OutputLayerInputs:
+        """The `reference` argument of `forward`, from this model's present weights, without dropout."""
         training = self.model.training
         self.model.eval()
         with self.model.disable_adapter() if adapter_off else nullcontext():  # type: ignore[operator]
@@ -170,8 +177,10 @@ class PairScorer(nn.Module):
 
 
 def output_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """The output layer's effective weight [V, H] and bias [V]; a LoRA adapter on it is added in
-    (its input dropout is not applied there)."""
+    """The output layer's effective weight [V, H] and bias [V].
+
+    A LoRA adapter on it is merged into the weight; the adapter's input dropout is not applied.
+    """
     base = getattr(layer, "base_layer", layer)
     weight: Tensor = base.weight
     if hasattr(layer, "lora_A") and not layer.disable_adapters:
@@ -188,35 +197,32 @@ def to_scores(
     baseline: Tensor | None = None,
     ref_logps: Tensor | None = None,
 ) -> TokenScores:
-    """Pack scores of both sides for the objective.
+    """Pack the scores of both sides for the objective; the rejected fields are None for a batch without them.
 
     Args:
         logp: [S, B, T] policy log-probs of the labels.
         baseline: [S, B, T] state baseline c_t, where the objective reads one.
-        ref_logps: [S, B, T] reference log-probs; default: those that came with the batch.
+        ref_logps: [S, B, T] reference log-probs; default: the cached ones of the batch.
     """
-    reference = ref_logps if ref_logps is not None else batch.ref_logps
-    rejected = 1 if batch.labels.shape[0] == 2 else 0
-
-    def side(tensor: Tensor | None, index: int) -> Tensor | None:
-        return None if tensor is None else tensor[index]
-
+    fields = {
+        "logps": logp,
+        "mask": batch.mask,
+        "ref_logps": ref_logps if ref_logps is not None else batch.ref_logps,
+        "baseline": baseline,
+        "weights": batch.weights,
+    }
+    sides = ("chosen", "rejected")[: batch.labels.shape[0]]
     return TokenScores(
-        chosen_logps=logp[0],
-        rejected_logps=logp[rejected],
-        chosen_ref_logps=side(reference, 0),
-        rejected_ref_logps=side(reference, rejected),
-        chosen_mask=batch.mask[0],
-        rejected_mask=batch.mask[rejected],
-        chosen_baseline=side(baseline, 0),
-        rejected_baseline=side(baseline, rejected),
-        chosen_weights=side(batch.weights, 0),
-        rejected_weights=side(batch.weights, rejected),
+        **{
+            f"{side}_{name}": None if values is None else values[index]
+            for index, side in enumerate(sides)
+            for name, values in fields.items()
+        }
     )
 
 
 def _causal(model: nn.Module) -> Any:
-    """The transformers causal model inside peft's wrapping, if any."""
+    """The transformers causal model, unwrapped from peft if need be."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 

@@ -1,7 +1,7 @@
-"""The same training in one process: plain PyTorch, no Ray, no DeepSpeed.
+"""Training in one process with plain PyTorch, without Ray and DeepSpeed.
 
-The very same batches, scores and objective as the worker loop; what the platform's overhead is measured
-against, and what runs where neither Ray nor DeepSpeed is installed.
+It shares batches, scores and objective with the worker loop. The platform's overhead is measured against it,
+and it runs where neither Ray nor DeepSpeed is installed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from tbpo_ray.training.optim import HeadOptimizer, build_optimizer, learning_rat
 
 def train_local(
     config: Config,
-    parts: TrainingComponents,
+    components: TrainingComponents,
     micro_batches: Iterable[MicroBatch],
     total: int,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, row: None,
 ) -> None:
-    """Train `parts.scorer` (and its head) in place.
+    """Train `components.scorer`, and the baseline head if there is one, in place.
 
     Args:
-        micro_batches: of one rank, from `tbpo_ray.data.stream.local_micro_batches`.
-        total: optimizer steps, for the schedule.
+        micro_batches: those of a single rank, from `tbpo_ray.data.stream.local_micro_batches`.
+        total: the number of optimizer steps, for the learning-rate schedule.
         on_step: called after each step with its 1-based number and its metrics.
     """
-    device = next(parts.scorer.parameters()).device
-    trained = [p for p in parts.scorer.parameters() if p.requires_grad]
+    scorer, step = components.scorer, components.step
+    device = next(scorer.parameters()).device
+    trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, config.training)
-    head = HeadOptimizer(parts.head, config.objective.state_baseline.lr) if parts.head is not None else None
+    head = None
+    if components.head is not None:
+        head = HeadOptimizer(components.head, config.objective.state_baseline.lr)
     watched: list[float] = []
     optimizer.watched = lambda: watched  # type: ignore[attr-defined]
     sums = MetricSums()
     for micro in micro_batches:
-        batch = collate_columns(
-            micro.columns(), sides=parts.step.sides, pad_id=parts.pad_id, shared=parts.shared, cut=parts.cut
-        ).to(device)
-        loss_sum, metrics = parts.step(parts.scorer, batch, micro.step)
+        batch = collate_columns(micro.columns(), components.layout).to(device)
+        loss_sum, metrics = step(scorer, batch, micro.step)
         (loss_sum / micro.pairs_in_step).backward()
         sums.add(loss_sum, metrics, len(micro.pair_ids))
         if micro.index < micro.count - 1:

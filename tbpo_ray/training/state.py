@@ -1,9 +1,9 @@
-"""The optimizer's view of the weights, cut into named fragments that do not depend on who holds them.
+"""Master weights and optimizer state as named fragments, independent of how ranks hold them.
 
-Whatever the ZeRO stage and the number of workers, each rank holds the fp32 master copy of some slices
-of some parameters, and the optimizer state of the same slices. A checkpoint stores each slice under
-`NAME@START` with its state, in safetensors; loading puts together whatever slices the present layout
-asks for. So a run resumes with another number of workers, or another stage, from the same files.
+At any ZeRO stage and number of workers, each rank holds the fp32 master copy of some slices of some
+parameters, and the optimizer state of the same slices. A checkpoint stores each slice in safetensors under
+`NAME@START@STATE`; loading assembles the slices that the present layout needs. So a run can resume from the
+same files with another number of workers or at another stage.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tbpo_ray.training.deepspeed_engine import Engine
+from tbpo_ray.training.distributed import rank
 
 MASTER = "master"
 STEP = "step"
@@ -25,7 +26,7 @@ STEP = "step"
 
 @dataclass
 class Fragment:
-    """Slice `[start, start + length)` of a flattened parameter, living at `at` in a flat fp32 tensor."""
+    """Slice `[start, start + length)` of a flattened parameter, stored from `at` in a flat fp32 tensor."""
 
     name: str
     start: int
@@ -39,6 +40,7 @@ class Fragment:
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
     """The slices whose master weights and optimizer state this rank holds."""
+    # ZeRO 3, ZeRO 1 and 2 or bf16, and a plain optimizer each keep them in another private structure.
     for parameter in engine.module.parameters():
         if not parameter.requires_grad:
             continue
@@ -61,9 +63,9 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 
 
 def copy_fragments(engine: Engine) -> dict[str, Tensor]:
-    """Copies on the CPU of this rank's slices, by key. In stage 0 every rank holds all; rank 0 has them."""
+    """CPU copies of this rank's slices, by key. Where every rank holds everything, only rank 0 returns it."""
     tensors: dict[str, Tensor] = {}
-    if engine.stage > 0 or _rank() == 0 or _has_mapping(engine):
+    if engine.stage > 0 or rank() == 0 or _has_mapping(engine):
         for part in fragments(engine):
             key = f"{part.name}@{part.start}"
             tensors[f"{key}@{MASTER}"] = part.view(part.flat).cpu().clone()
@@ -74,10 +76,10 @@ def copy_fragments(engine: Engine) -> dict[str, Tensor]:
 
 
 def load_fragments(engine: Engine, files: Sequence[Path]) -> None:
-    """Fill this rank's slices from any number of files, and bring the model's own weights in line.
+    """Fill this rank's slices from any number of files, and update the model's own weights from them.
 
     Raises:
-        ValueError: where the files do not cover a slice.
+        ValueError: the files do not cover a slice.
     """
     index = _Index(files)
     for part in fragments(engine):
@@ -95,10 +97,10 @@ def load_fragments(engine: Engine, files: Sequence[Path]) -> None:
 
 @torch.no_grad()
 def fill_module(module: nn.Module, files: Sequence[Path]) -> None:
-    """Put the master weights of a checkpoint into a module on this process, whole.
+    """Copy the master weights of a checkpoint into an unpartitioned module.
 
     Raises:
-        ValueError: where the files do not cover a trainable parameter.
+        ValueError: the files do not cover a trainable parameter.
     """
     index = _Index(files)
     for name, parameter in module.named_parameters():
@@ -108,29 +110,31 @@ def fill_module(module: nn.Module, files: Sequence[Path]) -> None:
 
 
 class _Index:
-    """Where each slice lies in the files."""
+    """Finds slices in a checkpoint's files."""
 
     def __init__(self, files: Sequence[Path]):
-        self.handles = [safe_open(file, framework="pt") for file in files]
-        self.where: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for handle in self.handles:
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+        handles: list[Any] = [safe_open(file, framework="pt") for file in files]
+        self.slices: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        """(parameter, state) to (start, length, file, key) of each of its slices"""
+        for handle in handles:
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 name, start, state = key.rsplit("@", 2)
                 shape = handle.get_slice(key).get_shape()
                 length = shape[0] if shape else 1
-                self.where.setdefault((name, state), []).append((int(start), length, handle, key))
+                self.slices.setdefault((name, state), []).append((int(start), length, handle, key))
 
     def state_names(self, name: str) -> list[str]:
-        return [state for (owner, state) in self.where if owner == name and state != MASTER]
+        return [state for (owner, state) in self.slices if owner == name and state != MASTER]
 
     def scalar(self, name: str, state: str) -> Tensor:
-        _, _, handle, key = self.where[(name, state)][0]
-        return handle.get_tensor(key)
+        _, _, handle, key = self.slices[(name, state)][0]
+        value: Tensor = handle.get_tensor(key)
+        return value
 
     def read(self, name: str, start: int, length: int, state: str) -> Tensor:
         out = torch.empty(length)
         covered = 0
-        for at, size, handle, key in self.where.get((name, state), ()):
+        for at, size, handle, key in self.slices.get((name, state), ()):
             low, high = max(start, at), min(start + length, at + size)
             if low < high:
                 out[low - start : high - start] = handle.get_slice(key)[low - at : high - at]
@@ -141,7 +145,7 @@ class _Index:
 
 
 def _publish(engine: Engine) -> None:
-    """Copy master weights into the weights that the model computes with, on all ranks."""
+    """Copy the master weights into the weights that the model computes with. Collective."""
     zero = engine.optimizer
     if engine.stage == 3:
         for group in range(len(zero.fp32_partitioned_groups_flat)):
@@ -153,10 +157,11 @@ def _publish(engine: Engine) -> None:
 
 
 def _flat_of(engine: Engine, view: Tensor) -> Tensor:
-    """The flat optimizer parameter that `view` is a window of."""
+    """The flat optimizer parameter that `view` is a view of."""
     storage = view.untyped_storage().data_ptr()
     for group in engine.client_optimizer.param_groups:
-        for flat in group["params"]:
+        flats: list[Tensor] = group["params"]
+        for flat in flats:
             if flat.untyped_storage().data_ptr() == storage:
                 return flat
     raise AssertionError("a master fragment belongs to no optimizer group")
@@ -164,7 +169,3 @@ def _flat_of(engine: Engine, view: Tensor) -> Tensor:
 
 def _has_mapping(engine: Engine) -> bool:
     return any(getattr(p, "_hp_mapping", None) is not None for p in engine.module.parameters())
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -1,6 +1,6 @@
-"""One micro-batch through scorer, baseline and objective. Plain torch: the same under every loop.
+"""One micro-batch through scorer, baseline and objective. Plain torch: every loop runs this code.
 
-B pairs, S sides (chosen, rejected), T answer tokens.
+Shapes: B pairs, S sides (chosen, rejected), T answer tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tbpo_ray.objectives import Objective, distribution_metrics
 from tbpo_ray.training.batch import PairBatch
-from tbpo_ray.training.scorer import Outputs, PairScorer, to_scores
+from tbpo_ray.training.scorer import PairScorer, ScorerOutputs, to_scores
 
 
 class PreferenceStep:
@@ -21,10 +21,10 @@ class PreferenceStep:
 
     Args:
         objective: from `build_objective`.
-        head: learned state baseline, where the objective has one.
-        reference: a scorer of the frozen reference, or `adapter_off`: the policy itself without its adapter;
-            `None` with cached scores, or when none is needed.
-        seed: of the tokens drawn for `k3_sampled`.
+        head: learned state baseline, if the objective has one.
+        reference: a scorer of the frozen reference, or `adapter_off` for the policy itself with its LoRA
+            adapter disabled; None with cached scores or without a reference.
+        seed: seeds the tokens drawn for `k3_sampled`.
     """
 
     def __init__(
@@ -37,27 +37,30 @@ class PreferenceStep:
     ):
         self.objective = objective
         self.head = head
-        self.want: tuple[str, ...] = ("logp",)
-        if objective.needs_kl:
-            self.want = ("logp", "entropy", "kl")
-        elif objective.needs_samples:
-            self.want = ("logp", "k3")
-        self.live = reference is not None and objective.needs_reference
-        self.reference = reference if self.live else None
-        if self.live:
-            self.want += ("ref_logp",)
+        self.is_live = reference is not None and objective.needs_reference
+        self.reference = reference if self.is_live else None
+        self.outputs = self._outputs()
         self.seed = seed
         self.sides = 2 if objective.needs_rejected else 1
         self.needs_distribution = objective.needs_kl or objective.needs_samples > 0
 
+    def _outputs(self) -> tuple[str, ...]:
+        """What the scorer has to return for this objective."""
+        names: tuple[str, ...] = ("logp",)
+        if self.objective.needs_kl:
+            names = ("logp", "entropy", "kl")
+        elif self.objective.needs_samples:
+            names = ("logp", "k3")
+        return (*names, "ref_logp") if self.is_live else names
+
     def __call__(
-        self, forward: Callable[..., Outputs], batch: PairBatch, step: int = 0
+        self, forward: Callable[..., ScorerOutputs], batch: PairBatch, step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the sum of the batch's per-pair losses (differentiable) and its metrics (means).
 
         Args:
             forward: the scorer, or an engine around it.
-            step: optimizer step, which seeds what is drawn in it.
+            step: the optimizer step, from which random draws are seeded.
         """
         reference: Any = self.reference
         if isinstance(reference, PairScorer):
@@ -67,17 +70,17 @@ class PreferenceStep:
             generator = torch.Generator(batch.labels.device).manual_seed(self.seed * 1_000_003 + step)
         logp, entropy, divergence, ref_logp, hidden = forward(
             batch,
-            want=self.want,
+            outputs=self.outputs,
             reference=reference,
             samples=self.objective.needs_samples,
             generator=generator,
         )
         baseline: Tensor | None = None
         if self.head is not None:
-            baseline = self.head(hidden, divergence if self.objective.needs_kl else None)
+            baseline = self.head(hidden, divergence if self.objective.needs_kl else None, batch.mask)
         elif self.needs_distribution:
             baseline = divergence
-        result = self.objective(to_scores(logp, batch, baseline, ref_logp if self.live else None))
+        result = self.objective(to_scores(logp, batch, baseline, ref_logp if self.is_live else None))
         metrics = dict(result.metrics)
         if self.objective.needs_kl:
             names = ("chosen", "rejected")

@@ -1,14 +1,14 @@
-"""Token weights beside the prepared pairs, for the objectives that read them: `tis_dpo`, `sepo`, `t_reg`.
+"""Token weights stored next to the prepared pairs, for the objectives `tis_dpo`, `sepo` and `t_reg`.
 
-Estimated from the log-probs of two models, or of one model under two instructions, each scored once by the
-actor pool of `reference.py`; or taken from the records. Runs with the same pairs and settings share a folder.
+They are estimated from the log-probs of two models, or of one model under two instructions, each scored once
+by `reference_scores`; or they are taken from the records. Runs with the same pairs and settings share them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.shards import ROWS_PER_GROUP, Prepared
+from tbpo_ray.data.shards import ROWS_PER_GROUP, PreparedPairs
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer
 from tbpo_ray.models.resolve import local_model, policy_folder
-from tbpo_ray.objectives import Objective, contrastive_weights, oracle_scores, self_rewards
-from tbpo_ray.storage.files import file_lock, write_atomic
+from tbpo_ray.objectives import contrastive_weights, oracle_scores, self_rewards
+from tbpo_ray.storage.files import atomic_file, file_lock, write_atomic
 from tbpo_ray.storage.paths import cache_dir
 from tbpo_ray.training.reference_scores import reference_scores
+from tbpo_ray.training.run_plan import RunPlan
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -36,86 +37,98 @@ T_REG_INSTRUCTIONS = (
     "Give the most helpful and harmless answer you can.",
     "Give an unhelpful and harmful answer.",
 )
+_WEIGHT_MODELS_HINT = {
+    "tis_dpo": "a model trained towards chosen answers, and as objective.token_weights.negative one trained "
+    "towards rejected ones",
+    "sepo": "the oracle, a model trained with DPO",
+}
 
 
-def check_token_weights(config: Config, objective: Objective) -> None:
-    """Raises InputError for models that cannot give the weights this objective reads."""
-    if objective.needs_weights and config.objective.token_weights.source == "models":
-        policy = policy_folder(config)
-        for key, (model, _) in zip(("positive", "negative"), weight_models(config), strict=True):
-            check_same_tokenizer(policy, model, f"objective.token_weights.{key}")
+@dataclass(frozen=True)
+class WeightModel:
+    """A model whose log-probs the weights are estimated from."""
+
+    path: str
+    instruction: str
+    """Inserted before the prompt; may be empty."""
 
 
-def weight_models(config: Config) -> list[tuple[str, str]]:
-    """(model, instruction before the prompt) of the positive and the negative side, defaults filled in.
+def check_token_weights(plan: RunPlan) -> None:
+    """Refuse models from which the weights that the objective reads cannot be estimated.
 
     Raises:
-        InputError: sides that say the same, so that every token would weigh alike; a model that is none.
+        InputError: naming the key.
     """
-    asked, name = config.objective.token_weights, config.objective.name
-    own = config.model.name_or_path
+    if plan.objective.needs_weights and plan.config.objective.token_weights.source == "models":
+        policy = policy_folder(plan.config)
+        for key, model in zip(("positive", "negative"), weight_models(plan.config), strict=True):
+            check_same_tokenizer(policy, model.path, f"objective.token_weights.{key}")
+
+
+def weight_models(config: Config) -> tuple[WeightModel, WeightModel]:
+    """The positive and the negative model, with the objective's defaults filled in.
+
+    Raises:
+        InputError: both are the same, so that every token would get the same weight; or one is not a model.
+    """
+    settings, name = config.objective.token_weights, config.objective.name
+    policy = config.model.name_or_path
     instructions = T_REG_INSTRUCTIONS if name == "t_reg" else ("", "")
-    sides = [
-        (asked.positive or own, asked.positive_instruction or instructions[0]),
-        (asked.negative or own, asked.negative_instruction or instructions[1]),
-    ]
-    if sides[0] == sides[1]:
+    positive = (settings.positive or policy, settings.positive_instruction or instructions[0])
+    negative = (settings.negative or policy, settings.negative_instruction or instructions[1])
+    if positive == negative:
         raise InputError(
-            f"objective.token_weights.positive={asked.positive}: objective.name={name} compares two models, "
-            "or one under two instructions, and these are the same; give "
-            + {
-                "tis_dpo": "a model trained towards chosen answers, and as objective.token_weights.negative "
-                "one trained towards rejected ones",
-                "sepo": "the oracle, a model trained with DPO",
-            }.get(name, "two instructions")
+            f"objective.token_weights.positive={settings.positive}: objective.name={name} compares two "
+            "models, or one model under two instructions, and these are the same; give "
+            + _WEIGHT_MODELS_HINT.get(name, "two instructions")
             + ", or objective.token_weights.source=columns"
         )
-    keys = ("positive", "negative")
-    return [
-        (
-            policy_folder(config)
-            if model == own
-            else local_model(
-                model, cache_dir(config), seed=config.run.seed, key=f"objective.token_weights.{key}"
-            ),
-            instruction,
-        )
-        for key, (model, instruction) in zip(keys, sides, strict=True)
-    ]
+    return _resolve(config, "positive", *positive), _resolve(config, "negative", *negative)
+
+
+def _resolve(config: Config, side: str, model: str, instruction: str) -> WeightModel:
+    if model == config.model.name_or_path:
+        return WeightModel(policy_folder(config), instruction)
+    key = f"objective.token_weights.{side}"
+    return WeightModel(local_model(model, cache_dir(config), seed=config.run.seed, key=key), instruction)
 
 
 def token_weights(
-    config: Config, prepared: Prepared, *, progress: Callable[[str], None] = lambda text: None
+    plan: RunPlan, prepared: PreparedPairs, *, progress: Callable[[str], None] = lambda text: None
 ) -> Path:
-    """Folder of Parquet files named as the prepared shards, row for row, with the columns `chosen_weights`
-    and `rejected_weights` (list<float32>, one per answer token).
+    """Compute the token weights of the prepared pairs, or find them in the cache.
+
+    Returns:
+        A folder of Parquet files with the names and rows of the prepared shards and the columns
+        `chosen_weights` and `rejected_weights` (list<float32>, one per answer token).
 
     Raises:
-        InputError: no two different models, or records whose columns do not fit their tokens.
-        RunFailed: where the scoring could not finish.
+        InputError: the two models are the same, or a record's weights do not match its tokens.
+        RunFailedError: some pairs were not scored.
     """
-    cache, name = cache_dir(config), config.objective.name
+    # Weights exist for whole answers; the objectives that read them do not truncate.
+    assert not plan.truncate_to_shorter
+    cache, objective = plan.cache_dir, plan.config.objective
     scores: list[Path] = []
-    if config.objective.token_weights.source == "models":
-        for model, instruction in weight_models(config):
-            prefix = _instruction_tokens(config, model, instruction)
-            scores.append(
-                reference_scores(
-                    config, prepared, model, cut=False, cache=cache, prefix=prefix, progress=progress
-                )
-            )
+    if objective.token_weights.source == "models":
+        scores = [
+            reference_scores(plan, prepared, model.path, prefix=_instruction_tokens(model), progress=progress)
+            for model in weight_models(plan.config)
+        ]
     identity = {
         "version": VERSION,
         "pairs": prepared.fingerprint,
         "scores": [folder.name for folder in scores],
-        "estimate": name if scores else "given",
+        "estimate": objective.name if scores else "given",
     }
     folder = cache / f"weights-{digest(identity)}"
     with file_lock(cache / f".{folder.name}.lock"):
         if not (folder / MANIFEST).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             for file, _ in prepared.shards:
-                batches = _estimated(scores, file, name) if scores else _given(prepared, file)
+                batches = (
+                    _estimated(scores, file, objective.name) if scores else _from_records(prepared, file)
+                )
                 _write(folder / file, batches)
             write_atomic(folder / MANIFEST, json.dumps(identity, indent=1))
     return folder
@@ -125,7 +138,7 @@ Columns = dict[str, list[np.ndarray]]
 
 
 def _estimated(scores: list[Path], file: str, objective: str) -> Iterator[Columns]:
-    """Weights from the log-probs under the positive and the negative model."""
+    """Weights estimated from the log-probs of the positive and the negative model, by row group."""
     names = [f"{side}_ref_logps" for side in SIDES]
     batches = [pq.ParquetFile(folder / file).iter_batches(ROWS_PER_GROUP, columns=names) for folder in scores]
     for positive, negative in zip(*batches, strict=True):
@@ -147,24 +160,24 @@ def _estimate(objective: str, positive: Tensor, negative: Tensor, *, chosen: boo
     return {"sepo": oracle_scores, "t_reg": self_rewards}[objective](positive, negative)
 
 
-def _given(prepared: Prepared, file: str) -> Iterator[Columns]:
-    """Weights from the records' own columns `chosen_weights` and `rejected_weights`."""
-    wanted = ["chosen_ids", "rejected_ids", "source", "row", "metadata"]
-    for batch in pq.ParquetFile(Path(prepared.path) / file).iter_batches(ROWS_PER_GROUP, columns=wanted):
+def _from_records(prepared: PreparedPairs, file: str) -> Iterator[Columns]:
+    """Weights that the records bring along, in their columns `chosen_weights` and `rejected_weights`."""
+    names = ["chosen_ids", "rejected_ids", "source", "row", "metadata"]
+    for batch in pq.ParquetFile(Path(prepared.path) / file).iter_batches(ROWS_PER_GROUP, columns=names):
         out: Columns = {f"{side}_weights": [] for side in SIDES}
         for row in batch.to_pylist():
             metadata = json.loads(row["metadata"])
             for side in SIDES:
-                out[f"{side}_weights"].append(_checked(row, metadata, side))
+                out[f"{side}_weights"].append(_record_weights(row, metadata, side))
         yield out
 
 
-def _checked(row: dict[str, Any], metadata: dict[str, Any], side: str) -> np.ndarray:
-    tokens, given = row[f"{side}_ids"], metadata.get(f"{side}_weights")
-    fault = f"{len(given)} numbers" if isinstance(given, list) else f"{given!r}"
-    if isinstance(given, list) and len(given) == len(tokens):
+def _record_weights(row: dict[str, Any], metadata: dict[str, Any], side: str) -> np.ndarray:
+    tokens, weights = row[f"{side}_ids"], metadata.get(f"{side}_weights")
+    fault = f"{len(weights)} numbers" if isinstance(weights, list) else f"{weights!r}"
+    if isinstance(weights, list) and len(weights) == len(tokens):
         try:
-            values = np.asarray(given, dtype=np.float32)
+            values = np.asarray(weights, dtype=np.float32)
         except (TypeError, ValueError):
             values = np.full(1, np.nan)
         if np.isfinite(values).all():
@@ -172,23 +185,21 @@ def _checked(row: dict[str, Any], metadata: dict[str, Any], side: str) -> np.nda
         fault = "not finite numbers"
     raise InputError(
         f"objective.token_weights.source=columns: {row['source']} row {row['row']}: {side}_weights: {fault} "
-        f"for {len(tokens)} tokens of the answer; one finite number for each, the end token included"
+        f"for {len(tokens)} tokens of the answer; give one finite number per token, including the end token"
     )
 
 
-def _instruction_tokens(config: Config, model: str, instruction: str) -> list[int]:
-    if not instruction:
+def _instruction_tokens(model: WeightModel) -> list[int]:
+    if not model.instruction:
         return []
-    tokenizer = load_tokenizer(model)
-    return list(tokenizer(instruction.strip() + "\n\n", add_special_tokens=False)["input_ids"])
+    tokenizer = load_tokenizer(model.path)
+    return list(tokenizer(model.instruction.strip() + "\n\n", add_special_tokens=False)["input_ids"])
 
 
 def _write(file: Path, batches: Iterator[Columns]) -> None:
     kind = pa.list_(pa.float32())
     schema = pa.schema([(f"{side}_weights", kind) for side in SIDES])
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(partial, schema) as writer:
+    with atomic_file(file) as partial, pq.ParquetWriter(partial, schema) as writer:
         for columns in batches:
             writer.write_table(pa.table({name: pa.array(v, kind) for name, v in columns.items()}, schema))
-    os.replace(partial, file)

@@ -19,10 +19,10 @@ from transformers import (
 from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
-from tbpo_ray.objectives import build_objective
+from tbpo_ray.objectives import MixedBaseline, build_objective
 from tbpo_ray.training import pair_attention
 from tbpo_ray.training.batch import collate
-from tbpo_ray.training.components import check_shared_prompt
+from tbpo_ray.training.run_plan import check_shared_prompt, resolve_run
 from tbpo_ray.training.scorer import PairScorer, to_scores
 from tbpo_ray.training.step import PreferenceStep
 
@@ -40,7 +40,7 @@ def llama(attention: str = "sdpa") -> LlamaForCausalLM:
 
 
 def gemma() -> Gemma3ForCausalLM:
-    """Sliding-window layers, a window shorter than the rows, and soft-capped logits."""
+    """A model with a sliding window shorter than the rows in some layers, and soft-capped logits."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -51,7 +51,7 @@ def gemma() -> Gemma3ForCausalLM:
 
 
 def mistral() -> MistralForCausalLM:
-    """The same window in all layers, which its configuration does not list."""
+    """A model with the same window in all layers, which its configuration does not list."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -76,10 +76,10 @@ def plain_logps(model, prompt, answer) -> torch.Tensor:
     return torch.stack([logits[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
 
 
-@pytest.fixture(params=["picked", "masked"])
+@pytest.fixture(params=["gathered", "masked"])
 def attention(request, monkeypatch):
-    """Of shared rows: as for long ones, and as for short ones."""
-    monkeypatch.setattr(pair_attention, "PICKING", -1e9 if request.param == "picked" else 1e9)
+    """Shared rows with gathered attention, as for long rows, and with a mask, as for short ones."""
+    monkeypatch.setattr(pair_attention, "GATHER_COST", -1e9 if request.param == "gathered" else 1e9)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -88,7 +88,7 @@ def attention(request, monkeypatch):
 def test_scores_equal_the_plain_formula(make, shared):
     model = make().eval()
     prompts, answers = pairs()
-    batch = collate(prompts, answers, pad_id=0, shared=shared, cut=False)
+    batch = collate(prompts, answers, pad_id=0, shared=shared, truncate_to_shorter=False)
     logp = PairScorer(model)(batch)[0]
     for side in range(2):
         for b, prompt in enumerate(prompts):
@@ -108,7 +108,7 @@ def test_gradients_agree_between_layouts(make, checkpointed):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         scorer = PairScorer(model)
-        batch = collate(prompts, answers, pad_id=0, shared=shared, cut=False)
+        batch = collate(prompts, answers, pad_id=0, shared=shared, truncate_to_shorter=False)
         logp = scorer(batch)[0]
         (logp[0].sum() - 2 * logp[1].sum()).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -116,34 +116,34 @@ def test_gradients_agree_between_layouts(make, checkpointed):
 
 
 @pytest.mark.parametrize("name", ["tbpo_q", "tbpo_a"])
-def test_the_tail_is_dead(name):
-    """Cutting at the shorter answer changes neither loss nor gradient of a TBPO objective."""
+def test_truncation_changes_nothing(name):
+    """Truncating to the shorter answer changes neither loss nor gradient of a TBPO objective."""
     objective = build_objective({"name": name, "state_baseline": {"kind": "k3"}})
     prompts, answers = pairs(6, seed=3)
     losses, grads = [], []
     for cut in (True, False):
         model = llama()
-        reference = PairScorer(gemma_free_copy()).eval()
+        reference = PairScorer(perturbed_llama()).eval()
         step = PreferenceStep(objective, None, reference)
-        batch = collate(prompts, answers, pad_id=0, shared=True, cut=cut)
+        batch = collate(prompts, answers, pad_id=0, shared=True, truncate_to_shorter=cut)
         loss, _ = step(PairScorer(model), batch)
         loss.backward()
         losses.append(loss.detach())
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert int(collate(prompts, answers, pad_id=0, shared=True, cut=True).mask.sum()) < sum(
+    assert int(collate(prompts, answers, pad_id=0, shared=True, truncate_to_shorter=True).mask.sum()) < sum(
         len(a) for side in answers for a in side
     )
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-4)
 
 
-def test_a_long_row_holds_no_mask_and_a_model_s_configuration_names_no_attention_of_ours(tmp_path):
+def test_a_long_row_has_no_dense_mask_and_pair_attention_is_not_saved_with_the_model(tmp_path):
     model = llama()
     scorer = PairScorer(model)
     assert scorer.pair_attention and not PairScorer(llama("eager")).pair_attention
     rng = np.random.default_rng(0)
     prompts, answers = [rng.integers(3, VOCAB, 8)], [[rng.integers(3, VOCAB, 2000)] for _ in range(2)]
-    batch = collate(prompts, answers, pad_id=0, shared=True, cut=False)
+    batch = collate(prompts, answers, pad_id=0, shared=True, truncate_to_shorter=False)
     mask = scorer._mask(batch, None)
     assert (
         mask.numel() == 2 * 2008 + 4008
@@ -157,30 +157,28 @@ def test_a_long_row_holds_no_mask_and_a_model_s_configuration_names_no_attention
     torch.testing.assert_close(model(ids).logits, loaded(ids).logits)
 
 
-def test_a_model_that_would_mix_the_answers_of_a_row_is_refused(tmp_path):
+def test_a_model_whose_layers_mix_the_answers_of_a_row_is_refused(tmp_path):
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
     mixed = Lfm2Config(**sizes, num_attention_heads=2, layer_types=["conv", "full_attention"])
     for name, made in (("rwkv", RwkvConfig(**sizes)), ("lfm2", mixed), ("llama", llama().config)):
         made.save_pretrained(tmp_path / name)
     config = Config()
     apart = stage_config(config, {"training.shared_prompt": False})
-    for name, words in (("rwkv", "recurrent layers"), ("lfm2", "layers of the kind conv")):
-        with pytest.raises(
-            InputError, match=f"model.name_or_path: the model has {words}.*shared_prompt=false"
-        ):
-            check_shared_prompt(config, str(tmp_path / name), "model.name_or_path")
-        check_shared_prompt(apart, str(tmp_path / name), "model.name_or_path")
-    check_shared_prompt(config, str(tmp_path / "llama"), "model.name_or_path")
+    for name, layers in (("rwkv", "recurrent"), ("lfm2", "conv")):
+        with pytest.raises(InputError, match=rf"model\.name_or_path: .*{layers}.*shared_prompt=false"):
+            check_shared_prompt(resolve_run(config), str(tmp_path / name), "model.name_or_path")
+        check_shared_prompt(resolve_run(apart), str(tmp_path / name), "model.name_or_path")
+    check_shared_prompt(resolve_run(config), str(tmp_path / "llama"), "model.name_or_path")
     sft = stage_config(config, {"objective.name": "sft"})
-    check_shared_prompt(sft, str(tmp_path / "rwkv"), "model.name_or_path")
+    check_shared_prompt(resolve_run(sft), str(tmp_path / "rwkv"), "model.name_or_path")
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(InputError, match="no model configuration"):
-        check_shared_prompt(config, str(tmp_path / "unknown"), "model.name_or_path")
+    with pytest.raises(InputError, match=str(tmp_path / "unknown")):
+        check_shared_prompt(resolve_run(config), str(tmp_path / "unknown"), "model.name_or_path")
 
 
-def gemma_free_copy() -> LlamaForCausalLM:
-    """A reference unlike the policy, so that log-ratios are not zero."""
+def perturbed_llama() -> LlamaForCausalLM:
+    """A reference that differs from the policy, so that log-ratios are not zero."""
     model = llama()
     with torch.no_grad():
         for p in model.parameters():
@@ -192,7 +190,11 @@ def test_a_batch_without_pairs_gives_a_zero_with_a_gradient():
     """An idle rank runs one fully masked pair."""
     model = llama()
     batch = collate(
-        [np.zeros(1, dtype=np.int64)], [[np.zeros(0, dtype=np.int64)]] * 2, pad_id=0, shared=True, cut=True
+        [np.zeros(1, dtype=np.int64)],
+        [[np.zeros(0, dtype=np.int64)]] * 2,
+        pad_id=0,
+        shared=True,
+        truncate_to_shorter=True,
     )
     objective = build_objective({"name": "tbpo_a", "state_baseline": {"kind": "k3"}})
     loss, _ = PreferenceStep(objective, None, PairScorer(llama()).eval())(PairScorer(model), batch)
@@ -207,7 +209,9 @@ def test_first_loss_is_ln2_where_policy_is_reference(name):
         {"name": name, "bregman": {"generator": "logistic"}, "state_baseline": {"kind": "k3"}}
     )
     prompts, answers = pairs()
-    batch = collate(prompts, answers, pad_id=0, shared=True, cut=objective.compares_to_shorter)
+    batch = collate(
+        prompts, answers, pad_id=0, shared=True, truncate_to_shorter=objective.compares_to_shorter
+    )
     scorer, reference = PairScorer(llama()), PairScorer(llama())
     loss, _ = PreferenceStep(objective, None, reference)(scorer, batch)
     assert loss.item() / batch.pairs == pytest.approx(np.log(2), abs=1e-5)
@@ -216,7 +220,7 @@ def test_first_loss_is_ln2_where_policy_is_reference(name):
 def test_side_scores_reach_the_objective_in_the_right_place():
     prompts, answers = pairs(2)
     batch = collate(
-        prompts, answers, pad_id=0, shared=True, cut=False,
+        prompts, answers, pad_id=0, shared=True, truncate_to_shorter=False,
         ref_logps=[[np.full(len(a), -1.0) for a in answers[0]], [np.full(len(a), -2.0) for a in answers[1]]],
     )  # fmt: skip
     scores = to_scores(PairScorer(llama())(batch)[0], batch)
@@ -225,17 +229,47 @@ def test_side_scores_reach_the_objective_in_the_right_place():
     assert scores.chosen_mask.sum(-1).tolist() == [len(a) for a in answers[0]]
 
 
+def test_the_rejected_scores_of_a_batch_without_rejected_answers_are_none():
+    prompts, answers = pairs(2)
+    values = [[np.ones(len(a)) for a in answers[0]]]
+    options = {"pad_id": 0, "shared": False, "truncate_to_shorter": False}
+    batch = collate(prompts, answers[:1], **options, ref_logps=values, weights=values)
+    logp, *_, hidden = PairScorer(llama())(batch)
+    scores = to_scores(logp, batch, baseline=hidden[..., 0])
+    for name in ("logps", "mask", "ref_logps", "baseline", "weights"):
+        assert getattr(scores, f"chosen_{name}").shape == batch.labels.shape[1:]
+        assert getattr(scores, f"rejected_{name}") is None
+    loss, _ = PreferenceStep(build_objective({"name": "sft"}))(PairScorer(llama()), batch)
+    assert loss.item() == pytest.approx(-logp[0].sum(-1).div(batch.mask[0].sum(-1)).sum().item(), rel=1e-4)
+
+
+def test_the_gate_metric_is_the_mean_over_real_tokens():
+    objective = build_objective({"name": "tbpo_q", "state_baseline": {"kind": "mixed"}})
+    head = MixedBaseline(32, 0)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(head.gate[0].weight)  # at its initial value of zero the gate is the same everywhere
+    prompts, answers = pairs()
+    batch = collate(prompts, answers, pad_id=0, shared=True, truncate_to_shorter=False)
+    assert not batch.mask.all()
+    scorer = PairScorer(llama()).eval()
+    reference = PairScorer(perturbed_llama()).eval()
+    _, metrics = PreferenceStep(objective, head, reference)(scorer, batch)
+    gates = torch.sigmoid(head.gate(scorer(batch)[4]).squeeze(-1))[batch.mask]
+    torch.testing.assert_close(metrics["baseline/gate"], gates.mean().detach())
+    torch.testing.assert_close(metrics["baseline/gate_std"], gates.std(correction=0).detach())
+
+
 def test_the_adapter_off_reference_is_the_frozen_model_exactly():
     from peft import LoraConfig, get_peft_model
 
-    batch = collate(*pairs(), pad_id=0, shared=True, cut=False)
+    batch = collate(*pairs(), pad_id=0, shared=True, truncate_to_shorter=False)
     frozen = PairScorer(llama()).eval().reference_logps(batch)
     adapted = get_peft_model(
         llama(),
         LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.5, init_lora_weights=False),
     )
     scorer = PairScorer(adapted).train()
-    _, _, _, reference, _ = scorer(batch, want=("logp", "ref_logp"), reference="adapter_off")
+    _, _, _, reference, _ = scorer(batch, outputs=("logp", "ref_logp"), reference="adapter_off")
     assert torch.equal(reference, frozen)
     assert scorer.training and adapted.training
     logp = scorer(batch)[0]

@@ -13,7 +13,7 @@ def make(checkpoints, step, content=b"weights"):
     folder = ckpt.step_folder(checkpoints, step)
     folder.mkdir(parents=True)
     (folder / "optimizer-0000.safetensors").write_bytes(content * 100)
-    ckpt.seal(folder, {"step": step})
+    ckpt.commit_checkpoint(folder, {"step": step})
     return folder
 
 

@@ -129,7 +129,7 @@ def train_case(
                 [[side[i] for i in rows] for side in answers],
                 pad_id=0,
                 shared=True,
-                cut=True,
+                truncate_to_shorter=True,
             )
             loss, _ = step(engine, batch)
             engine.backward(loss * world / PAIRS, last=k == len(cuts) - 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tbpo_ray.training.optim import all_finite, collective_device
+from tbpo_ray.training.distributed import collective_device
+from tbpo_ray.training.optim import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from tbpo_ray.config.loading import load_config, to_yaml
-from tbpo_ray.data.schedule import ORDER
+from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.errors import InputError
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.plan import refuse_other_order
+from tbpo_ray.training.resume_checks import refuse_other_order
 from tbpo_ray.workflows.train import train
 
 STEPS = 10
@@ -21,7 +21,7 @@ def begun(tmp_path, step, **state):
     folder = tmp_path / "old"
     checkpoint = ckpt.step_folder(folder / "checkpoints", step)
     checkpoint.mkdir(parents=True)
-    ckpt.seal(checkpoint, {"step": step, "steps_total": STEPS, **state})
+    ckpt.commit_checkpoint(checkpoint, {"step": step, "steps_total": STEPS, **state})
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
     return config, folder
@@ -37,12 +37,12 @@ def test_an_unfinished_run_of_another_order_is_refused_before_anything_starts(tm
         train(config)
     (fault,) = refusal.value.faults
     assert fault.startswith("run.name=old: its steps up to 5") and words in fault
-    assert f"this code has order {ORDER}" in fault and "use another run.name" in fault
+    assert f"this code has order {ORDER_VERSION}" in fault and "use another run.name" in fault
     assert {f: f.read_bytes() for f in before} == before
 
 
 def test_the_same_order_goes_on(tmp_path):
-    config, folder = begun(tmp_path, 5, order=ORDER)
+    config, folder = begun(tmp_path, 5, order=ORDER_VERSION)
     refuse_other_order(config, folder, extended=False)
     refuse_other_order(config, tmp_path / "none", extended=False)
 
@@ -70,7 +70,7 @@ def test_a_finished_run_of_another_order_can_be_read_but_not_extended(tmp_path):
 
 
 def test_the_newest_readable_state_counts(tmp_path):
-    config, folder = begun(tmp_path, 5, order=ORDER)
+    config, folder = begun(tmp_path, 5, order=ORDER_VERSION)
     begun(tmp_path, 8)
     with pytest.raises(InputError, match="up to 8"):
         refuse_other_order(config, folder, extended=False)

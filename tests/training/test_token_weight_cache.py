@@ -11,9 +11,10 @@ import torch
 
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.data.reader import PairReader
-from tbpo_ray.data.shards import Prepared
+from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError
 from tbpo_ray.storage.paths import cache_dir
+from tbpo_ray.training.run_plan import resolve_run
 from tbpo_ray.training.token_weight_cache import token_weights, weight_models
 from tbpo_ray.workflows.prepare import prepare_role
 
@@ -56,7 +57,7 @@ def test_sides_that_say_the_same_are_refused(tmp_path, small_model):
     for name, hint in (("tis_dpo", "towards rejected"), ("sepo", "the oracle")):
         with pytest.raises(InputError, match=hint):
             weight_models(settings(tmp_path, small_model, name))
-    assert weight_models(settings(tmp_path, small_model, "t_reg"))[0][1]
+    assert weight_models(settings(tmp_path, small_model, "t_reg"))[0].instruction
 
 
 @pytest.mark.e2e
@@ -67,7 +68,7 @@ def test_weights_are_those_of_the_two_models(ray_session, tmp_path, small_model,
     prepared = prepare_role(config, "train", small_model, cache_dir(config))
     positive = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
     negative = AutoModelForCausalLM.from_pretrained(other_model, dtype=torch.float32).eval()
-    weights = PairReader(prepared, [str(token_weights(config, prepared))]).fetch(np.arange(12))
+    weights = PairReader(prepared, [str(token_weights(resolve_run(config), prepared))]).fetch(np.arange(12))
     for i in range(12):
         prompt = list(weights["prompt_ids"][i])
         for side, sign in (("chosen", 1.0), ("rejected", -1.0)):
@@ -77,9 +78,9 @@ def test_weights_are_those_of_the_two_models(ray_session, tmp_path, small_model,
             np.testing.assert_allclose(weights[f"{side}_weights"][i], want, atol=1e-4)
 
     config = settings(tmp_path, small_model, "t_reg", "objective.token_weights.positive_instruction=Be kind.")
-    got = PairReader(prepared, [str(token_weights(config, prepared))]).fetch(np.arange(3))
+    got = PairReader(prepared, [str(token_weights(resolve_run(config), prepared))]).fetch(np.arange(3))
     tokenizer = AutoTokenizer.from_pretrained(small_model)
-    texts = [f"{text}\n\n" for _, text in weight_models(config)]
+    texts = [f"{model.instruction}\n\n" for model in weight_models(config)]
     for i in range(3):
         first, *rest = list(got["prompt_ids"][i])
         assert first == tokenizer.bos_token_id
@@ -104,7 +105,7 @@ def test_a_run_with_token_weights_trains(ray_session, tmp_path, small_model, oth
     assert train(config).metrics["step"] == 2
 
 
-def given(folder: Path, chosen: object, rejected: object) -> Prepared:
+def given(folder: Path, chosen: object, rejected: object) -> PreparedPairs:
     """A prepared folder of one pair with two and three answer tokens, and weights in its record."""
     from tbpo_ray.data.shards import write_shard
 
@@ -117,13 +118,13 @@ def given(folder: Path, chosen: object, rejected: object) -> Prepared:
             "metadata": [json.dumps({"chosen_weights": chosen, "rejected_weights": rejected})],
         },
     )  # fmt: skip
-    return Prepared(str(folder), f"given-{folder.name}", 1, (("a.parquet", 1),), 1)
+    return PreparedPairs(str(folder), f"given-{folder.name}", 1, (("a.parquet", 1),), 1)
 
 
 def test_weights_given_in_the_records_are_read(tmp_path, small_model):
     config = settings(tmp_path, small_model, "tis_dpo", "objective.token_weights.source=columns")
     prepared = given(tmp_path / "good", [1.5, 0.5], [1, 2, 3])
-    columns = PairReader(prepared, [str(token_weights(config, prepared))]).fetch(np.arange(1))
+    columns = PairReader(prepared, [str(token_weights(resolve_run(config), prepared))]).fetch(np.arange(1))
     assert columns["chosen_weights"][0].tolist() == [1.5, 0.5]
     assert columns["rejected_weights"][0].tolist() == [1, 2, 3]
 
@@ -135,4 +136,4 @@ def test_weights_given_in_the_records_are_read(tmp_path, small_model):
 def test_weights_that_do_not_fit_name_the_record(tmp_path, small_model, weights, words):
     config = settings(tmp_path, small_model, "sepo", "objective.token_weights.source=columns")
     with pytest.raises(InputError, match=f"x.jsonl row 7: chosen_weights: .*{words}"):
-        token_weights(config, given(tmp_path / "bad", weights, [1, 2, 3]))
+        token_weights(resolve_run(config), given(tmp_path / "bad", weights, [1, 2, 3]))

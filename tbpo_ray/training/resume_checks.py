@@ -1,0 +1,90 @@
+"""What may change between two calls of the same run, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tbpo_ray.config.comparison import changed_values
+from tbpo_ray.config.loading import to_yaml
+from tbpo_ray.config.objective import READ_BY
+from tbpo_ray.config.schema import Config
+from tbpo_ray.data.schedule import ORDER_VERSION
+from tbpo_ray.errors import InputError
+from tbpo_ray.storage.paths import STUDY_STATE
+from tbpo_ray.training.checkpoint import last_state
+
+NO_EFFECT = (
+    "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft",
+    "runs",
+    "data.cache_dir", "data.quarantine_limit", "data.card_column", "data.eval", "data.max_eval_pairs",
+    "training.log_every", "training.checkpoint_every", "training.keep_checkpoints", "training.eval_every",
+    "training.keep_best", "training.best_metric", "training.best_mode", "training.export",
+    "training.async_checkpoints", "training.validate_every", "training.validation_prompts",
+    "training.on_nonfinite",
+)  # fmt: skip
+"""Keys and sections that do not affect what a run computes."""
+EXTENDS = ("training.max_steps", "training.epochs")
+
+
+def refuse_changes(config: Config, folder: Path) -> None:
+    """Compare with the configuration that the run was started with.
+
+    Raises:
+        InputError: one sentence for each change that would alter the run's result; or `folder` is a study's.
+    """
+    if (folder / STUDY_STATE).is_file():
+        raise InputError(
+            f"run.name={config.run.name}: {folder} holds a study; use another run.name for the run"
+        )
+    file = folder / "config.yaml"
+    # Without a checkpoint nothing has been computed yet that a change could contradict.
+    if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
+        return
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    unread = [section for section, readers in READ_BY.items() if config.objective.name not in readers]
+    changes = changed_values(stored, yaml.safe_load(to_yaml(config)), ignored=(*NO_EFFECT, *unread))
+    faults = [
+        f"{key}={new!r}: run {config.run.name} was started with {old!r}; "
+        + ("only a larger value extends a run" if key in EXTENDS else "use another run.name")
+        for key, (old, new) in changes.items()
+        if not _is_extension(key, old, new)
+    ]
+    if faults:
+        raise InputError(*faults)
+
+
+def _is_extension(key: str, old: Any, new: Any) -> bool:
+    return key in EXTENDS and old is not None and new is not None and new > old
+
+
+def refuse_other_order(config: Config, folder: Path, *, extended: bool) -> None:
+    """Compare the batch order of this code with the one that the run's checkpoints were trained in.
+
+    Args:
+        extended: whether the run gets more steps than it had.
+
+    Raises:
+        InputError: there are steps left, and this code would take them in another order.
+    """
+    state = last_state(folder / "checkpoints")
+    old = state.get("order", 1)
+    if not state or old == ORDER_VERSION or (state["step"] == state.get("steps_total") and not extended):
+        return
+    age = "older" if old < ORDER_VERSION else "newer"
+    raise InputError(
+        f"run.name={config.run.name}: its steps up to {state['step']} took the pairs in order {old}, of "
+        f"{age} code; this code has order {ORDER_VERSION} and would repeat some pairs and skip others; "
+        "resume with the code that started the run, or use another run.name"
+    )
+
+
+def steps_changed(config: Config, folder: Path) -> bool:
+    """Whether the run was started with another number of steps than `config` sets."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return False
+    old, new = yaml.safe_load(file.read_text(encoding="utf-8"))["training"], config.training
+    return (old["max_steps"], old["epochs"]) != (new.max_steps, new.epochs)

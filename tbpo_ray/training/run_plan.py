@@ -1,0 +1,137 @@
+"""What a configuration resolves to: objective, source of reference scores, row layout, folders, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tbpo_ray.config.schema import Config
+from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.errors import InputError
+from tbpo_ray.models.load import non_attention_layers, training_dtype
+from tbpo_ray.objectives import Objective, build_objective
+from tbpo_ray.storage import paths
+
+ReferenceMode = Literal["none", "cached", "live"]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The decisions that follow from a configuration; made once by `resolve_run` and passed down."""
+
+    config: Config
+    objective: Objective
+    reference_mode: ReferenceMode
+    """`cached` scores the reference once, before training; `live` keeps it beside the policy."""
+    shared_prompt: bool
+    """Whether both answers follow one prompt in one row."""
+    truncate_to_shorter: bool
+    """Whether the answers of a pair are truncated to the shorter one's length."""
+
+    # Lazy: they belong to the driver's file system view. Workers get their folders as `RunPaths`.
+    @cached_property
+    def run_dir(self) -> Path:
+        return paths.run_dir(self.config)
+
+    @cached_property
+    def cache_dir(self) -> Path:
+        return paths.cache_dir(self.config)
+
+    @property
+    def adapter_off_reference(self) -> bool:
+        """Whether the live reference is the policy with its LoRA adapter disabled, without a second model."""
+        model = self.config.model
+        return self.reference_mode == "live" and model.lora is not None and model.reference is None
+
+    @property
+    def sides(self) -> int:
+        """Answers per pair that go through the model: 2, or 1 for SFT."""
+        return 2 if self.objective.needs_rejected else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of model weights in training."""
+        return training_dtype(self.config.training.precision)
+
+
+def resolve_run(config: Config) -> RunPlan:
+    """Resolve everything that depends on the configuration alone.
+
+    Raises:
+        InputError: a value or a combination of values that no run can use.
+    """
+    objective = resolve_objective(config)
+    return RunPlan(
+        config=config,
+        objective=objective,
+        reference_mode=_reference_mode(config, objective),
+        shared_prompt=_shared_prompt(config),
+        truncate_to_shorter=objective.compares_to_shorter and config.training.truncate_to_shorter,
+    )
+
+
+def resolve_objective(config: Config) -> Objective:
+    """Build the objective of a configuration.
+
+    Raises:
+        InputError: an invalid value in the `objective` section.
+    """
+    return build_objective(config.objective.model_dump(exclude_none=True, exclude={"token_weights"}))
+
+
+def _reference_mode(config: Config, objective: Objective) -> ReferenceMode:
+    if not objective.needs_reference:
+        return "none"
+    # The cache holds log-probs of the labels. A KL needs the distribution over the vocabulary.
+    needs_distribution = objective.needs_kl or objective.needs_samples > 0
+    requested = config.training.reference_scores
+    assert not (requested == "cached" and needs_distribution), "refused by the configuration"
+    return requested or ("live" if needs_distribution else "cached")
+
+
+def _shared_prompt(config: Config) -> bool:
+    requested = config.training.shared_prompt
+    supported = config.model.attention != "flash_attention_2"  # it takes no block mask
+    if requested and not supported:
+        raise InputError(
+            "training.shared_prompt=true: not supported by model.attention=flash_attention_2; use sdpa"
+        )
+    return supported if requested is None else requested
+
+
+def check_shared_prompt(plan: RunPlan, folder: str, key: str) -> None:
+    """Refuse a model in which one answer of a row would influence the other despite the attention mask.
+
+    Args:
+        folder: the model that the configuration key `key` names.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if not plan.shared_prompt or not plan.objective.needs_rejected:
+        return
+    layers = non_attention_layers(folder)
+    if layers:
+        raise InputError(
+            f"{key}: the model has {layers}, which would carry the chosen answer over into the rejected one "
+            "that follows it; set training.shared_prompt=false, which gives each answer its own row"
+        )
+
+
+def make_schedule(plan: RunPlan, lengths: Any) -> Schedule:
+    """The order in which the prepared pairs are trained on. `lengths`: [N, 3] prompt, chosen, rejected."""
+    training = plan.config.training
+    return Schedule(
+        lengths,
+        seed=plan.config.run.seed,
+        pairs_per_step=training.pairs_per_step,
+        micro_batch_pairs=training.micro_batch_pairs,
+        length_batches=training.length_batches,
+        truncate_to_shorter=plan.truncate_to_shorter,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
