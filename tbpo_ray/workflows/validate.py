@@ -1,4 +1,4 @@
-"""Sampling a checkpoint's policy with vLLM beside training, through Ray Train's asynchronous validation."""
+"""Sample and judge a checkpoint's policy while training continues, through Ray Train's validation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 from tbpo_ray.cluster.error_summary import error_summary
 from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
-from tbpo_ray.storage.ownership import NotOursError
+from tbpo_ray.storage.ownership import LeaseLostError
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.metrics_file import VALIDATION, MetricsFile, append_line
-from tbpo_ray.training.plan import RunPaths
+from tbpo_ray.training.run_paths import RunPaths
 
 TASK_CPUS = 0.05
-_SEAL_SECONDS = 1800.0
+"""The task mostly waits for vLLM engines, which reserve resources of their own."""
+_COMMIT_TIMEOUT_SECONDS = 1800.0
 
 
 def validate_checkpoint(
@@ -25,8 +26,8 @@ def validate_checkpoint(
 ) -> dict[str, float]:
     """Export the checkpoint into `validation/step-N/` of the run's folder, sample and judge it there.
 
-    Runs as a Ray task while training goes on. What goes wrong is told in `events.log`; training is not
-    disturbed by it.
+    Runs as a Ray task while training continues. A failure is recorded in `events.log` and does not affect
+    training.
 
     Args:
         checkpoint: a Ray Train checkpoint whose path is the checkpoint's folder.
@@ -34,15 +35,15 @@ def validate_checkpoint(
         run_paths: the fields of the run's `RunPaths`.
 
     Returns:
-        `validation/<metric>` of `evaluation.prompts`; also a line of `validation.jsonl`.
+        `validation/<metric>` of `evaluation.prompts`, which is also appended to `validation.jsonl`.
     """
     folder, at = Path(checkpoint.path), RunPaths(**run_paths)
     run = Path(at.run_dir)
     try:
         metrics = _validate(folder, run, tree, at, step)
         at.lease.check()
-    except NotOursError:
-        return {}
+    except LeaseLostError:
+        return {}  # the run continues elsewhere, and its files are no longer ours to write
     except Exception as error:  # a policy that cannot be sampled must not end its training
         MetricsFile(run, at.lease).log_event(
             f"sampling the policy of step {step} failed: {error_summary(error)}"
@@ -60,7 +61,7 @@ def _validate(
     from tbpo_ray.evaluation.evaluator import evaluate_policies
     from tbpo_ray.training.exporting import export_checkpoint
 
-    _await_seal(folder)
+    _await_commit(folder)
     config = Config.model_validate(tree)
     output = run / "validation" / folder.name
     output.mkdir(parents=True, exist_ok=True)
@@ -77,10 +78,10 @@ def _validate(
     return {f"validation/{name}": e.value for name, e in verdict["policy"].metrics.items()}
 
 
-def _await_seal(folder: Path) -> None:
-    """A checkpoint that is written in the background may not be whole yet."""
-    end = time.monotonic() + _SEAL_SECONDS
+def _await_commit(folder: Path) -> None:
+    """Wait for the manifest, since a checkpoint may still be being written in the background."""
+    deadline = time.monotonic() + _COMMIT_TIMEOUT_SECONDS
     while not (folder / ckpt.MANIFEST).is_file():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{folder.name} is not whole after {_SEAL_SECONDS:.0f} s")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{folder.name} is not complete after {_COMMIT_TIMEOUT_SECONDS:.0f} s")
         time.sleep(0.1)

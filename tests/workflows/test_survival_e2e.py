@@ -62,7 +62,7 @@ def test_background_checkpoints_and_the_best_of_them(out, small_model, whole):
     best = max((3, 6, 9), key=lambda step: logged[step - 1])
     kept = {f.name for f in (folder / "checkpoints").glob("step-*")}
     assert kept == {"step-00000009", f"step-{best:08d}"}
-    assert all(ckpt.fault(folder / "checkpoints" / name) is None for name in kept)
+    assert all(ckpt.find_corruption(folder / "checkpoints" / name) is None for name in kept)
 
     from safetensors import safe_open
 

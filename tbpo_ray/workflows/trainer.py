@@ -1,0 +1,146 @@
+"""Run the workers of a training run with Ray Train, and follow them."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tbpo_ray.cluster.error_summary import error_summary
+from tbpo_ray.config.loading import to_tree
+from tbpo_ray.config.schema import Config
+from tbpo_ray.data.shards import PreparedPairs
+from tbpo_ray.errors import RunFailedError
+from tbpo_ray.progress import log_progress
+from tbpo_ray.tracking.tracker import Tracker
+from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.metrics_follower import Follower
+from tbpo_ray.training.run_paths import RunPaths
+from tbpo_ray.training.run_plan import RunPlan, make_schedule
+
+OnRow = Callable[[dict[str, Any]], None]
+
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
+"""glibc settings for CPU workers: memory that a step frees is kept for the next one. Ray Train runs the loop
+in a thread, where glibc would otherwise return large blocks to the system and page-fault them in again in
+every step. Peak memory is the same."""
+
+
+def run_workers(
+    plan: RunPlan, run_paths: RunPaths, data: PreparedPairs, tracker: Tracker, on_row: OnRow | None
+) -> dict[str, Any]:
+    """Run the workers to the last step, following their metrics.
+
+    Returns:
+        What rank 0 returned: `step` and `pairs_seen`.
+
+    Raises:
+        RunFailedError: the workers failed, or ended before the last step.
+    """
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    name, total = plan.config.run.name, make_schedule(plan, data.lengths()).steps_total
+    checkpoints = Path(run_paths.checkpoints)
+    checkpoints.mkdir(exist_ok=True)
+    _forget_attempts(checkpoints)
+    log_progress(
+        f"{name}: {data.pairs} pairs, {total} steps of {plan.config.training.pairs_per_step} pairs, "
+        f"{plan.objective.name}, {plan.config.cluster.max_workers} worker(s)"
+    )
+    trainer = _build_trainer(plan, run_paths, data)
+    with Follower(Path(run_paths.run_dir), tracker, label=name, on_row=on_row):
+        try:
+            outcome = trainer.fit()
+        except TrainingFailedError as error:
+            log = Path(run_paths.run_dir) / "failure.log"
+            with log.open("a", encoding="utf-8") as out:
+                out.write("".join(traceback.format_exception(error)))
+            raise RunFailedError(f"run {name}: {error_summary(error)}; the traceback is in {log}") from error
+    value: dict[str, Any] = outcome.return_value or {}
+    if "failed" in value:
+        raise RunFailedError(f"run {name}: {value['failed']}")
+    if value.get("step") != total:
+        raise RunFailedError(f"run {name}: the workers ended at step {value.get('step')} of {total}")
+    return value
+
+
+def _forget_attempts(checkpoints: Path) -> None:
+    """Delete what would make Ray or the pruning follow an earlier attempt."""
+    # The manifests decide which checkpoint a run resumes from, not Ray's own record of checkpoints.
+    for record in checkpoints.glob("*.json"):
+        record.unlink()
+    # The validations of an earlier attempt ended with it.
+    for pending in checkpoints.glob(f"step-*/{ckpt.PENDING}"):
+        pending.unlink()
+
+
+def _build_trainer(plan: RunPlan, run_paths: RunPaths, data: PreparedPairs) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from tbpo_ray.data.stream import StreamConfig, stream_datasets
+    from tbpo_ray.training.callbacks import FailureLog
+    from tbpo_ray.training.worker import train_loop
+
+    config, checkpoints = plan.config, Path(run_paths.checkpoints)
+    cluster, workers = config.cluster, config.cluster.num_workers
+    stream = StreamConfig(
+        data,
+        make_schedule(plan, data.lengths()),
+        start_step=_StartStep(str(checkpoints)),
+        extra_dirs=run_paths.extra,
+    )
+    return TorchTrainer(
+        train_loop,  # type: ignore[arg-type]
+        train_loop_config={"config": to_tree(config), "run_paths": asdict(run_paths)},
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=tuple(workers) if isinstance(workers, list) else workers,  # type: ignore[arg-type]
+            use_gpu=cluster.gpus,
+            resources_per_worker=cluster.worker_resources,
+            label_selector=cluster.labels.train or None,
+        ),
+        run_config=RunConfig(
+            name=checkpoints.name,
+            storage_path=str(checkpoints.parent),
+            worker_runtime_env={} if cluster.gpus else {"env_vars": KEEP_MEMORY},
+            callbacks=[FailureLog(run_paths.lease)],  # type: ignore[list-item]
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=cluster.max_failures, max_preemption_failures=cluster.max_preemption_failures
+            ),
+        ),
+        validation_config=_validation_config(config, run_paths),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus else "gloo"),
+        **stream_datasets(stream),
+    )
+
+
+def _validation_config(config: Config, run_paths: RunPaths) -> Any:
+    """How Ray Train samples and judges checkpoints in the background; None if it does not."""
+    from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
+
+    from tbpo_ray.workflows.validate import TASK_CPUS, validate_checkpoint
+
+    if config.training.validate_every is None:
+        return None
+    arguments = {"tree": to_tree(config), "run_paths": asdict(run_paths)}
+    return ValidationConfig(
+        validate_checkpoint,  # type: ignore[arg-type]
+        ValidationTaskConfig(fn_kwargs=arguments),
+        ray_remote_kwargs={"num_cpus": TASK_CPUS},
+    )
+
+
+class _StartStep:
+    """The step of the newest valid checkpoint; Ray evaluates it at every start of the worker group."""
+
+    def __init__(self, checkpoints: str):
+        self.checkpoints = checkpoints
+
+    def __call__(self) -> int:
+        return ckpt.newest(Path(self.checkpoints)).step
