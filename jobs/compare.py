@@ -1,4 +1,4 @@
-"""Put runs side by side: one HTML report, Markdown, MLflow, and the champion where the gate holds."""
+"""Compare runs side by side: an HTML report, Markdown, MLflow, and promotion if the gate passes."""
 
 import sys
 

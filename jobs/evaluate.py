@@ -1,4 +1,4 @@
-"""Sample policies with vLLM, judge and measure the answers: `evaluation.policies` or `runs=[...]`."""
+"""Sample policies with vLLM and judge their answers; set `evaluation.policies` or `runs=[...]`."""
 
 import sys
 

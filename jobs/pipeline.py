@@ -1,4 +1,4 @@
-"""The whole way: supervised fine-tuning, preference training, samples before and after, the verdict."""
+"""The whole pipeline: supervised fine-tuning, preference training, and evaluation before and after it."""
 
 import sys
 
@@ -13,17 +13,9 @@ def work(config: Config) -> None:
 
 
 def plan(config: Config) -> str:
-    from tbpo_ray.config.loading import stage_config
-    from tbpo_ray.evaluation.evaluator import check_settings
-    from tbpo_ray.training.estimate import plan_text
+    from tbpo_ray.workflows.pipeline import pipeline_plan
 
-    prompts = check_settings(config)
-
-    text = ""
-    if config.sft:
-        text = "\n# stage 1: sft" + plan_text(stage_config(config, config.sft, objective__name="sft"))
-    text += f"\n# stage 2: {config.objective.name}" + plan_text(config)
-    return text + f"\n# stage 3: evaluation on {len(prompts.prompts)} prompts of {prompts.source}\n"
+    return pipeline_plan(config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepare preference data alone: read, check, tokenize, write shards and the data card."""
+"""Prepare preference data only: read, validate, tokenize, and write shards and the data card."""
 
 import sys
 

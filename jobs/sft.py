@@ -1,6 +1,6 @@
-"""Supervised fine-tuning on the chosen answers: the policy that preference training starts from.
+"""Supervised fine-tuning on the chosen answers, which gives the policy that preference training starts from.
 
-The `sft` section of the configuration is laid over the rest, and the objective is `sft`.
+The `sft` section overrides the rest of the configuration, and the objective is `sft`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Search over divergence, baseline or any other key: `--space tune_spaces/joint.yaml tune.trials=12`."""
+"""Search over the divergence, the baseline or any key: `--space tune_spaces/joint.yaml tune.trials=12`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from tbpo_ray.config.schema import Config
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--space", required=True, metavar="SPACE.yaml", help="what may vary, and how")
+    parser.add_argument("--space", required=True, metavar="SPACE.yaml", help="the search space")
 
 
 def prepare(config: Config, arguments: argparse.Namespace) -> Config:
@@ -27,11 +27,9 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def plan(config: Config) -> str:
-    from tbpo_ray.training.estimate import plan_text
+    from tbpo_ray.workflows.tune import study_plan
 
-    settings = config.tune
-    text = f"\n# search: {settings.trials} trials x {settings.repeats} seed(s), {settings.algorithm}, "
-    return text + f"{settings.scheduler}; each trial at most" + plan_text(config)
+    return study_plan(config)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tbpo_ray.models.resolve import policy_folder
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.paths import run_dir
 from tbpo_ray.tracking.tracker import Tracker
+from tbpo_ray.training.estimate import plan_text
 from tbpo_ray.workflows.evaluate import evaluate
 from tbpo_ray.workflows.train import train
 
@@ -38,6 +39,21 @@ def _sft_name(config: Config) -> str:
     """`<run.name>-sft`, unless the `sft` section names a run, which several pipelines can then share."""
     name = expand_dotted(config.sft).get("run", {}).get("name")
     return str(name or f"{config.run.name}-sft")
+
+
+def pipeline_plan(config: Config) -> str:
+    """What the pipeline would do, stage by stage.
+
+    Raises:
+        InputError: something that would stop one of the stages.
+    """
+    prompts = check_settings(config)
+    text = ""
+    if config.sft:
+        text = "\n# stage 1: sft" + plan_text(stage_config(config, config.sft, objective__name="sft"))
+    # Preference training is planned on the base model, because SFT's export does not exist yet.
+    text += f"\n# stage 2: {config.objective.name}" + plan_text(config)
+    return text + f"\n# stage 3: evaluation on {len(prompts.prompts)} prompts of {prompts.source}\n"
 
 
 def run_pipeline(config: Config) -> Verdict:

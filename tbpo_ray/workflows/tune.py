@@ -17,7 +17,10 @@ from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import file_lock, write_atomic
 from tbpo_ray.storage.paths import STUDY_STATE, cache_dir, output_dir, run_dir
-from tbpo_ray.tracking.tracker import RUN_NOTE, Tracker, noted_run, store_uri
+from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
+from tbpo_ray.tracking.store import store_uri
+from tbpo_ray.tracking.tracker import Tracker
+from tbpo_ray.training.estimate import plan_text
 from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.reference_scores import scorings
 from tbpo_ray.training.run_plan import make_schedule, resolve_run
@@ -89,6 +92,17 @@ def check_study(config: Config, space: Space) -> list[Config]:
     return probes
 
 
+def study_plan(config: Config) -> str:
+    """What a study would do, and the plan of one of its trials.
+
+    Raises:
+        InputError: something that would stop a trial.
+    """
+    tune = config.tune
+    search = f"{tune.trials} trials x {tune.repeats} seed(s), {tune.algorithm}, {tune.scheduler}"
+    return f"\n# search: {search}; each trial at most" + plan_text(config)
+
+
 def tune(config: Config, space: Space) -> StudyResult:
     """Run a study, or resume an unfinished one of the same name; a finished study is only reported.
 
@@ -121,7 +135,7 @@ def tune(config: Config, space: Space) -> StudyResult:
         state.facts |= {"config": to_tree(config), "space": space.source}
         state.save()
         write_atomic(folder / "config.yaml", to_yaml(config))
-        with Tracker.noted(config, folder / RUN_NOTE, kind="tune") as tracker:
+        with Tracker.from_note(config, folder / RUN_NOTE, kind="tune") as tracker:
             return _Study(fitted, space, folder, state, tracker).run(concurrent)
 
 
@@ -329,7 +343,7 @@ class _Study:
         """Complete the MLflow runs of the trials that have ended; a stopped trial could not do so itself."""
         for trial in self.state.in_state(*ENDED):
             folder = self.trials_dir / trial.name
-            run_id = noted_run(folder / RUN_NOTE)
+            run_id = read_run_note(folder / RUN_NOTE)
             if run_id is None or (folder / TRACKED).is_file():
                 continue
             tracker = Tracker.start(
@@ -352,7 +366,7 @@ class _Study:
         log_progress(
             f"best: {best.name}; training it and the configuration without the search with {count} new seeds"
         )
-        parent = noted_run(self.trials_dir / best.name / RUN_NOTE)
+        parent = read_run_note(self.trials_dir / best.name / RUN_NOTE)
         confirmation = confirm_best(start, best.params, self.folder / "confirm", parent, concurrent)
         self.state.facts.pop("confirmation", None)
         if confirmation.seeds:
