@@ -1,7 +1,7 @@
 """A MkDocs hook that writes the generated parts of pages, so that they cannot drift from their source.
 
-`<!-- include FILE -->` is replaced by the file without its title, and `<!-- configuration -->` by the sections
-of the reference that the configuration generates from its own types and docstrings.
+`<!-- include FILE -->` is replaced by the file without its title, and `<!-- configuration -->` by the
+sections of the reference that the configuration generates from its own types and docstrings.
 """
 
 from __future__ import annotations
