@@ -1,1 +1,1 @@
-"""Samples from policies: a pool of vLLM engines that grows and shrinks, fed by Ray Data."""
+"""Sampling from policies with an autoscaling pool of vLLM engines, fed by Ray Data."""

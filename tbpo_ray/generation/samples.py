@@ -1,16 +1,15 @@
-"""Prompts that go into the pool and samples that come out, as Parquet parts with a manifest."""
+"""The pool's input and output: prompts, and samples as Parquet parts with a manifest."""
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbpo_ray.errors import InputError
+from tbpo_ray.storage.files import atomic_file, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,16 +19,16 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt as the policy sees it: token ids from the very code that training uses."""
+    """A prompt as token ids, encoded by the same code as in training."""
 
     id: str
     """Unique among the prompts of a call."""
     token_ids: list[int]
-    """BOS and the opening of the assistant's turn included."""
+    """Includes BOS and the generation prompt, which opens the assistant's message."""
     text: str
-    """For people to read; the engine gets the token ids."""
+    """Readable form; the engine gets the token ids."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Travels along: what a checker needs and what results are sliced by. Must be JSON."""
+    """Copied to the samples, for checkers and for slicing the results. Must be JSON."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +37,32 @@ class Sample:
 
     prompt_id: str
     sample: int
-    """0-based number among the samples of its prompt."""
+    """Number of the sample among those of its prompt, from 0."""
     prompt_text: str
     prompt_token_ids: list[int]
     answer: str
     """Decoded without special tokens."""
     token_ids: list[int]
-    """Sampled tokens, the closing EOS included."""
+    """Sampled tokens, including the final EOS."""
     logprobs: list[float]
-    """log pi of each sampled token, in nats, before temperature and nucleus."""
+    """log pi of each sampled token, in nats, before temperature and top-p are applied."""
     finish_reason: str
-    """`stop` (EOS or a stop word), `length`, or `error`."""
+    """`stop` (EOS or a stop string), `length`, or `error`."""
     metadata: dict[str, Any]
     error: str
-    """Empty, or why the engine gave no answer."""
+    """The engine's error if it gave no answer, otherwise empty."""
 
 
 class Samples:
-    """The samples in a folder, failed prompts included."""
+    """The samples in a folder, including those that failed."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        """`fingerprint rows failed tokens seconds tokens_per_second complete` and what was asked for."""
+        """`fingerprint rows failed tokens seconds tokens_per_second complete`, and the settings."""
 
     def table(self) -> pa.Table:
-        """All rows as an Arrow table, ordered by `index`; `metadata` is JSON text."""
+        """Read all rows as an Arrow table, ordered by `index`; `metadata` is JSON text."""
         return read_parts(self.folder)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -72,11 +71,11 @@ class Samples:
             yield Sample(**(row | {"metadata": json.loads(row["metadata"])}))
 
     def answered(self) -> list[Sample]:
-        """The samples without the failed ones."""
+        """Return the samples that did not fail."""
         return [sample for sample in self if not sample.error]
 
     def by_prompt(self) -> dict[str, list[Sample]]:
-        """Prompt id to its answered samples, in order; prompts of which all failed are left out."""
+        """Map prompt ids to their answered samples, in order; a prompt without any is skipped."""
         groups: dict[str, list[Sample]] = {}
         for sample in self.answered():
             groups.setdefault(sample.prompt_id, []).append(sample)
@@ -84,6 +83,7 @@ class Samples:
 
 
 def schema() -> pa.Schema:
+    """The Arrow schema of a Parquet part."""
     import pyarrow as pa
 
     return pa.schema(
@@ -104,31 +104,31 @@ def schema() -> pa.Schema:
 
 
 def write_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one block of rows; the part appears whole or not at all."""
+    """Write one block of rows as an atomic Parquet part."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema())
-    partial = folder / f".{uuid.uuid4().hex}.tmp"
-    pq.write_table(table, partial, compression="zstd")
-    os.replace(partial, folder / f"part-{min(row['index'] for row in rows):08d}-{len(rows)}.parquet")
+    with atomic_file(folder / f"part-{min(row['index'] for row in rows):08d}-{len(rows)}.parquet") as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def read_parts(folder: Path) -> pa.Table:
-    """All parts of a folder, ordered by `index`, each index once."""
+    """Read all parts of a folder, ordered by `index`, each index once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     parts = sorted(folder.glob("part-*.parquet"))
     if not parts:
         return schema().empty_table()
+    # A block that is sampled again after a crash may be cut differently, so that parts can overlap.
     table = pa.concat_tables([pq.read_table(part, schema=schema()) for part in parts]).sort_by("index")
     index = table["index"].to_numpy()
     return table.filter(pa.array([True, *(index[1:] != index[:-1]).tolist()]))
 
 
 def done_indices(folder: Path) -> set[int]:
-    """Which rows a folder holds already."""
+    """The indices of the rows that a folder already contains."""
     import pyarrow.parquet as pq
 
     parts = folder.glob("part-*.parquet")
@@ -136,28 +136,27 @@ def done_indices(folder: Path) -> set[int]:
 
 
 def open_folder(folder: Path, fingerprint: str) -> dict[str, Any]:
-    """The manifest of a folder that holds nothing yet, or samples with the same fingerprint.
+    """Return the manifest of a folder that is empty, or contains samples with the same fingerprint.
 
     Raises:
-        InputError: the folder holds samples of something else.
+        InputError: the folder contains other samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / MANIFEST
     if file.is_file():
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if manifest.get("fingerprint") != fingerprint:
             raise InputError(
-                f"{folder}: holds samples of another model, other prompts or settings; name another folder"
+                f"{folder}: contains samples of another model, other prompts or settings; use another folder"
             )
         return manifest
     if any(folder.glob("part-*.parquet")):
-        raise InputError(f"{folder}: holds Parquet parts without {MANIFEST}; name another folder")
-    for leftover in folder.glob(".*.tmp"):
+        raise InputError(f"{folder}: contains Parquet parts without {MANIFEST}; use another folder")
+    for leftover in folder.glob(".*.partial"):  # of a process that was killed while writing
         leftover.unlink()
     return {"fingerprint": fingerprint, "complete": False}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    partial = folder / f".{MANIFEST}.tmp"
-    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
+    """Write the folder's manifest."""
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False))

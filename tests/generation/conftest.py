@@ -1,4 +1,4 @@
-"""Prompts for the tiny model, and what tells whether engines are left behind."""
+"""Prompts for the tiny model, and a check for leaked engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def prompts() -> list[PromptTokens]:
 
 @pytest.fixture(scope="session")
 def engines_left():
-    """A function that names the actors, engine processes and placement groups still there after a while."""
+    """A function that waits for actors, engine processes and placement groups to end, and lists the rest."""
     return _engines_left
 
 

@@ -15,7 +15,7 @@ from tbpo_ray.generation.samples import MANIFEST, PromptTokens, read_parts
 pytestmark = pytest.mark.e2e
 
 
-def test_samples_are_the_models_own_resumable_and_the_engines_end(
+def test_samples_have_the_models_log_probs_are_resumable_and_leave_no_engine(
     ray_session, engines_left, tiny_model, prompts, tmp_path
 ):
     import torch
@@ -42,7 +42,7 @@ def test_samples_are_the_models_own_resumable_and_the_engines_end(
         want = logps.gather(1, torch.tensor(r.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(r.logprobs), want, atol=1e-4, rtol=0)
 
-    # A crash: one part and the end of the manifest are lost. Only that part is sampled again, alike.
+    # After a crash that lost a part and the end of the manifest only that part is sampled again.
     part = sorted((tmp_path / "out").glob("part-*"))[1]
     untouched = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("part-*") if p != part}
     part.unlink()
@@ -52,7 +52,7 @@ def test_samples_are_the_models_own_resumable_and_the_engines_end(
     assert [r.token_ids for r in again] == [r.token_ids for r in rows]
     assert {p: p.stat().st_mtime_ns for p in untouched} == untouched
 
-    # Done: no engine starts.
+    # When the samples are complete no engine starts.
     before = read_parts(tmp_path / "out")
     assert (
         generate(tiny_model, [*prompts, too_long], generation, output=tmp_path / "out", seed=3).table()
@@ -111,14 +111,14 @@ def test_an_engine_that_cannot_start_fails_clearly_and_leaves_nothing(
     generation = GenerationConfig(engine={"block_size": 7777})
     with pytest.raises(RunFailedError, match="sampling from") as caught:
         generate(tiny_model, prompts, generation, output=tmp_path / "out")
-    assert "an engine died" not in str(caught.value)  # it never lived: what it said itself is told
+    assert "an engine died" not in str(caught.value)  # it never started, so its own error is reported
     assert engines_left() == []
 
 
 def test_tensor_parallelism_needs_no_placement_group(
     ray_session, engines_left, tiny_model, prompts, tmp_path
 ):
-    """Two processes per engine hold half of each matrix; there is no placement group to leak."""
+    """Each of two processes per engine holds half of each matrix; there is no placement group to leak."""
     generation = GenerationConfig(max_tokens=4, tensor_parallel=2, batch_size=3)
     samples = generate(tiny_model, prompts, generation, output=tmp_path / "out")
     assert samples.manifest["failed"] == 0 and len(list(samples)) == 12
@@ -126,8 +126,8 @@ def test_tensor_parallelism_needs_no_placement_group(
 
 
 @pytest.mark.timeout(300)
-def test_prompts_that_do_not_fit_into_one_step_of_the_engine(ray_session, tiny_model, tmp_path):
-    """More prompt tokens than an engine reads at once; a seeded prompt must not be read in two steps."""
+def test_more_prompt_tokens_than_fit_into_one_engine_step(ray_session, tiny_model, tmp_path):
+    """A seeded prompt must not be prefilled in two chunks."""
     many = [PromptTokens(f"p{i}", [1, *[5 + i] * (100 + i), 4], "") for i in range(64)]
     samples = generate(tiny_model, many, GenerationConfig(max_tokens=2), output=tmp_path / "out")
     assert samples.manifest["failed"] == 0 and len(samples.answered()) == 64
@@ -135,10 +135,8 @@ def test_prompts_that_do_not_fit_into_one_step_of_the_engine(ray_session, tiny_m
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_an_engine_that_dies_again_and_again_is_given_up(
-    ray_session, engines_left, tiny_model, tmp_path, monkeypatch
-):
-    """A seeded prompt that is read in two steps kills vLLM's engine on the CPU every time."""
+def test_an_engine_that_keeps_dying_is_given_up(ray_session, engines_left, tiny_model, tmp_path, monkeypatch):
+    """A seeded prompt that is prefilled in two chunks always crashes vLLM's engine on the CPU."""
     monkeypatch.setattr(pool, "ENGINE_RESTARTS", 1)
     engine = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}
     long = [PromptTokens("long", [1, *[5] * 150, 4], "")]

@@ -1,4 +1,4 @@
-"""Parts, manifest and the checks that come before an engine."""
+"""Parts, manifest and the checks before an engine starts."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_parts_come_back_in_order_and_each_index_once(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_of_other_samples_is_refused(tmp_path):
+def test_a_folder_with_other_samples_is_rejected(tmp_path):
     write_manifest(tmp_path, open_folder(tmp_path, "one"))
     assert open_folder(tmp_path, "one") == {"fingerprint": "one", "complete": False}
-    with pytest.raises(InputError, match="another model, other prompts or settings"):
+    with pytest.raises(InputError, match="another model"):
         open_folder(tmp_path, "two")
 
 
-def test_the_fingerprint_knows_what_changes_samples_and_what_does_not(tiny_model, prompts):
+def test_the_fingerprint_changes_with_what_changes_samples(tiny_model, prompts):
     plain = GenerationConfig()
 
     def of(generation=plain, asked=prompts, seed=0):
@@ -75,12 +75,12 @@ def test_the_fingerprint_knows_what_changes_samples_and_what_does_not(tiny_model
     [
         ({"prompts": []}, "no prompts"),
         ({"prompts": [PromptTokens("a", [1], "a"), PromptTokens("a", [1], "a")]}, "unique"),
-        ({"model": "/nowhere/model"}, "no such model folder"),
-        ({"model": "EMPTY"}, "no config.json"),
-        ({"adapter": "EMPTY"}, "no adapter_config.json"),
+        ({"model": "/nowhere/model"}, "/nowhere/model"),
+        ({"model": "EMPTY"}, r"config\.json"),
+        ({"adapter": "EMPTY"}, r"adapter_config\.json"),
     ],
 )
-def test_bad_input_is_one_clear_sentence_before_any_engine(words, message, tiny_model, prompts, tmp_path):
+def test_invalid_input_is_rejected_before_an_engine_starts(words, message, tiny_model, prompts, tmp_path):
     (tmp_path / "empty").mkdir()
     given = {
         "model": tiny_model,
@@ -105,13 +105,13 @@ def adapter_for(width: int, folder) -> str:
     return str(folder)
 
 
-def test_an_adapter_of_another_model_is_refused(tiny_model, tmp_path):
+def test_an_adapter_of_another_model_is_rejected(tiny_model, tmp_path):
     check_model(tiny_model, adapter_for(192, tmp_path / "fits"))
-    with pytest.raises(InputError, match="adapter of another model"):
+    with pytest.raises(InputError, match=r"\[8, 96\].*192"):
         check_model(tiny_model, adapter_for(96, tmp_path / "other"))
 
 
-def test_an_engine_takes_what_is_free():
+def test_an_engine_uses_the_cpus_that_are_free():
     generation = GenerationConfig(tensor_parallel=2)
     assert engine_resources(generation, use_gpu=True, free_cpus=0.1, engines=1) == {"CPU": 1.0, "GPU": 2.0}
     assert engine_resources(generation, use_gpu=False, free_cpus=2.0, engines=1) == {"CPU": 1.0}
