@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
@@ -54,6 +54,10 @@ class CopyEditConfig:
     tasks: tuple[str, ...] = TASKS
     min_words: int = 3
     max_words: int = 7
+
+    def describe(self) -> str:
+        """All parameters as text that never changes, since fingerprints of prepared pairs contain it."""
+        return f"CopyEdit({', '.join(f'{key}={value!r}' for key, value in asdict(self).items())})"
 
     @property
     def rows(self) -> int:

@@ -50,7 +50,7 @@ class SourceFile:
     def digest(self) -> str:
         """SHA-256 of a local file; for a remote file its metadata in the store (size, time, ETag)."""
         if self.format == "copyedit":
-            return f"{self.address}|{copyedit.parse_source(self.address)}"
+            return f"{self.address}|{copyedit.parse_source(self.address).describe()}"
         fs, path = _filesystem(self.address)
         if "file" not in fs.protocol:
             return f"{self.address}|{sorted((k, str(v)) for k, v in fs.info(path).items())}"
