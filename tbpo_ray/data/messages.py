@@ -1,6 +1,6 @@
-"""Chat messages out of the values that records hold: message lists, plain strings and transcripts.
+"""Parse chat messages from the values in a record: message lists, plain strings and transcripts.
 
-Every function here turns one *value* (a column's content) into messages; which columns of a row hold the
+Every function here parses one *value* (the content of a column); which columns of a row hold the
 values is decided in :mod:`tbpo_ray.data.record_shapes`.
 """
 

@@ -109,9 +109,9 @@ class PairReader:
         for step, parts in plan:
             pairs_in_step = len(schedule.step_pairs(step))
             for index, part in enumerate(parts):
-                here = {name: values[at : at + len(part)] for name, values in columns.items()}
-                tokens = {name: here.pop(name) for name in TOKEN_COLUMNS}
-                out.append(MicroBatch(step, index, len(parts), pairs_in_step, part, **tokens, extras=here))
+                extras = {name: values[at : at + len(part)] for name, values in columns.items()}
+                tokens = {name: extras.pop(name) for name in TOKEN_COLUMNS}
+                out.append(MicroBatch(step, index, len(parts), pairs_in_step, part, **tokens, extras=extras))
                 at += len(part)
         return out
 

@@ -4,7 +4,7 @@ import pytest
 
 
 def make_tokenizer(kind="bytes", template=None, adds_bos=False, size=400):
-    """Small tokenizers of different families over a little English."""
+    """A small tokenizer of one of several families, trained on a few English words."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

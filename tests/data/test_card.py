@@ -21,7 +21,7 @@ def prepared(write_rows, tokenizer_folder, tmp_path):
     return prepare(PairsSpec(file, data, tokenizer_folder), tmp_path, progress=False, distributed=False)
 
 
-def test_the_card_counts_what_is_there(prepared):
+def test_the_card_counts_the_prepared_pairs(prepared):
     card = data_card(prepared, Config().training)
     lengths = prepared.lengths().astype(int)
     assert (card["records"], card["pairs"], card["duplicate_pairs"], card["identical_answers"]) == (
@@ -37,19 +37,19 @@ def test_the_card_counts_what_is_there(prepared):
         and card["lengths"]["chosen"]["max"] == lengths[:, 1].max()
     )
     assert all(sum(card["histogram"][side]) == 41 for side in ("prompt", "chosen", "rejected"))
-    dead = np.abs(lengths[:, 1] - lengths[:, 2]).sum() / lengths[:, 1:].sum()
-    assert card["tail_share"] == pytest.approx(dead) and card["length_bias"]["chosen_longer"] == 1
+    tail = np.abs(lengths[:, 1] - lengths[:, 2]).sum() / lengths[:, 1:].sum()
+    assert card["tail_share"] == pytest.approx(tail) and card["length_bias"]["chosen_longer"] == 1
     assert 0 <= card["padding_share"]["by_length"] <= card["padding_share"]["random"]
     assert all(isinstance(value, float) for value in card_metrics(card).values())
 
 
-def test_the_card_is_json_and_a_picture(prepared, tmp_path):
+def test_the_card_is_written_as_json_and_a_figure(prepared, tmp_path):
     card, numbers, picture = write_card(prepared, tmp_path / "card")
     assert json.loads(numbers.read_text()) == card
     assert picture.read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "card").iterdir())) == 2
 
 
-def test_every_missing_source_is_told_before_anything_starts(tmp_path):
+def test_every_missing_source_is_reported_before_anything_starts(tmp_path):
     data = {"train": "/nowhere/a.jsonl", "eval": [{"source": "/nowhere/b.jsonl"}, {"source": "builtin:x"}]}
     config = Config.model_validate({"run": {"output_dir": str(tmp_path)}, "data": data})
     with pytest.raises(InputError) as caught:
@@ -59,7 +59,7 @@ def test_every_missing_source_is_told_before_anything_starts(tmp_path):
 
 
 @pytest.mark.e2e
-def test_the_prepare_job_leaves_cards_quarantine_and_an_mlflow_run(write_rows, tmp_path, ray_session):
+def test_the_prepare_job_writes_cards_quarantine_and_an_mlflow_run(write_rows, tmp_path, ray_session):
     file = write_rows([*(pair(i) for i in range(30)), {"prompt": "x"}])
     config = Config.model_validate(
         {

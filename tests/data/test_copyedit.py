@@ -33,7 +33,7 @@ def test_splits_never_share_a_prompt():
             assert not seen[a] & seen[b]
 
 
-def test_answers_are_right_by_an_independent_solver():
+def test_answers_are_correct_by_an_independent_solver():
     for record in rows("pairs=500"):
         head, _, text = record.prompt[0]["content"].partition(": ")
         words = text.split()
@@ -80,7 +80,7 @@ def test_sft_targets_are_damaged_at_the_given_rate():
     assert all(r.chosen == r.metadata["answer"] for r in rows("split=sft&pairs=50&damaged=0"))
 
 
-def test_rows_depend_on_the_seed_and_their_number_alone():
+def test_rows_depend_only_on_the_seed_and_their_index():
     assert (
         rows("pairs=20")
         == [r.__class__(**{**r.__dict__, "source": "builtin:copyedit?pairs=20"}) for r in rows("pairs=40")][

@@ -59,7 +59,7 @@ def test_pairs_in_the_order_of_the_source_with_lengths_and_metadata(run, write_r
     assert not [name for name in os.listdir(Path(prepared.path).parent) if name.startswith(".")]
 
 
-def test_reused_when_nothing_changed_and_built_again_when_anything_did(
+def test_pairs_are_reused_if_nothing_changed_and_rebuilt_if_anything_did(
     run, write_rows, tmp_path, monkeypatch
 ):
     file = write_rows([pair(i) for i in range(20)])
@@ -87,7 +87,7 @@ def test_reused_when_nothing_changed_and_built_again_when_anything_did(
     assert len({first.fingerprint, *(p.fingerprint for p in changed)}) == 1 + len(changed)
 
 
-def test_every_malformed_record_is_in_quarantine_with_its_reason(run, write_rows):
+def test_every_malformed_record_is_quarantined_with_its_reason(run, write_rows):
     rows = [pair(0), *BAD.values(), b"{no json", b"\xff", pair(1, chosen="lower \ud800")]
     prepared = run(write_rows([*rows, pair(2)]))
     lines = [json.loads(line) for line in prepared.quarantine_file.read_text().splitlines()]
@@ -131,7 +131,7 @@ def test_too_many_bad_records_stop_the_run_and_leave_the_quarantine(run, write_r
 
 
 @pytest.mark.parametrize(("rows", "says"), [([], "is empty"), ([{"a": 1}], "none of its 1 records")])
-def test_nothing_usable_is_a_clear_fault(run, write_rows, rows, says):
+def test_a_source_without_usable_records_is_a_clear_error(run, write_rows, rows, says):
     with pytest.raises(InputError, match=says):
         run(write_rows(rows))
     with pytest.raises(InputError, match=r"data\.eval: /nowhere/rows\.jsonl"):
@@ -158,7 +158,7 @@ def test_weights_repeat_and_sample_by_seed(run, write_rows):
     assert content(run(mix, seed=1)) == rows and content(run(mix, seed=2)) != rows
 
 
-def test_weights_that_select_no_pairs_are_a_clear_fault(run, write_rows):
+def test_weights_that_select_no_pairs_are_a_clear_error(run, write_rows):
     mix = [SourceConfig(source=write_rows([pair(0)]), weight=1e-9)]
     with pytest.raises(InputError, match=r"data\.train: its weights"):
         run(mix)
@@ -177,7 +177,7 @@ def test_max_pairs_reads_the_first_records_over_all_sources(run, write_rows):
     assert run(both, DataConfig(max_eval_pairs=3), role="eval").pairs == 3
 
 
-def test_a_crash_leaves_nothing_that_looks_whole(run, write_rows, monkeypatch, tmp_path):
+def test_a_crash_leaves_nothing_that_looks_complete(run, write_rows, monkeypatch, tmp_path):
     file = write_rows([pair(i) for i in range(20)])
     monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_a_crash_leaves_nothing_that_looks_whole(run, write_rows, monkeypatch, t
     assert run(file).pairs == 20 and [folder.exists() for folder in left] == [False, True]
 
 
-def test_a_damaged_folder_is_built_again(run, write_rows):
+def test_a_damaged_folder_is_rebuilt(run, write_rows):
     file = write_rows([pair(i) for i in range(20)])
     shard = Path(run(file).path) / run(file).shards[0][0]
     good = shard.read_bytes()
@@ -222,7 +222,7 @@ def test_concurrent_builders_do_not_clash(run, write_rows):
 
 
 @pytest.mark.e2e
-def test_ray_data_gives_the_very_same_shards(run, write_rows, ray_session, tmp_path):
+def test_ray_data_gives_identical_shards(run, write_rows, ray_session, tmp_path):
     a = write_rows([pair(i) if i % 50 else {"prompt": "x"} for i in range(2500)], "a.jsonl")
     mix = [SourceConfig(source=a, weight=1.5), SourceConfig(source="builtin:copyedit?pairs=1500")]
     here = run(mix)

@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from tbpo_ray.data import record_shapes
+from tbpo_ray.data.record_shapes import RawPair
 from tbpo_ray.data.records import iter_prompts, iter_records, parse_prompt, parse_record
 from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 
@@ -42,13 +44,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_accepted_shape_is_the_same_pair(shape):
+def test_every_accepted_shape_gives_the_same_pair(shape):
     record = parse_record(SHAPES[shape], "s", 3)
     assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], "yes", "no")
     assert (record.source, record.row) == ("s", 3)
 
 
-def test_turns_system_message_and_further_columns_travel_along():
+def test_turns_system_message_and_further_columns_are_kept():
     talk = [S("be brief"), U("a"), A("b"), U("c")]
     record = parse_record(
         {"chosen": [*talk, A("yes")], "rejected": [*talk, A("no")], "language": "de", "messages": 1}
@@ -58,7 +60,20 @@ def test_turns_system_message_and_further_columns_travel_along():
     assert parse_record({"chosen": text + "x y", "rejected": text + "z"}).prompt == talk[1:]
 
 
-def test_answers_keep_their_white_space():
+def test_a_further_shape_is_one_reader(monkeypatch):
+    def read_ranked(columns):
+        if "ranked" not in columns:
+            return None
+        best, worst = columns["ranked"][0], columns["ranked"][-1]
+        return RawPair(columns["question"], best, worst, frozenset({"question", "ranked"}))
+
+    monkeypatch.setattr(record_shapes, "SHAPES", (read_ranked, *record_shapes.SHAPES))
+    record = parse_record({"question": "Q", "ranked": ["yes", "maybe", "no"], "language": "de"})
+    assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], "yes", "no")
+    assert record.metadata == {"language": "de"}
+
+
+def test_answers_keep_their_whitespace():
     record = parse_record({"prompt": " Q\n", "chosen": " yes\n", "rejected": "no\t"})
     assert (record.prompt[0]["content"], record.chosen, record.rejected) == (" Q\n", " yes\n", "no\t")
 
@@ -89,7 +104,7 @@ def test_every_malformed_kind_has_its_reason(reason):
     assert caught.value.reason == reason and reason in REASONS
 
 
-def test_lines_that_cannot_be_read_are_put_aside_with_their_row(write_rows):
+def test_unreadable_lines_are_quarantined_with_their_row(write_rows):
     rows = [SHAPES["plain"], b"{not json", b"\xff\xfe", b"", b'"text"', b"[" * 100_000, SHAPES["messages"]]
     bad = []
     good = list(iter_records(write_rows(rows), on_bad=bad.append))
@@ -103,7 +118,7 @@ def test_lines_that_cannot_be_read_are_put_aside_with_their_row(write_rows):
     assert json.loads(bad[0].to_json())["record"] == "{not json"
 
 
-def test_prompts_come_alone_or_from_pairs(write_rows):
+def test_prompts_are_read_from_prompts_alone_or_from_pairs(write_rows):
     file = write_rows([{"prompt": "Q", "language": "fr"}, SHAPES["transcript"], SHAPES["implicit"], {"x": 1}])
     bad = []
     prompts = list(iter_prompts(file, on_bad=bad.append))

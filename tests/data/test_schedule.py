@@ -28,19 +28,19 @@ SIZES = st.tuples(
 
 @settings(max_examples=150, deadline=None)
 @given(SIZES)
-def test_each_pair_once_an_epoch_and_dealt_out_evenly(sizes):
+def test_each_pair_occurs_once_per_epoch_and_ranks_get_equal_shares(sizes):
     n, per_step, micro, world, by_length = sizes
     order = schedule(n, per_step, micro, length_batches=by_length, epochs=2)
     assert order.steps_total == 2 * order.steps_per_epoch
     for epoch in range(2):
         seen = []
         for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
-            dealt = [order.micro_batches(step, rank, world) for rank in range(world)]
-            assert len({len(parts) for parts in dealt}) == 1
-            shares = [sum(map(len, parts)) for parts in dealt]
+            distributed = [order.micro_batches(step, rank, world) for rank in range(world)]
+            assert len({len(parts) for parts in distributed}) == 1
+            shares = [sum(map(len, parts)) for parts in distributed]
             assert max(shares) - min(shares) <= 1 and max(shares) > 0
-            assert all(len(part) <= micro for parts in dealt for part in parts)
-            ids = np.concatenate([part for parts in dealt for part in parts])
+            assert all(len(part) <= micro for parts in distributed for part in parts)
+            ids = np.concatenate([part for parts in distributed for part in parts])
             assert sorted(ids) == sorted(order.step_pairs(step))
             seen += list(ids)
         assert sorted(seen) == list(range(n))
@@ -59,8 +59,8 @@ def test_the_same_pairs_in_every_step_on_1_2_and_4_workers(by_length):
         assert sets[0] == sets[1] == sets[2]
 
 
-def test_the_order_is_the_one_that_its_number_stands_for():
-    """Where this fails, the order has changed: raise ORDER_VERSION, and write the new digest beside it."""
+def test_the_order_matches_its_version():
+    """If this fails, the order has changed: increment ORDER_VERSION and update the digest."""
     digest = hashlib.sha256()
     for micro, by_length, cut in ((4, True, True), (4, True, False), (3, False, False), (24, True, False)):
         order = schedule(1003, 16, micro, length_batches=by_length, truncate_to_shorter=cut, epochs=2)
@@ -94,7 +94,7 @@ def test_steps_are_counted_with_the_remainder():
         schedule(0)
 
 
-def test_like_lengths_go_together_without_favour():
+def test_pairs_of_similar_length_are_grouped_without_bias():
     order = schedule(5000, 64, 8)
     mixed = schedule(5000, 64, 8, length_batches=False)
     alone = schedule(5000, 8, 8, length_batches=False)
@@ -106,7 +106,7 @@ def test_like_lengths_go_together_without_favour():
 
 @pytest.mark.parametrize(("world", "least"), [(2, 0.98), (4, 0.92), (8, 0.78)])
 def test_ranks_have_nearly_equal_work(world, least):
-    """Lengths as skewed as dialogues are; what one rank has alone, over ranks times the slowest one's."""
+    """The tokens of one rank alone against the slowest of several ranks, for the lengths of dialogues."""
     sizes = np.random.default_rng(4).lognormal(4.0, 0.8, (4096, 3)).astype(np.int32) + 1
     order = Schedule(sizes, seed=0, pairs_per_step=128, micro_batch_pairs=4, length_batches=False)
     alone = slowest = 0
@@ -116,15 +116,15 @@ def test_ranks_have_nearly_equal_work(world, least):
     assert alone / (world * slowest) > least
 
 
-def test_the_rank_with_the_least_takes_the_longest():
+def test_the_rank_with_the_fewest_tokens_takes_the_longest_pairs():
     tokens = np.array([10, 11, 12, 13, 20, 21, 40, 100])
     order = Schedule(np.stack([tokens - 2, tokens * 0 + 1, tokens * 0 + 1], 1), **SMALL)
-    dealt = [[tokens[part].tolist() for part in order.micro_batches(0, rank, 2)] for rank in range(2)]
+    distributed = [[tokens[part].tolist() for part in order.micro_batches(0, rank, 2)] for rank in range(2)]
     # 100 | 40; then the second rank takes the longer of each two until it has as much: 40 + 21 + 13 + 11.
-    assert dealt == [[[10], [12], [20], [100]], [[11], [13], [21], [40]]]
+    assert distributed == [[[10], [12], [20], [100]], [[11], [13], [21], [40]]]
 
 
-def test_a_cut_tail_does_not_count_as_length():
+def test_a_truncated_tail_does_not_count_as_length():
     sizes = lengths(4000).copy()
     sizes[:, 2] = np.random.default_rng(3).integers(2, 400, len(sizes))
     row = pair_tokens(sizes, truncate_to_shorter=True)
@@ -140,7 +140,7 @@ def test_a_cut_tail_does_not_count_as_length():
     assert padding(True) < 0.05 < padding(False)
 
 
-def test_any_position_of_a_million_pairs_is_found_at_once():
+def test_any_step_of_a_million_pairs_is_computed_quickly():
     order = Schedule(lengths(1_000_000), seed=0, pairs_per_step=128, micro_batch_pairs=8, epochs=100)
     start = time.perf_counter()
     order.micro_batches(order.steps_total - 2, 1, 2)

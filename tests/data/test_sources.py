@@ -121,7 +121,7 @@ def test_a_folder_saved_by_hugging_face(tmp_path):
         ("noise.json", b"[{]", "cannot be read"),
     ],
 )
-def test_files_that_cannot_be_read_are_a_clear_fault(tmp_path, name, content, says):
+def test_unreadable_files_are_a_clear_error(tmp_path, name, content, says):
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
@@ -130,7 +130,7 @@ def test_files_that_cannot_be_read_are_a_clear_fault(tmp_path, name, content, sa
     assert name in str(caught.value)
 
 
-def test_other_faults():
+def test_other_invalid_sources():
     for source, says in [
         ("builtin:other", "no such builtin"),
         ("hf:", "hf:NAME"),

@@ -23,7 +23,7 @@ def prepared(tmp_path_factory, tokenizer_folder):
 
 @pytest.fixture(scope="module")
 def scores(prepared, tmp_path_factory):
-    """A folder with reference scores that tell which pair and token they belong to."""
+    """A folder with reference scores that identify their pair and token."""
     folder = tmp_path_factory.mktemp("scores")
     start = 0
     for name, pairs in prepared.shards:
@@ -54,7 +54,7 @@ def plain(micro):
     return (*head, [[array.tolist() for array in values] for values in lists])
 
 
-def test_pairs_come_by_id_with_their_extra_columns(prepared, scores):
+def test_pairs_are_read_by_id_with_their_extra_columns(prepared, scores):
     reader = PairReader(prepared, [scores], cache_bytes=1)
     rows = list(prepared.rows())
     ids = np.array([1299, 0, 1023, 1024, 5, 5])
@@ -69,7 +69,7 @@ def test_pairs_come_by_id_with_their_extra_columns(prepared, scores):
     assert len(small._groups) == 1 and len(large._groups) == 21
 
 
-def test_extra_columns_have_to_fit(prepared, tmp_path):
+def test_extra_columns_must_match_the_shards(prepared, tmp_path):
     with pytest.raises(InputError, match="missing"):
         PairReader(prepared, [str(tmp_path)])
     pq.write_table(
@@ -132,7 +132,7 @@ def test_the_stream_through_ray_equals_the_local_one_at_any_start_and_size(prepa
             assert got[rank] == [plain(m) for m in local]
 
 
-def test_a_fault_of_the_stream_is_raised_where_it_is_read():
+def test_an_error_in_the_stream_is_raised_in_the_reader():
     class Broken:
         def iter_batches(self, **_):
             raise RuntimeError("disk gone")
@@ -144,5 +144,5 @@ def test_a_fault_of_the_stream_is_raised_where_it_is_read():
         next(stream)
 
 
-def test_prepared_is_found_again_by_its_path(prepared):
+def test_prepared_pairs_are_loaded_from_their_path(prepared):
     assert PreparedPairs.load(prepared.path) == prepared

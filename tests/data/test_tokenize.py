@@ -25,7 +25,7 @@ def pairs_of(tokenizer, max_length=512, prompt_limit=256):
     "template", [None, CHAT, "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"]
 )
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_bos_and_eos_stand_exactly_once(kind, template, adds_bos):
+def test_bos_and_eos_occur_exactly_once(kind, template, adds_bos):
     tokenizer = pairs_of(make_tokenizer(kind, template, adds_bos))
     (pair,) = tokenizer.pairs([Record(user("the cat"), "sat on the mat", "friend")])
     assert pair.prompt_ids.count(BOS) == (adds_bos or template is not None)
@@ -54,7 +54,7 @@ def test_special_tokens_spelled_in_an_answer_are_plain_text():
     assert tokenizer.counts["special_text_in_prompt"] == 1
 
 
-def test_truncation_cuts_the_prompts_front_and_never_empties_an_answer():
+def test_truncation_removes_the_front_of_the_prompt_and_never_empties_an_answer():
     tokenizer = pairs_of(make_tokenizer(template=CHAT), max_length=12, prompt_limit=8)
     full = pairs_of(make_tokenizer(template=CHAT))
     record = Record(user("the cat sat on the mat and said hello"), "hello to the friend on the mat", "sat")
@@ -69,7 +69,7 @@ def test_truncation_cuts_the_prompts_front_and_never_empties_an_answer():
     assert pair.prompt_ids == whole.prompt_ids[-1:] and len(pair.chosen_ids) == len(pair.rejected_ids) == 1
 
 
-def test_pairs_that_become_the_same_are_put_aside():
+def test_pairs_that_become_identical_are_quarantined():
     tokenizer = pairs_of(make_tokenizer(), max_length=6, prompt_limit=2)
     (error,) = tokenizer.pairs([Record(user("the cat"), "the cat sat on the mat", "the cat sat on the cat")])
     assert isinstance(error, RecordError) and error.reason == "pair_same_tokens"
@@ -156,7 +156,7 @@ RECORD = st.one_of(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(raw=RECORD, which=st.sampled_from(sorted(TOKENIZERS)))
-def test_every_record_is_a_whole_pair_or_has_a_reason(raw, which):
+def test_every_record_is_a_complete_pair_or_has_a_reason(raw, which):
     tokenizer = TOKENIZERS[which]
     try:
         record = parse_record(raw)

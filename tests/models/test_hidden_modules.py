@@ -1,4 +1,4 @@
-"""Heavy libraries come without what nobody here uses."""
+"""Heavy libraries are imported without optional dependencies that this project never uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.models.tiny import build_tiny
 
 
-def test_a_module_looks_absent_only_inside():
+def test_modules_are_hidden_only_inside_the_block():
     assert "this" not in sys.modules and "json" in sys.modules
     with hide_modules("this", "json"):
         assert importlib.util.find_spec("this") is None
@@ -20,7 +20,7 @@ def test_a_module_looks_absent_only_inside():
     assert "this" not in sys.modules
 
 
-def test_a_worker_s_imports_leave_out_what_it_does_not_use(tmp_path):
+def test_a_worker_does_not_import_unused_libraries(tmp_path):
     code = """
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""Models by hub name and out of GGUF files become folders that every part reads."""
+"""Hub names and GGUF files are resolved to model folders that every part can load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ except InputError as error:
 
 
 def resolve_offline(name, cache, revision=None):
-    """In a process of its own: the hub library reads its environment when it is imported."""
+    """Resolve in a new process, because the hub library reads its environment at import."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_HUB_OFFLINE": "1"}
     job = json.dumps([name, str(cache), revision])
     done = subprocess.run(
@@ -42,7 +42,7 @@ def resolve_offline(name, cache, revision=None):
 
 @pytest.fixture(scope="module")
 def cache(tiny_model, tmp_path_factory):
-    """A cache in which the hub library has fetched acme/tiny at two revisions."""
+    """A cache with acme/tiny at two revisions, as the hub library stores it."""
     folder = tmp_path_factory.mktemp("cache")
     repository = folder / "hub" / "models--acme--tiny"
     for commit, ref in (("a" * 40, "main"), ("b" * 40, "v2")):
@@ -57,13 +57,13 @@ def test_a_hub_name_becomes_a_folder_at_its_revision(cache):
     assert resolve_offline("acme/tiny", cache, "v2")["folder"].endswith("b" * 40)
 
 
-def test_a_name_that_is_nowhere_is_a_clear_fault(cache):
+def test_an_unknown_name_is_a_clear_error(cache):
     error = resolve_offline("acme/other", cache)["error"]
     assert "model.name_or_path=acme/other: neither a local folder nor on the hub" in error
     assert "at revision v9" in resolve_offline("acme/tiny", cache, "v9")["error"]
 
 
-def test_a_gguf_file_that_is_not_there_or_cannot_be_read(tiny_model, tmp_path):
+def test_a_missing_or_unreadable_gguf_file_is_a_clear_error(tiny_model, tmp_path):
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"model\.gguf_file=none\.gguf: no such file.*weights\.gguf"):
         local_model(str(tmp_path), tmp_path / "cache", gguf_file="none.gguf")
@@ -72,7 +72,7 @@ def test_a_gguf_file_that_is_not_there_or_cannot_be_read(tiny_model, tmp_path):
     assert not list((tmp_path / "cache").glob("gguf-*"))
 
 
-def test_the_built_in_model_is_a_policy_too(tmp_path):
+def test_the_built_in_model_is_also_a_policy(tmp_path):
     config = load_config(None, [f"run.output_dir={tmp_path}", "run.seed=3"])
     folder = policy_folder(config)
     assert resolve_policy("base", "builtin:tiny", config).model == folder

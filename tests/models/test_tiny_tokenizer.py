@@ -1,4 +1,4 @@
-"""The tokenizer that ships with `builtin:tiny` is the one that its training makes."""
+"""The tokenizer that ships with `builtin:tiny` equals the result of its training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENGLISH = (
 
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:
-    """`n` texts: an instruction and its answer, both cases of every word."""
+    """Yield `n` texts of an instruction and its answer, with every word in lower and upper case."""
     settings = CopyEditConfig(split="sft", seed=seed, damaged=0.0)
     for row in range(n):
         raw = example(settings, row)
@@ -44,7 +44,7 @@ def train_tokenizer() -> Tokenizer:
     return bpe
 
 
-def test_training_again_gives_the_shipped_vocabulary_and_merges():
+def test_retraining_gives_the_shipped_vocabulary_and_merges():
     trained = json.loads(train_tokenizer().to_str())
     shipped = json.loads(load_tiny_tokenizer().backend_tokenizer.to_str())
     assert shipped["model"] == trained["model"]
