@@ -34,6 +34,7 @@ from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import Samples
 from tbpo_ray.generation.vllm_engine import check_model, engine_resources, pool_size
 from tbpo_ray.progress import log_progress
+from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.tracking.tracker import Tracker
 
 BETA = 0.1
@@ -102,7 +103,7 @@ def evaluate_policies(
         run_id=tracker.run_id if tracker else None,
     )
     verdict.save(folder)
-    (folder / "verdict.txt").write_text(verdict.table() + "\n", encoding="utf-8")
+    write_atomic(folder / "verdict.txt", verdict.table() + "\n")
     if tracker is not None:
         _track(tracker, verdict, prompts, folder)
     return verdict

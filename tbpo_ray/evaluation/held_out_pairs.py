@@ -119,8 +119,8 @@ def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -
     spans: Any = record.metadata.get("damage")
     if spans is None:
         raise InputError("evaluation.credit_pairs: these pairs have no known damage; use builtin:copyedit")
-    offsets = _backend(spec.backend).encode(record.rejected, add_special_tokens=False).offsets
-    end = len(record.rejected)
+    offsets = _backend(spec.backend).encode(record.rejected_text, add_special_tokens=False).offsets
+    end = len(record.rejected_text)
     marks = [any(start < e and stop > s for s, e in spans) for start, stop in offsets]
     marks.append(any(s == e == end for s, e in spans))  # EOS
     return marks[: len(tokens.rejected_ids)]

@@ -1,4 +1,4 @@
-"""Samples without an engine, for the parts that come after sampling."""
+"""Samples that no engine generated, for tests of what follows sampling."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tbpo_ray.generation.samples import Sample
 
 @pytest.fixture
 def make_sample():
-    def make(prompt: int, answer: str, number: int = 0, **words) -> Sample:
+    def make(prompt: int, answer: str, number: int = 0, **overrides) -> Sample:
         tokens = [7 + ord(letter) % 50 for letter in answer]
-        given = {
+        fields = {
             "prompt_id": f"{prompt:06d}",
             "sample": number,
             "prompt_text": f"copy: {answer}",
@@ -23,6 +23,6 @@ def make_sample():
             "metadata": {"answer": answer},
             "error": "",
         }
-        return Sample(**(given | words))
+        return Sample(**(fields | overrides))
 
     return make

@@ -1,4 +1,4 @@
-"""From policies to verdict, end to end: real engines, a real MLflow store."""
+"""Evaluation end to end, with real engines and a real MLflow store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tbpo_ray.workflows.evaluate import configured_policies
 from tbpo_ray.workflows.pipeline import run_pipeline
 
 
-def config_for(tmp_path, *words):
+def config_for(tmp_path, *overrides):
     return load_config(
         None,
         [
@@ -27,7 +27,7 @@ def config_for(tmp_path, *words):
             "generation.max_tokens=8",
             "generation.samples=2",
             "cluster.use_gpu=false",
-            *words,
+            *overrides,
         ],
     )
 
@@ -45,7 +45,7 @@ def test_policies_come_from_the_configuration_or_the_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("policies", "words", "message"),
+    ("policies", "overrides", "message"),
     [
         ({}, [], r"evaluation\.policies"),
         ({"a": "/none"}, [], r"evaluation\.policies\.a"),
@@ -55,17 +55,17 @@ def test_policies_come_from_the_configuration_or_the_runs(tmp_path):
         ({"a": "TINY"}, ["evaluation.judge={kind: oracle}"], "oracle"),
     ],
 )
-def test_faults_are_found_before_an_engine_starts(tmp_path, policies, words, message):
+def test_invalid_input_is_rejected_before_an_engine_starts(tmp_path, policies, overrides, message):
     folder = str(build_tiny(tmp_path / "tiny"))
     named = {name: folder if where == "TINY" else where for name, where in policies.items()}
     with pytest.raises(InputError, match=message):
-        check_evaluation(config_for(tmp_path, *words), named)
+        check_evaluation(config_for(tmp_path, *overrides), named)
 
 
-def test_a_pipeline_that_could_not_evaluate_does_not_start_to_train(tmp_path):
-    words = ["sft={training.max_steps: 1}", "evaluation.prompts=/none.jsonl", "run.name=p"]
+def test_a_pipeline_that_cannot_evaluate_does_not_train(tmp_path):
+    overrides = ["sft={training.max_steps: 1}", "evaluation.prompts=/none.jsonl", "run.name=p"]
     with pytest.raises(InputError, match=r"none\.jsonl"):
-        run_pipeline(config_for(tmp_path, *words))
+        run_pipeline(config_for(tmp_path, *overrides))
     with pytest.raises(InputError, match=r"evaluation\.judge\.kind='oracle'"):
         run_pipeline(config_for(tmp_path, "evaluation.judge={kind: oracle}", "run.name=p"))
     assert not list(tmp_path.rglob("p-sft")) and not list(tmp_path.rglob("mlflow.db"))
@@ -92,7 +92,7 @@ def test_two_policies_get_a_verdict_that_is_tracked(ray_session, tmp_path):
     names = {item.path for item in tracker._client.list_artifacts(tracker.run_id)}
     assert {"verdict.json", "verdict.txt", "credit.html", "samples", "config.yaml"} <= names
 
-    # Again: the samples are there, so this takes seconds and says the same.
+    # A second evaluation reuses the samples and gives the same verdict.
     again = evaluate_policies(config, policies, output=tmp_path / "out")
     assert json.dumps([p.metrics["kl_k1"].value for p in again.policies]) == json.dumps(
         [p.metrics["kl_k1"].value for p in verdict.policies]

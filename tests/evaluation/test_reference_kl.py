@@ -27,11 +27,24 @@ def test_reference_scores_agree_with_one_sequence_at_a_time(tmp_path):
             torch.testing.assert_close(torch.tensor(values), want, atol=1e-5, rtol=0)
 
 
-def test_batches_stay_within_their_size():
+def test_reference_scores_never_compute_full_logits(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    from tbpo_ray.models.tiny import build_tiny
+
+    def forward(self, *_, **__):
+        raise AssertionError("the model's own forward computes logits at every position")
+
+    folder = build_tiny(tmp_path / "tiny")
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    assert [len(row) for row in answer_logprobs(str(folder), [([1, 3], [5, 6, 2])], "cpu")] == [3]
+
+
+def test_length_batches_stay_within_their_size():
     batches = length_batches([2 * n for n in range(1, 30)], 64)
     assert sorted(i for batch in batches for i in batch) == list(range(29))
     assert all(len(b) == 1 or len(b) * max(2 * (i + 1) for i in b) <= 64 for b in batches)
 
 
-def test_kl_k1_by_hand(make_sample):
+def test_kl_k1_of_a_worked_example(make_sample):
     assert kl_k1([make_sample(0, "ab")], [[-1.0, -2.0]]) == [pytest.approx(2.0)]

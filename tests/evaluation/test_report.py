@@ -1,4 +1,4 @@
-"""The comparison, on runs written here, and read back by a real HTML parser."""
+"""The comparison of runs written here; the page is parsed by a real HTML parser."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class Page(HTMLParser):
         self.bold += data if self.open[-1:] == ["b"] else ""
 
 
-def config_for(root, *words):
-    return load_config(None, [f"run.output_dir={root}", "run.name=report", "runs=[both]", *words])
+def config_for(root, *overrides):
+    return load_config(None, [f"run.output_dir={root}", "run.name=report", "runs=[both]", *overrides])
 
 
-def test_the_page_is_whole_self_contained_and_escaped(runs):
+def test_the_page_is_well_formed_self_contained_and_escaped(runs):
     path = compare_runs(config_for(runs))
     assert path == runs / "report" / "report" / "report.html"
     text = path.read_text()
@@ -123,7 +123,7 @@ def test_markdown_has_the_same_table(runs):
     assert "| training.learning_rate | 1e-06 | 2e-05 |" in text
 
 
-def test_the_gate_promotes_only_when_it_holds(runs):
+def test_a_policy_is_promoted_only_if_it_passes_the_gate(runs):
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -141,7 +141,7 @@ def test_the_gate_promotes_only_when_it_holds(runs):
     assert tags["compared.tbpo"] == "id-of-tbpo" and tags["promoted"] == "best version 1"
 
 
-def test_a_missing_run_and_a_run_without_a_verdict_are_clear(runs):
+def test_a_missing_run_and_a_run_without_a_verdict_are_rejected(runs):
     with pytest.raises(InputError, match=r"runs:.*'gone'"):
         compare_runs(config_for(runs, "runs=[gone]"))
     with pytest.raises(InputError, match=r"runs: sft .*run\.name=sft"):
@@ -170,12 +170,12 @@ def test_charts_stay_inside_their_frame():
     assert "nan" not in lines(curve, "step", "y")
 
 
-def test_a_curve_of_one_point_shows():
+def test_a_curve_of_one_point_is_visible():
     several = lines([Line("c", [1, 2], [0.0, 2.0], 0)], "step", "y")
     one = lines([Line("c", [1, 2], [0.0, 2.0], 0), Line("d", [1], [1.0], 1)], "step", "y")
     assert several.count("<circle") == 0 and one.count("<circle") == 1
-    torn = lines([Line("c", [1, 2, 3, 4], [0.0, float("nan"), 2.0, 1.0], 0)], "step", "y")
-    assert torn.count("<circle") == 1 and torn.count("M") == 2
+    interrupted = lines([Line("c", [1, 2, 3, 4], [0.0, float("nan"), 2.0, 1.0], 0)], "step", "y")
+    assert interrupted.count("<circle") == 1 and interrupted.count("M") == 2
 
 
 def test_a_name_at_the_top_is_not_cut_off():

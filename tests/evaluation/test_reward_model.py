@@ -1,4 +1,4 @@
-"""The reward model as judge, with a small classifier made here."""
+"""The reward model as judge, with a small classifier built here."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_scores_do_not_depend_on_the_batch_and_decide_preferences(classifier, ma
     scores = judge.scores(samples)
     alone, _ = classify(classifier, [(samples[3].prompt_text, samples[3].answer)], 1, "cpu")
     assert scores[3] == pytest.approx(alone[0], abs=1e-5)
-    want = [0.5 if a == b else float(a > b) for a, b in zip(scores[:3], scores[3:], strict=True)]
-    assert judge.preferences(samples[:3], samples[3:]) == want
+    expected = [0.5 if a == b else float(a > b) for a, b in zip(scores[:3], scores[3:], strict=True)]
+    assert judge.preferences(samples[:3], samples[3:]) == expected
 
 
-def test_texts_that_are_too_long_are_counted(classifier, make_sample):
+def test_truncated_texts_are_counted(classifier, make_sample):
     judge = RewardModelJudge.from_settings({"model": classifier}, use_gpu=False)
     judge.scores([make_sample(0, "tree " * 200), make_sample(1, "tree")])
     assert judge.report()["truncated"] == 1
@@ -59,12 +59,12 @@ def test_texts_that_are_too_long_are_counted(classifier, make_sample):
         ({"model": "x", "batch_size": 0}, r"batch_size=0.*at least 1"),
     ],
 )
-def test_bad_settings_are_clear(settings, message):
+def test_invalid_settings_are_rejected(settings, message):
     with pytest.raises(InputError, match=message):
         RewardModelJudge.from_settings(settings, use_gpu=False)
 
 
-def test_a_language_model_is_no_reward_model(tmp_path):
+def test_a_language_model_is_not_a_reward_model(tmp_path):
     from tbpo_ray.models.tiny import build_tiny
 
     with pytest.raises(InputError, match=r"evaluation\.judge\.model=.*one output"):

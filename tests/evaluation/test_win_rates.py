@@ -1,4 +1,4 @@
-"""Win rates and diversity against values worked by hand and independent implementations."""
+"""Win rates and diversity against worked examples and independent implementations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tbpo_ray.evaluation import (
 )
 
 
-def test_importing_the_metrics_brings_neither_torch_nor_ray():
+def test_importing_the_metrics_imports_neither_torch_nor_ray():
     code = (
         "import sys, tbpo_ray.evaluation; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     )
@@ -35,7 +35,7 @@ def test_without_ties_the_interval_is_wilsons():
     assert (got.low, got.high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
 
 
-def test_nothing_but_ties_is_tangos_interval_not_a_point():
+def test_with_only_ties_the_interval_is_tangos_and_not_a_point():
     n, z2 = 400, 3.8414588
     got = win_rate([0.5] * n)
     assert got.high - 0.5 == pytest.approx(z2 / (n + z2) / 2, rel=0.01)
@@ -43,14 +43,14 @@ def test_nothing_but_ties_is_tangos_interval_not_a_point():
 
 
 @pytest.mark.parametrize("values", [[1.0] * 5, [0.0] * 5, [1.0], [0.5], [0.25, 0.75]])
-def test_an_interval_holds_its_rate_and_stays_in_range(values):
+def test_an_interval_contains_its_rate_and_is_in_range(values):
     got = win_rate(values)
     assert 0 <= got.low <= got.rate <= got.high <= 1
     assert got.high > got.low
 
 
 @pytest.mark.parametrize("shares", [(0.3, 0.4, 0.3), (0.1, 0.8, 0.1), (0.7, 0.2, 0.1), (0.02, 0.0, 0.98)])
-def test_the_interval_covers_the_truth_as_often_as_it_says(shares):
+def test_the_interval_has_its_nominal_coverage(shares):
     rng = np.random.default_rng(0)
     truth = shares[0] + shares[1] / 2
     drawn = [win_rate(rng.choice([1, 0.5, 0], p=shares, size=400)) for _ in range(400)]
@@ -58,12 +58,12 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(shares):
 
 
 @pytest.mark.parametrize("bad", [[], [1.2], [-0.1], [math.nan], [[1]]])
-def test_bad_preferences_are_refused(bad):
+def test_invalid_preferences_are_rejected(bad):
     with pytest.raises(InputError, match="preferences"):
         win_rate(bad)
 
 
-def judge_that_likes_length(rng, n=400, effect=1.5, ties=0.1, advantage=0.0):
+def length_biased_judge(rng, n=400, effect=1.5, ties=0.1, advantage=0.0):
     candidate, baseline = rng.lognormal(6.0, 0.4, n), rng.lognormal(5.6, 0.4, n)
     delta = candidate - baseline
     wins = 1 / (1 + np.exp(-effect * np.tanh(delta / delta.std()) - advantage))
@@ -72,22 +72,20 @@ def judge_that_likes_length(rng, n=400, effect=1.5, ties=0.1, advantage=0.0):
     return y, candidate, baseline
 
 
-def test_length_control_finds_an_even_candidate_even():
+def test_length_control_removes_a_length_bias():
     rng = np.random.default_rng(1)
-    held, fooled = [], []
+    covered, biased = [], []
     for _ in range(100):
-        y, candidate, baseline = judge_that_likes_length(rng)
+        y, candidate, baseline = length_biased_judge(rng)
         got, raw = length_controlled_win_rate(y, candidate, baseline), win_rate(y)
-        held.append(got.low <= 0.5 <= got.high)
-        fooled.append(raw.low > 0.5)
+        covered.append(got.low <= 0.5 <= got.high)
+        biased.append(raw.low > 0.5)
         assert got.length_effect > 0
-    assert np.mean(held) >= 0.9 and np.mean(fooled) >= 0.9
+    assert np.mean(covered) >= 0.9 and np.mean(biased) >= 0.9
 
 
 def test_length_control_keeps_a_real_advantage_and_is_antisymmetric():
-    y, candidate, baseline = judge_that_likes_length(
-        np.random.default_rng(2), n=4000, ties=0.0, advantage=1.0
-    )
+    y, candidate, baseline = length_biased_judge(np.random.default_rng(2), n=4000, ties=0.0, advantage=1.0)
     got = length_controlled_win_rate(y, candidate, baseline)
     assert got.low <= 1 / (1 + math.exp(-1.0)) <= got.high
     back = length_controlled_win_rate(1 - y, baseline, candidate)
@@ -98,9 +96,9 @@ def test_length_control_keeps_a_real_advantage_and_is_antisymmetric():
 def test_length_control_agrees_with_an_independent_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 
-    y, candidate, baseline = judge_that_likes_length(np.random.default_rng(3), ties=0.0)
+    y, candidate, baseline = length_biased_judge(np.random.default_rng(3), ties=0.0)
     delta = candidate - baseline
-    # One penalty for all there: a column a tenth as large is penalised a hundred times as much.
+    # scikit-learn has one penalty for all columns: a column a tenth as large is penalized a hundredfold.
     x = np.stack([np.ones_like(y), 0.1 * np.tanh(delta / delta.std(ddof=1))], axis=1)
     model = LogisticRegression(C=100.0, fit_intercept=False, tol=1e-10, max_iter=1000).fit(x, y)
     got = length_controlled_win_rate(y, candidate, baseline)
@@ -108,7 +106,7 @@ def test_length_control_agrees_with_an_independent_logistic_regression():
     assert got.rate == pytest.approx(1 / (1 + math.exp(-model.coef_[0, 0])), abs=1e-5)
 
 
-def test_always_short_candidates_keep_their_place():
+def test_candidates_that_are_always_short_keep_their_rank():
     rng = np.random.default_rng(5)
     baseline = 1900 * np.exp(rng.normal(0, 0.35, 805))
     strength = rng.normal(-1.0, 1.0, 40)
@@ -119,12 +117,12 @@ def test_always_short_candidates_keep_their_place():
         wins = rng.random(805) < 1 / (1 + np.exp(-theta - 0.8 * np.tanh(delta / delta.std())))
         rates.append(length_controlled_win_rate(wins.astype(float), candidate, baseline).rate)
     truth = 1 / (1 + np.exp(-strength))
-    # Without a prior on the length effect: 0.80, and one rate is off by 0.35.
+    # Without a prior on the length effect the correlation is 0.80 and one rate is off by 0.35.
     assert stats.spearmanr(rates, truth).statistic > 0.87
     assert np.abs(np.asarray(rates) - truth).max() < 0.25
 
 
-def test_equal_lengths_leave_the_raw_rate():
+def test_with_equal_lengths_the_rate_is_the_raw_rate():
     y = [1, 1, 1, 0, 0.5] * 20
     got = length_controlled_win_rate(y, [7] * 100, [7] * 100)
     assert got.length_effect == 0.0
@@ -132,7 +130,7 @@ def test_equal_lengths_leave_the_raw_rate():
     assert (got.low, got.high) == pytest.approx((win_rate(y).low, win_rate(y).high), abs=0.01)
 
 
-def test_instruction_difficulty_is_used_where_given():
+def test_instruction_difficulty_is_used_if_given():
     rng = np.random.default_rng(4)
     hard = rng.normal(size=2000)
     y = (rng.random(2000) < 1 / (1 + np.exp(-2 * hard))).astype(float)
@@ -143,12 +141,12 @@ def test_instruction_difficulty_is_used_where_given():
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0])
-def test_length_control_of_nothing_but_wins_is_finite(value):
+def test_length_control_of_only_wins_or_losses_is_finite(value):
     got = length_controlled_win_rate([value] * 50, range(50), range(50, 100))
     assert 0 <= got.low <= got.rate <= got.high <= 1 and abs(got.rate - value) < 0.01
 
 
-def test_lengths_must_fit():
+def test_lengths_must_match_the_preferences():
     with pytest.raises(InputError, match="baseline_lengths"):
         length_controlled_win_rate([1, 0], [1, 2], [1])
 
@@ -170,7 +168,7 @@ def test_bradley_terry_finds_the_order_and_the_strengths():
         bradley_terry(["a"], [])
 
 
-def test_distinct_n_by_hand():
+def test_distinct_n_of_a_worked_example():
     assert distinct_n([[1, 2, 1], [1, 3]]) == 3 / 5
     assert distinct_n([[1, 2, 1], [1, 2]], n=2) == 2 / 3
     assert distinct_n([["a"], []], n=1) == 1.0
@@ -179,7 +177,7 @@ def test_distinct_n_by_hand():
         distinct_n([["a"]], n=0)
 
 
-def test_self_bleu_is_sacrebleus():
+def test_self_bleu_agrees_with_sacrebleu():
     import sacrebleu
 
     rng = random.Random(0)
@@ -213,13 +211,13 @@ def test_self_bleu_is_sacrebleus():
     assert self_bleu(prompts) == pytest.approx(np.mean(scores) / 100, abs=1e-12)
 
 
-def test_self_bleu_of_repeats_is_one_and_of_single_answers_unknown():
+def test_self_bleu_of_repeats_is_one_and_of_single_answers_nan():
     assert self_bleu([["a b c d e", "a b c d e"]]) == pytest.approx(1.0)
     assert self_bleu([["a b", "c d"]]) == 0.0
     assert math.isnan(self_bleu([["alone"]]))
 
 
-def test_predictive_entropy_by_hand():
+def test_predictive_entropy_of_a_worked_example():
     assert predictive_entropy([[-1.0, -2.0], [-3.0]]) == pytest.approx(3.0)
     assert predictive_entropy([[-1.0, -2.0], [-3.0]], per_token=True) == pytest.approx(2.0)
     assert math.isnan(predictive_entropy([]))

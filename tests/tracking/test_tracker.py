@@ -1,4 +1,4 @@
-"""Tracking against a real SQLite store (and, once, a real MLflow server)."""
+"""Tracking with a real SQLite store and, in one test, a real MLflow server."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def store(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-def start(store: Path, **words) -> Tracker:
-    given = {"name": "run", "kind": "train"} | words
-    return Tracker.start(TrackingConfig(), store, **given)
+def start(store: Path, **overrides) -> Tracker:
+    arguments = {"name": "run", "kind": "train"} | overrides
+    return Tracker.start(TrackingConfig(), store, **arguments)
 
 
 def data(tracker: Tracker):
@@ -70,13 +70,13 @@ def test_a_run_holds_configuration_metrics_dataset_and_versions(store):
     assert tracker.run_id in tracker.url_hint() and "mlflow.db" in tracker.url_hint()
 
 
-def test_the_page_opens_the_experiment_as_one_of_training(store):
+def test_the_ui_opens_the_experiment_as_model_training(store):
     with start(store) as tracker:
         experiment = tracker._client.get_experiment(tracker.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
-def test_nothing_of_the_machine_or_its_environment_is_logged(store, monkeypatch):
+def test_nothing_about_the_machine_or_its_environment_is_logged(store, monkeypatch):
     monkeypatch.setenv("SOME_SECRET", "tiger-in-the-environment")
     with start(store, config=Config()) as tracker:
         pass
@@ -85,7 +85,7 @@ def test_nothing_of_the_machine_or_its_environment_is_logged(store, monkeypatch)
     assert "tiger" not in logged and socket.gethostname() not in logged
 
 
-def test_secrets_are_redacted_by_key_and_by_shape(store):
+def test_secrets_are_redacted_by_key_and_by_pattern(store):
     config = load_config(
         None,
         [
@@ -104,7 +104,7 @@ def test_secrets_are_redacted_by_key_and_by_shape(store):
     assert run.data.params["generation.max_tokens"] == "256"
 
 
-def test_redaction_leaves_other_words_alone():
+def test_redaction_keeps_other_values():
     assert redact("max_tokens", 3) == "3"
     assert redact("data.card_column", "token") == "token"
     assert redact_tree({"a": [{"token": "x"}], "password": ""}) == {
@@ -113,7 +113,7 @@ def test_redaction_leaves_other_words_alone():
     }
 
 
-def test_a_failed_run_says_so_and_the_error_goes_on(store):
+def test_a_failed_run_has_status_failed_and_the_error_propagates(store):
     with pytest.raises(ValueError, match="boom"), start(store) as tracker:
         tracker.log_metrics({"loss": 1.0}, step=1)
         raise ValueError("boom")
@@ -121,7 +121,7 @@ def test_a_failed_run_says_so_and_the_error_goes_on(store):
     assert data(tracker).data.metrics["loss"] == 1.0
 
 
-def test_a_continued_run_is_the_same_run_and_repeats_no_point(store):
+def test_a_resumed_run_is_the_same_run_and_repeats_no_metric(store):
     with start(store, config=Config()) as first:
         first.log_metrics({"loss": 2.0}, step=1)
         first.log_metrics({"loss": 1.5}, step=2)
@@ -137,7 +137,7 @@ def test_a_continued_run_is_the_same_run_and_repeats_no_point(store):
     assert data(second).data.tags["changed.training.max_steps"] == "9"
 
 
-def test_children_nest_and_another_process_may_write_to_a_run(store):
+def test_runs_nest_and_another_process_can_log_to_a_run(store):
     parent = start(store, name="pipeline", kind="pipeline")
     child = start(store, name="sft", kind="sft", parent_run_id=parent.run_id)
     assert data(child).data.tags["mlflow.parentRunId"] == parent.run_id
@@ -161,7 +161,7 @@ def test_logging_is_cheap_in_a_loop(store):
     assert len(tracker._client.get_metric_history(tracker.run_id, "loss")) == 400
 
 
-def test_long_values_are_cut_and_say_so(store):
+def test_long_values_are_truncated_with_their_length(store):
     with start(store) as tracker:
         tracker.log_params({"long": "x" * 9000})
         tracker.set_tags({"long": "y" * 9000})
@@ -169,13 +169,13 @@ def test_long_values_are_cut_and_say_so(store):
     assert data(tracker).data.tags["long"].endswith("(9000 characters)")
 
 
-def test_metric_names_become_legal():
+def test_metric_names_are_sanitized():
     assert metric_name("eval/rewards/accuracy") == "eval/rewards/accuracy"
     assert metric_name("KL(ref||policy)") == "KL_ref__policy_"
     assert metric_name("/a//../b") == "_/a/_/_/b"
 
 
-def test_the_registry_points_an_alias_to_the_last_version(store, tmp_path):
+def test_an_alias_points_to_the_latest_version(store, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with start(store) as tracker:
         assert tracker.register_model(tmp_path, "tbpo", "champion") == "1"
@@ -192,18 +192,18 @@ def test_the_registry_points_an_alias_to_the_last_version(store, tmp_path):
     ("uri", "output"),
     [("nonsense://x", None), ("sqlite:////proc/none/x.db", None), (None, "s3://bucket/runs")],
 )
-def test_a_store_that_cannot_be_is_a_clear_fault(tmp_path, uri, output):
+def test_an_invalid_store_is_rejected(tmp_path, uri, output):
     with pytest.raises(InputError, match=r"tracking\.uri") as caught:
         Tracker.start(TrackingConfig(uri=uri), output or tmp_path, name="a", kind="train")
     assert len(caught.value.faults) == 1 and "\n" not in caught.value.faults[0]
 
 
-def test_an_unknown_run_is_a_clear_fault(store):
+def test_an_unknown_run_is_rejected(store):
     with pytest.raises(InputError, match=f"tracking.uri=.*{'0' * 32}"):
         start(store, run_id="0" * 32)
 
 
-def test_processes_that_start_together_share_one_new_store(tmp_path):
+def test_processes_that_start_at_the_same_time_share_a_new_store(tmp_path):
     code = textwrap.dedent(
         """
         import sys
@@ -271,4 +271,4 @@ def wait_for(url: str, process: subprocess.Popen, seconds: float = 90) -> None:
             return
         except OSError:
             time.sleep(0.5)
-    raise AssertionError(f"{url} does not answer")
+    raise AssertionError(f"{url} does not respond")

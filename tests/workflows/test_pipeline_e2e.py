@@ -1,4 +1,4 @@
-"""The whole way on the real parts: Ray Data, Ray Train, DeepSpeed, vLLM, MLflow."""
+"""The whole pipeline with the real Ray Data, Ray Train, DeepSpeed, vLLM and MLflow."""
 
 from __future__ import annotations
 
