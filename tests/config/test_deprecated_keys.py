@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tbpo_ray.config import loading
+from tbpo_ray.config.comparison import changed_values
 from tbpo_ray.config.loading import known_keys, load_config, rename_deprecated_keys, stage_config, to_yaml
 from tbpo_ray.config.schema import RENAMED_KEYS
 from tbpo_ray.errors import InputError
@@ -73,3 +74,11 @@ def test_a_stored_configuration_is_compared_silently(capsys) -> None:
         "training": {"truncate_to_shorter": True}
     }
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_stored_under_the_old_name_compares_equal() -> None:
+    new = {"training": {"truncate_to_shorter": True, "epochs": 1.0}, "sft": {NEW: False}}
+    old = {"training": {"cut_dead_tail": True, "epochs": 1.0}, "sft": {OLD: False}}
+    assert changed_values(old, new) == {}
+    old["training"]["cut_dead_tail"] = False
+    assert changed_values(old, new) == {NEW: (False, True)}
