@@ -12,8 +12,8 @@ from typing import Any
 
 from tbpo_ray.data.rejection_reasons import RecordError
 
-Message = dict[str, str]
-"""`{"role": ..., "content": ...}`, the role one of system, user, assistant and tool."""
+Message = dict[str, Any]
+"""One turn: `role`, `content` (text, a list of parts or None) and every further field of the source."""
 
 ROLES = {
     "system": "system",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,28 @@ class Record:
     """One preference: two answers to one prompt."""
 
     prompt: list[Message]
-    """A plain string in the source becomes one user message."""
-    chosen: str
-    rejected: str
+    """What both answers share; a plain string in the source becomes one user message."""
+    chosen: list[Message]
+    """The turns of the answer; the first and the last are the assistant's."""
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the functions that the assistant may call."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments for the chat template from the record itself; they win over `data.template_kwargs`."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """The columns that are not part of the pair."""
     source: str = ""
     row: int = 0
     """0-based position in `source`."""
+
+    @property
+    def chosen_text(self) -> str:
+        """The text of the chosen answer, for people, judges and hashes."""
+        return answer_text(self.chosen)
+
+    @property
+    def rejected_text(self) -> str:
+        return answer_text(self.rejected)
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,19 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     row: int = 0
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How rows become pairs; see `data.format`, `data.pairing` and `data.pairing_gap`."""
+
+    format: str = "auto"
+    pairing: str = "best_worst"
+    pairing_gap: float = 0.0
+    seed: int = 0
+    """Seed of `best_random`."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +94,10 @@ class BadRecord:
         return json.dumps(self.__dict__, default=str)
 
 
-def parse_record(raw: Any, source: str = "", row: int = 0) -> Record:
-    """The preference in a raw row.
+def parse_records(
+    raw: Any, source: str = "", row: int = 0, options: ReadOptions = ReadOptions()
+) -> list[Record]:
+    """The preferences in a raw row: usually one, several of ranked answers, none if the answers tie.
 
     Raises:
         RecordError: with one of :data:`tbpo_ray.data.rejection_reasons.REASONS`.
@@ -89,7 +118,9 @@ def parse_record(raw: Any, source: str = "", row: int = 0) -> Record:
             raise RecordError(f"{name}_empty")
     if chosen.strip() == rejected.strip():
         raise RecordError("answers_identical", chosen[:80])
-    return Record(chosen_prompt, chosen, rejected, _metadata(columns, pair), source, row)
+    turns = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    metadata = _metadata(columns, pair)
+    return [Record(chosen_prompt, *turns, metadata=metadata, source=source, row=row)]
 
 
 def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
@@ -109,7 +140,10 @@ def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
 
 
 def iter_records(
-    source: str, limit: int | None = None, on_bad: Callable[[BadRecord], None] | None = None
+    source: str,
+    limit: int | None = None,
+    on_bad: Callable[[BadRecord], None] | None = None,
+    options: ReadOptions = ReadOptions(),
 ) -> Iterator[Record]:
     """The pairs of a source in its order, read in this process.
 
@@ -123,7 +157,7 @@ def iter_records(
     """
     for raw in iter_raw(source, limit):
         try:
-            yield parse_record(raw.load(), raw.source, raw.row)
+            yield from parse_records(raw.load(), raw.source, raw.row, options)
         except RecordError as error:
             _quarantine(raw, error, on_bad)
 
@@ -141,6 +175,12 @@ def iter_prompts(
             yielded += 1
         except RecordError as error:
             _quarantine(raw, error, on_bad)
+
+
+def answer_text(turns: Sequence[Message]) -> str:
+    """The text of an answer: the contents of its assistant turns, separated by blank lines."""
+    contents = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    return "\n\n".join(content for content in contents if content)
 
 
 def _quarantine(raw: RawRow, error: RecordError, on_bad: Callable[[BadRecord], None] | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_ray.data.records import BadRecord, Record, parse_record
+from tbpo_ray.data.records import BadRecord, ReadOptions, Record, parse_records
 from tbpo_ray.data.rejection_reasons import COUNT_PREFIX, RecordError
 from tbpo_ray.data.shards import file_digest, write_shard
 from tbpo_ray.data.sources import Chunk
@@ -41,6 +41,14 @@ class BuildJob:
     card_column: str | None
     limit: int | None
     chunk_rows: int
+    format: str = "auto"
+    pairing: str = "best_worst"
+    pairing_gap: float = 0.0
+
+    @property
+    def reading(self) -> ReadOptions:
+        """How rows become pairs."""
+        return ReadOptions(self.format, self.pairing, self.pairing_gap, self.seed)
 
     def save(self, folder: Path, spec: TokenizerSpec) -> None:
         (folder / JOB).write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -109,8 +117,7 @@ def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
     start = time.process_time()
     counts: Counter[str] = Counter()
     tokenizer.counts = counts
-    records, bad = _parse(chunk)
-    num_records = len(records) + len(bad)
+    records, bad, num_records = _parse(chunk, job.reading, counts)
     columns, hashes, column_values = _Columns(), [], Counter[str]()
     copies = _copies(job, file, chunk)
     for record, pair in zip(records, tokenizer.pairs(records), strict=True):
@@ -142,18 +149,31 @@ def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
     )
 
 
-def _parse(chunk: Chunk) -> tuple[list[Record], list[BadRecord]]:
-    records, bad = [], []
+def _parse(
+    chunk: Chunk, options: ReadOptions, counts: Counter[str]
+) -> tuple[list[Record], list[BadRecord], int]:
+    """The pairs of a chunk, its bad rows and the number of all its rows; counts the rows that tie."""
+    records: list[Record] = []
+    bad = []
+    rows = 0
     for raw in chunk:
+        rows += 1
         try:
-            records.append(parse_record(raw.load(), raw.source, raw.row))
+            parsed = parse_records(raw.load(), raw.source, raw.row, options)
+            counts["ties"] += not parsed
+            records += parsed
         except RecordError as error:
             bad.append(BadRecord(raw.source, raw.row, error.reason, error.detail, raw.as_read()))
-    return records, bad
+    return records, bad, rows
 
 
 def _rejected_pair(record: Record, error: RecordError) -> BadRecord:
-    row = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected} | record.metadata
+    # A single turn of text is written as it usually was in the source.
+    answers = {
+        name: turns[0]["content"] if len(turns) == 1 and set(turns[0]) == {"role", "content"} else turns
+        for name, turns in (("chosen", record.chosen), ("rejected", record.rejected))
+    }
+    row = {"prompt": record.prompt} | answers | record.metadata
     return BadRecord(record.source, record.row, error.reason, error.detail, row)
 
 
@@ -169,7 +189,7 @@ def _copies(job: BuildJob, file: int, chunk: Chunk) -> np.ndarray:
 
 
 def _hash(record: Record) -> int:
-    text = json.dumps([record.prompt, record.chosen, record.rejected])
+    text = json.dumps([record.prompt, record.chosen, record.rejected, record.tools], default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 

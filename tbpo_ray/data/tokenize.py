@@ -154,7 +154,7 @@ class PairTokenizer:
     def pairs(self, records: Sequence[Record]) -> list[TokenizedPair | RecordError]:
         """The tokens of each record, or the reason why it is rejected."""
         prompts = self.prompts([record.prompt for record in records])
-        texts = [text for record in records for text in (record.chosen, record.rejected)]
+        texts = [text for record in records for text in (record.chosen_text, record.rejected_text)]
         answers = self._encode(texts, plain=True)
         decoded = self._backend.decode_batch(answers, skip_special_tokens=False)
         out: list[TokenizedPair | RecordError] = []

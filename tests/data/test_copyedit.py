@@ -52,32 +52,35 @@ def test_answers_are_correct_by_an_independent_solver():
             words[words.index(arguments[0])] = arguments[2]
         else:
             assert name == "copy"
-        assert record.chosen == " ".join(words) == record.metadata["answer"]
-        assert copyedit.check(record.metadata, f" {record.chosen}\n")
-        assert not copyedit.check(record.metadata, record.rejected)
+        assert record.chosen_text == " ".join(words) == record.metadata["answer"]
+        assert copyedit.check(record.metadata, f" {record.chosen_text}\n")
+        assert not copyedit.check(record.metadata, record.rejected_text)
 
 
 def test_damage_covers_the_first_difference_and_nothing_before_it():
     for record in rows("pairs=800"):
-        right, wrong = record.chosen.split(), record.rejected.split()
+        right, wrong = record.chosen_text.split(), record.rejected_text.split()
         spans = record.metadata["damage"]
         assert spans == sorted(spans)
         first = next((i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b), None)
         if first is None:  # one is a prefix of the other
             first = min(len(right), len(wrong))
-        start = len(" ".join(wrong[:first])) + bool(first) if first < len(wrong) else len(record.rejected)
+        start = len(" ".join(wrong[:first])) + bool(first)
+        start = start if first < len(wrong) else len(record.rejected_text)
+            len(" ".join(wrong[:first])) + bool(first) if first < len(wrong) else len(record.rejected_text)
+        )
         assert spans[0][0] == start
         for low, high in spans:
-            assert record.rejected[low:high].strip() == record.rejected[low:high]
+            assert record.rejected_text[low:high].strip() == record.rejected_text[low:high]
 
 
 def test_sft_targets_are_damaged_at_the_given_rate():
     some = rows("split=sft&pairs=2000&damaged=0.3")
-    share = sum(r.chosen != r.metadata["answer"] for r in some) / len(some)
+    share = sum(r.chosen_text != r.metadata["answer"] for r in some) / len(some)
     assert 0.26 < share < 0.34
-    assert all(r.chosen != r.rejected for r in some)
-    assert all(bool(r.metadata["chosen_damage"]) == (r.chosen != r.metadata["answer"]) for r in some)
-    assert all(r.chosen == r.metadata["answer"] for r in rows("split=sft&pairs=50&damaged=0"))
+    assert all(r.chosen_text != r.rejected_text for r in some)
+    assert all(bool(r.metadata["chosen_damage"]) == (r.chosen_text != r.metadata["answer"]) for r in some)
+    assert all(r.chosen_text == r.metadata["answer"] for r in rows("split=sft&pairs=50&damaged=0"))
 
 
 def test_rows_depend_only_on_the_seed_and_their_index():

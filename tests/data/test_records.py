@@ -5,7 +5,7 @@ import pytest
 
 from tbpo_ray.data import record_shapes
 from tbpo_ray.data.record_shapes import RawPair
-from tbpo_ray.data.records import iter_prompts, iter_records, parse_prompt, parse_record
+from tbpo_ray.data.records import iter_prompts, iter_records, parse_prompt, parse_records
 from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 
 U, A, S = (
@@ -45,19 +45,19 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_accepted_shape_gives_the_same_pair(shape):
-    record = parse_record(SHAPES[shape], "s", 3)
-    assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], "yes", "no")
+    (record,) = parse_records(SHAPES[shape], "s", 3)
+    assert (record.prompt, record.chosen_text, record.rejected_text) == ([U("Q")], "yes", "no")
     assert (record.source, record.row) == ("s", 3)
 
 
 def test_turns_system_message_and_further_columns_are_kept():
     talk = [S("be brief"), U("a"), A("b"), U("c")]
-    record = parse_record(
+    (record,) = parse_records(
         {"chosen": [*talk, A("yes")], "rejected": [*talk, A("no")], "language": "de", "messages": 1}
     )
     assert record.prompt == talk and record.metadata == {"language": "de", "messages": 1}
     text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
-    assert parse_record({"chosen": text + "x y", "rejected": text + "z"}).prompt == talk[1:]
+    assert parse_records({"chosen": text + "x y", "rejected": text + "z"})[0].prompt == talk[1:]
 
 
 def test_a_further_shape_is_one_reader(monkeypatch):
@@ -68,14 +68,19 @@ def test_a_further_shape_is_one_reader(monkeypatch):
         return RawPair(columns["question"], best, worst, frozenset({"question", "ranked"}))
 
     monkeypatch.setattr(record_shapes, "SHAPES", (read_ranked, *record_shapes.SHAPES))
-    record = parse_record({"question": "Q", "ranked": ["yes", "maybe", "no"], "language": "de"})
-    assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], "yes", "no")
+    (record,) = parse_records({"question": "Q", "ranked": ["yes", "maybe", "no"], "language": "de"})
+    assert (record.prompt, record.chosen_text, record.rejected_text) == ([U("Q")], "yes", "no")
     assert record.metadata == {"language": "de"}
 
 
 def test_answers_keep_their_whitespace():
-    record = parse_record({"prompt": " Q\n", "chosen": " yes\n", "rejected": "no\t"})
-    assert (record.prompt[0]["content"], record.chosen, record.rejected) == (" Q\n", " yes\n", "no\t")
+    (record,) = parse_records({"prompt": " Q\n", "chosen": " yes\n", "rejected": "no\t"})
+    assert record.prompt[0]["content"] == " Q\n"
+    assert (record.chosen_text, record.rejected_text) == (" yes\n", "no\t")
+        " Q\n",
+        " yes\n",
+        "no\t",
+    )
 
 
 BAD = {
@@ -100,7 +105,7 @@ BAD = {
 @pytest.mark.parametrize("reason", BAD)
 def test_every_malformed_kind_has_its_reason(reason):
     with pytest.raises(RecordError) as caught:
-        parse_record(BAD[reason])
+        parse_records(BAD[reason])
     assert caught.value.reason == reason and reason in REASONS
 
 
@@ -139,6 +144,6 @@ def test_real_transcripts(real_data):
     for record in records[:200]:
         again = "".join(
             f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}"
-            for m in [*record.prompt, {"role": "assistant", "content": record.chosen}]
+            for m in [*record.prompt, {"role": "assistant", "content": record.chosen_text}]
         )
         assert again.split() == lines[record.row]["chosen"].split()

@@ -54,7 +54,7 @@ def test_every_format_gives_the_same_rows_in_order(tmp_path, kind):
     source = write(tmp_path, kind)
     records = list(iter_records(source))
     assert [r.row for r in records] == list(range(25))
-    assert [(r.prompt[0]["content"], r.chosen, r.rejected, r.metadata) for r in records] == [
+    assert [(r.prompt[0]["content"], r.chosen_text, r.rejected_text, r.metadata) for r in records] == [
         (row["prompt"], row["chosen"], row["rejected"], {"language": "de"}) for row in ROWS
     ]
     assert len(list(iter_raw(source, 9))) == 9

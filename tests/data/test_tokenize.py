@@ -3,7 +3,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tbpo_ray.config.schema import DataConfig
-from tbpo_ray.data.records import Record, parse_record
+from tbpo_ray.data.records import Record, parse_records
 from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec, prompt_tokens
 
@@ -20,6 +20,11 @@ def pairs_of(tokenizer, max_length=512, prompt_limit=256):
     return PairTokenizer(TokenizerSpec.of(tokenizer), max_length, prompt_limit)
 
 
+def pair_of(prompt, chosen, rejected):
+    """A record whose answers are one turn each."""
+    return Record(prompt, *([{"role": "assistant", "content": text}] for text in (chosen, rejected)))
+
+
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize(
     "template", [None, CHAT, "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"]
@@ -27,7 +32,7 @@ def pairs_of(tokenizer, max_length=512, prompt_limit=256):
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_bos_and_eos_occur_exactly_once(kind, template, adds_bos):
     tokenizer = pairs_of(make_tokenizer(kind, template, adds_bos))
-    (pair,) = tokenizer.pairs([Record(user("the cat"), "sat on the mat", "friend")])
+    (pair,) = tokenizer.pairs([pair_of(user("the cat"), "sat on the mat", "friend")])
     assert pair.prompt_ids.count(BOS) == (adds_bos or template is not None)
     assert pair.prompt_ids[0] == BOS or not (adds_bos or template)
     for ids, text in ((pair.chosen_ids, "sat on the mat"), (pair.rejected_ids, "friend")):
@@ -38,7 +43,7 @@ def test_bos_and_eos_occur_exactly_once(kind, template, adds_bos):
 def test_the_boundary_holds_where_the_tokenizer_would_merge_across_it():
     plain = make_tokenizer()
     whole = plain("the friend", add_special_tokens=False)["input_ids"]
-    (pair,) = pairs_of(plain).pairs([Record(user("the fri"), "end", "sat")])
+    (pair,) = pairs_of(plain).pairs([pair_of(user("the fri"), "end", "sat")])
     assert pair.prompt_ids + pair.chosen_ids[:-1] != whole
     assert pair.prompt_ids == plain("the fri", add_special_tokens=False)["input_ids"]
     assert pair.chosen_ids[:-1] == plain("end", add_special_tokens=False)["input_ids"]
@@ -47,7 +52,7 @@ def test_the_boundary_holds_where_the_tokenizer_would_merge_across_it():
 
 def test_special_tokens_spelled_in_an_answer_are_plain_text():
     tokenizer = pairs_of(make_tokenizer(template=CHAT))
-    (pair,) = tokenizer.pairs([Record(user("say </s>"), "it is </s> <s>", "<|assistant|>")])
+    (pair,) = tokenizer.pairs([pair_of(user("say </s>"), "it is </s> <s>", "<|assistant|>")])
     assert pair.chosen_ids.count(EOS) == 1 and BOS not in pair.chosen_ids
     assert tokenizer.decode_answer(pair.chosen_ids) == "it is </s> <s>"
     assert tokenizer.decode_answer(pair.rejected_ids) == "<|assistant|>"
@@ -57,7 +62,7 @@ def test_special_tokens_spelled_in_an_answer_are_plain_text():
 def test_truncation_removes_the_front_of_the_prompt_and_never_empties_an_answer():
     tokenizer = pairs_of(make_tokenizer(template=CHAT), max_length=12, prompt_limit=8)
     full = pairs_of(make_tokenizer(template=CHAT))
-    record = Record(user("the cat sat on the mat and said hello"), "hello to the friend on the mat", "sat")
+    record = pair_of(user("the cat sat on the mat and said hello"), "hello to the friend on the mat", "sat")
     (cut,), (whole,) = tokenizer.pairs([record]), full.pairs([record])
     assert len(cut.prompt_ids) == 8 and cut.prompt_ids == [BOS, *whole.prompt_ids[-7:]]
     assert len(cut.chosen_ids) == 4 and cut.chosen_ids == whole.chosen_ids[:4] and EOS not in cut.chosen_ids
@@ -71,7 +76,7 @@ def test_truncation_removes_the_front_of_the_prompt_and_never_empties_an_answer(
 
 def test_pairs_that_become_identical_are_quarantined():
     tokenizer = pairs_of(make_tokenizer(), max_length=6, prompt_limit=2)
-    (error,) = tokenizer.pairs([Record(user("the cat"), "the cat sat on the mat", "the cat sat on the cat")])
+    (error,) = tokenizer.pairs([pair_of(user("the cat"), "the cat sat on the mat", "the cat sat on the cat")])
     assert isinstance(error, RecordError) and error.reason == "pair_same_tokens"
 
 
@@ -80,15 +85,15 @@ def test_refusing_templates_and_lossy_tokenizers_give_reasons():
     talk = [{"role": "system", "content": "x"}, *user("y")]
     assert [
         getattr(p, "reason", None)
-        for p in strict.pairs([Record(talk, "a", "b"), Record(user("y"), "a", "b")])
+        for p in strict.pairs([pair_of(talk, "a", "b"), pair_of(user("y"), "a", "b")])
     ] == [
         "template_refused",
         None,
     ]
     for kind in ("lower", "words"):
-        (error,) = pairs_of(make_tokenizer(kind)).pairs([Record(user("the cat"), "The Zebra", "mat")])
+        (error,) = pairs_of(make_tokenizer(kind)).pairs([pair_of(user("the cat"), "The Zebra", "mat")])
         assert error.reason == "answer_not_representable"
-    (error,) = pairs_of(make_tokenizer(template="{{ '' }}")).pairs([Record(user("y"), "a", "b")])
+    (error,) = pairs_of(make_tokenizer(template="{{ '' }}")).pairs([pair_of(user("y"), "a", "b")])
     assert error.reason == "prompt_without_tokens"
 
 
@@ -96,7 +101,7 @@ def test_evaluation_prompts_are_tokenized_as_training_prompts():
     tokenizer = make_tokenizer(template=CHAT)
     data = DataConfig(max_length=24, max_prompt_length=9)
     messages = user("the cat sat on the mat and said hello to the Assistant")
-    (pair,) = pairs_of(tokenizer, 24, 9).pairs([Record(messages, "sat", "mat")])
+    (pair,) = pairs_of(tokenizer, 24, 9).pairs([pair_of(messages, "sat", "mat")])
     assert prompt_tokens(tokenizer, messages, data) == pair.prompt_ids
     tokenizer.chat_template = None
     assert prompt_tokens(tokenizer, messages, data) != pair.prompt_ids
@@ -159,7 +164,7 @@ RECORD = st.one_of(
 def test_every_record_is_a_complete_pair_or_has_a_reason(raw, which):
     tokenizer = TOKENIZERS[which]
     try:
-        record = parse_record(raw)
+        (record,) = parse_records(raw)
     except RecordError as error:
         assert error.reason in REASONS
         return
@@ -169,7 +174,7 @@ def test_every_record_is_a_complete_pair_or_has_a_reason(raw, which):
         return
     assert isinstance(pair, TokenizedPair)
     assert 1 <= len(pair.prompt_ids) <= 16
-    for ids, text in ((pair.chosen_ids, record.chosen), (pair.rejected_ids, record.rejected)):
+    for ids, text in ((pair.chosen_ids, record.chosen_text), (pair.rejected_ids, record.rejected_text)):
         assert ids and len(pair.prompt_ids) + len(ids) <= 48
         if ids[-1] == EOS:
             assert EOS not in ids[:-1]

@@ -14,7 +14,7 @@ import yaml
 
 from tbpo_ray.config.loading import known_keys
 from tbpo_ray.config.schema import RENAMED_KEYS, Config
-from tbpo_ray.data.records import parse_prompt, parse_record
+from tbpo_ray.data.records import parse_prompt, parse_records
 from tests.test_layers import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_every_example_of_a_record_is_one():
     for line in lines:
         row = json.loads(line)
         if "chosen" in row:
-            record = parse_record(row)
+            (record,) = parse_records(row)
             assert record.prompt and record.chosen != record.rejected
             pairs += 1
         else:
@@ -100,7 +100,7 @@ def test_the_example_of_a_csv_file_is_read(tmp_path):
     (block,) = blocks("data-formats.md", "csv")
     (tmp_path / "pairs.csv").write_text(block)
     (record,) = iter_records(str(tmp_path / "pairs.csv"))
-    assert (record.chosen, record.rejected) == ("11", "12")
+    assert (record.chosen_text, record.rejected_text) == ("11", "12")
 
 
 def test_the_example_of_a_search_space_is_one(tmp_path):
