@@ -67,8 +67,6 @@ def test_damage_covers_the_first_difference_and_nothing_before_it():
             first = min(len(right), len(wrong))
         start = len(" ".join(wrong[:first])) + bool(first)
         start = start if first < len(wrong) else len(record.rejected_text)
-            len(" ".join(wrong[:first])) + bool(first) if first < len(wrong) else len(record.rejected_text)
-        )
         assert spans[0][0] == start
         for low, high in spans:
             assert record.rejected_text[low:high].strip() == record.rejected_text[low:high]

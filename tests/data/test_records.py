@@ -77,10 +77,6 @@ def test_answers_keep_their_whitespace():
     (record,) = parse_records({"prompt": " Q\n", "chosen": " yes\n", "rejected": "no\t"})
     assert record.prompt[0]["content"] == " Q\n"
     assert (record.chosen_text, record.rejected_text) == (" yes\n", "no\t")
-        " Q\n",
-        " yes\n",
-        "no\t",
-    )
 
 
 BAD = {
