@@ -46,7 +46,7 @@ class AnswerRenderer:
         answers: Sequence[Sequence[Message]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[list[Segment]]]:
         """The text of the prompt, and the segments of each answer to it.
 
@@ -56,7 +56,7 @@ class AnswerRenderer:
         Raises:
             NotPrefixStableError, TemplateRefusedError: as :meth:`split`.
         """
-        found = [self.split(prompt, turns, tools=tools, arguments=arguments) for turns in answers]
+        found = [self.split(prompt, turns, tools=tools, template_kwargs=template_kwargs) for turns in answers]
         shortest = min((start for start, _ in found), key=len)
         out = []
         for start, segments in found:
@@ -72,7 +72,7 @@ class AnswerRenderer:
         turns: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Segment]]:
         """The text in front of an answer, and the answer's, with its end token where the template has one.
 
@@ -81,7 +81,7 @@ class AnswerRenderer:
                 the prompt alone.
             TemplateRefusedError: the template's own refusal.
         """
-        options: dict[str, Any] = {"tools": tools, "arguments": arguments}
+        options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
         whole = self.template.render([*prompt, *turns], **options)
         found: list[Segment] = []
         first = reached = None

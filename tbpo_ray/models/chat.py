@@ -1,17 +1,23 @@
 """Chat templates: conversations as text, with every field that a template may read, the same on every day.
 
 A template is a program that comes with a tokenizer. It is run by transformers' sandbox on exactly what the
-record holds; the few adjustments below exist because public templates differ in what they accept.
+record holds; the few adjustments below exist because public templates differ in what they accept. What a
+template accepts is found by rendering probes, not by reading its source.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 """One turn: `role`, `content` and every further field of the record's message."""
@@ -19,15 +25,8 @@ Message = dict[str, Any]
 FIXED_DATE = datetime(2024, 7, 26)
 """Given to templates that print today's date: tokens must not change overnight."""
 
-MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "audio_url", "video", "video_url", "file")
-"""Types of content parts that are not text."""
-
 _PROBE = "Quizzical"
-"""An answer that no template alters, to see what a template puts behind it."""
-_READS_PARTS = re.compile(
-    r"content\s+is\s+(not\s+)?(string|iterable|sequence|mapping)|\[\s*['\"]type['\"]\s*\]|\.type\b"
-)
-_READS_TEXT_ARGUMENTS = re.compile(r"arguments\s+is\s+(not\s+)?(string|mapping)")
+"""A text that no template alters."""
 
 
 class TemplateRefusedError(ValueError):
@@ -41,17 +40,19 @@ class ChatTemplate:
     Attributes:
         source: the template's text.
         special_tokens: names to texts, such as `bos_token`: `<s>`.
+        tool_source: another template for conversations with tools, where the tokenizer has one.
     """
 
     source: str
     special_tokens: Mapping[str, str]
+    tool_source: str | None = None
 
     def render(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
         """The conversation as text.
@@ -59,36 +60,46 @@ class ChatTemplate:
         Args:
             messages: turns in order.
             tools: JSON schemas of the functions that the assistant may call.
-            arguments: further values for the template (`enable_thinking` ...); they win over the defaults.
+            template_kwargs: further values for the template (`enable_thinking` ...); they win over the
+                defaults.
             add_generation_prompt: end in what the template puts in front of an answer.
 
         Raises:
             TemplateRefusedError: with the template's own reason.
         """
-        turns = [self._adjusted(message) for message in messages]
-        options = {"tools": tools, "arguments": arguments, "add_generation_prompt": add_generation_prompt}
-        if not any("content" in turn and turn["content"] is None for turn in turns):
-            return self._run(turns, **options)
+        turns = [self._adjust(message) for message in messages]
+        values = {**(template_kwargs or {}), "tools": tools, "add_generation_prompt": add_generation_prompt}
+        if all(turn.get("content", "") is not None for turn in turns):
+            return self._run(turns, values)
         # Most templates test a null content for truth; some would print `None`, others fail on it.
         emptied = [turn | {"content": ""} if turn.get("content", "") is None else turn for turn in turns]
-        without = self._run(emptied, **options)
         try:
-            as_given = self._run(turns, **options)
+            with_null = self._run(turns, values)
         except TemplateRefusedError:
-            return without
-        return without if as_given.count("None") > without.count("None") else as_given
+            return self._run(emptied, values)
+        if "None" not in with_null:
+            return with_null
+        try:
+            without = self._run(emptied, values)
+        except TemplateRefusedError:
+            return with_null
+        return without if with_null.count("None") > without.count("None") else with_null
 
     def frame(
-        self, prompt: Sequence[Message], *, tools: Any = None, arguments: Mapping[str, Any] | None = None
+        self,
+        prompt: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, str, str] | None:
         """Text of the prompt alone, text between it and an answer's content, and text behind the content.
 
-        Found by rendering an answer that no template alters; None where the template refuses it or hides it.
+        Found by rendering an answer that no template alters; None where the template refuses or hides it.
         """
         probe = {"role": "assistant", "content": _PROBE}
         try:
-            alone = self.render(prompt, tools=tools, arguments=arguments)
-            text = self.render([*prompt, probe], tools=tools, arguments=arguments)
+            alone = self.render(prompt, tools=tools, template_kwargs=template_kwargs)
+            text = self.render([*prompt, probe], tools=tools, template_kwargs=template_kwargs)
         except TemplateRefusedError:
             return None
         before, found, behind = text.rpartition(_PROBE)
@@ -96,57 +107,98 @@ class ChatTemplate:
             return None
         return alone, before[len(alone) :], behind
 
-    def turn_end(self, special: re.Pattern[str]) -> str | None:
-        """The special token behind an assistant's turn (`<|im_end|>`, `<end_of_turn>` ...), or None.
+    def turn_end(self, tokens: Iterable[str]) -> str | None:
+        """The token that the template puts behind an assistant's turn (`<|im_end|>`, `<end_of_turn>` ...).
 
         Args:
-            special: matches the texts of the tokenizer's special tokens.
+            tokens: texts of the tokenizer's added tokens.
+
+        Returns:
+            None where the template ends an answer in plain text or in nothing.
         """
         conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
         try:
             _, found, behind = self.render(conversation).rpartition(_PROBE)
         except TemplateRefusedError:
             return None
-        match = special.search(behind) if found else None
-        return match.group() if match and not behind[: match.start()].strip() else None
+        behind = behind.lstrip()
+        matches = [token for token in tokens if token.strip() and behind.startswith(token)]
+        return max(matches, key=len) if found and matches else None
 
-    def _run(
-        self,
-        turns: list[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None,
-        arguments: Mapping[str, Any] | None,
-        add_generation_prompt: bool,
-    ) -> str:
+    def _run(self, turns: list[Message], values: Mapping[str, Any]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        values: dict[str, Any] = {
+        tools = values["tools"]
+        context: dict[str, Any] = {
             **self.special_tokens,
             "date_string": FIXED_DATE.strftime("%d %b %Y"),
             "strftime_now": FIXED_DATE.strftime,
-            **(arguments or {}),
+            **values,
+            "tools": [dict(tool) for tool in tools] if tools else None,
         }
+        source = self.tool_source if tools and self.tool_source is not None else self.source
         try:
-            rendered = render_jinja_template(
-                conversations=[turns],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
-                **values,
-            )
+            rendered = render_jinja_template(conversations=[turns], chat_template=source, **context)
         except Exception as error:  # a template is a program of its own: whatever it raises is its refusal
             raise TemplateRefusedError(f"{type(error).__name__}: {error}"[:200]) from error
-        return rendered[0][0]
+        return str(rendered[0][0])
 
-    def _adjusted(self, message: Message) -> Message:
-        turn = dict(message)
-        if turn.get("role") == "developer" and "developer" not in self.source:
-            turn["role"] = "system"
-        if isinstance(turn.get("content"), list) and not _READS_PARTS.search(self.source):
-            turn["content"] = part_text(turn["content"])
-        if turn.get("tool_calls") and not _READS_TEXT_ARGUMENTS.search(self.source):
-            turn["tool_calls"] = [_with_parsed_arguments(call) for call in turn["tool_calls"]]
-        return turn
+    def _adjust(self, message: Message) -> Message:
+        """The message as this template accepts it; the same object if nothing has to change."""
+        role, content = message.get("role"), message.get("content")
+        if role == "developer" and "developer" not in self.source:
+            message = {**message, "role": "system"}
+        if isinstance(content, list) and str(message["role"]) not in self._roles_with_parts:
+            message = {**message, "content": part_text(content)}
+        calls = message.get("tool_calls")
+        if isinstance(calls, list) and self._argument_type is not None:
+            convert = _with_text_arguments if self._argument_type is str else _with_parsed_arguments
+            message = {**message, "tool_calls": [convert(call) for call in calls]}
+        return message
+
+    @cached_property
+    def _roles_with_parts(self) -> frozenset[str]:
+        """The roles whose content may be a list of parts."""
+        parts = [{"type": "text", "text": _PROBE}]
+        user = {"role": "user", "content": "Hello"}
+        call = {"role": "assistant", "content": "Hello", "tool_calls": [_probe_call({})]}
+        conversations = {
+            "system": [{"role": "system", "content": parts}, user],
+            "user": [{"role": "user", "content": parts}],
+            "assistant": [user, {"role": "assistant", "content": parts}],
+            "tool": [
+                user,
+                call,
+                {"role": "tool", "content": parts, "name": "probe", "tool_call_id": "probe1234"},
+            ],
+        }
+        return frozenset(role for role, turns in conversations.items() if _PROBE in self._try(turns))
+
+    @cached_property
+    def _argument_type(self) -> type | None:
+        """The type of a tool call's `arguments` that the template needs: dict, str, or None for either."""
+        arguments = {"qkey": _PROBE}
+        found = {}
+        for kind, value in ((dict, arguments), (str, json.dumps(arguments))):
+            turns = [
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "", "tool_calls": [_probe_call(value)]},
+            ]
+            rendered = self._try(turns)
+            # Python's notation of a mapping has single quotes; JSON text that was dumped again has escapes.
+            wrong = "'qkey'" in rendered or '\\"qkey' in rendered
+            found[kind] = "qkey" in rendered and _PROBE in rendered and not wrong
+        if found[dict] and found[str]:
+            return None
+        return str if found[str] else dict
+
+    def _try(self, turns: list[Message]) -> str:
+        """The text of a probe conversation; empty if the template refuses it or prints a list of parts."""
+        try:
+            text = self._run(turns, {"tools": None, "add_generation_prompt": False})
+        except TemplateRefusedError:
+            return ""
+        return "" if re.search(r"""['"]type['"]: ['"]text['"]""", text) else text
 
 
 def part_text(parts: Sequence[Any]) -> str:
@@ -154,19 +206,100 @@ def part_text(parts: Sequence[Any]) -> str:
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
 
 
+def stop_token_ids(model: str, *, chat_template: str | None = None, revision: str | None = None) -> list[int]:
+    """Every token id that ends an answer of a model, in ascending order.
+
+    These are the token that the chat template puts behind an assistant's turn, the tokenizer's EOS token and
+    the `eos_token_id` of `generation_config.json` and `config.json`.
+
+    Args:
+        model: a folder or a hub name.
+        chat_template: a Jinja file that replaces the tokenizer's own template, or `none`.
+        revision: of the hub repository.
+    """
+    from tbpo_ray.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model, chat_template=chat_template, revision=revision)
+    ids = {turn_end_id(tokenizer), tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        tree = _read_json(model, name, revision)
+        for holder in (tree, tree.get("text_config") or {}):
+            value = holder.get("eos_token_id")
+            ids |= set(value) if isinstance(value, list) else {value}
+    return sorted(token for token in ids if isinstance(token, int) and token >= 0)
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token behind an assistant's turn; EOS where the chat template has none."""
+    template = template_of(tokenizer)
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    text = template.turn_end(added) if template is not None else None
+    return added[text] if text is not None else tokenizer.eos_token_id
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The chat template of a tokenizer, None if it has none."""
+    source: Any = tokenizer.chat_template
+    if not source:
+        return None
+    with_tools = None
+    if isinstance(source, Mapping):
+        with_tools = source.get("tool_use")
+        source = source.get("default") or tokenizer.get_chat_template()
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    return ChatTemplate(source, special, with_tools)
+
+
+def _read_json(model: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A file of a model folder or hub repository; empty if there is none."""
+    file: str | None = str(Path(model) / name)
+    if not Path(model).is_dir():
+        from transformers.utils import cached_file
+
+        file = cached_file(
+            model,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if file is None or not Path(file).is_file():
+        return {}
+    tree = json.loads(Path(file).read_text(encoding="utf-8"))
+    return tree if isinstance(tree, dict) else {}
+
+
+def _probe_call(arguments: Any) -> dict[str, Any]:
+    return {"id": "probe1234", "type": "function", "function": {"name": "probe_it", "arguments": arguments}}
+
+
 def _with_parsed_arguments(call: Any) -> Any:
     """A tool call whose `arguments`, JSON text in OpenAI's format, are parsed: templates dump them again."""
-    if not isinstance(call, Mapping):
-        return call
-    inner = call.get("function", call)
-    given = inner.get("arguments") if isinstance(inner, Mapping) else None
+    given = _function_of(call).get("arguments")
     if not isinstance(given, str):
         return call
     try:
         parsed = json.loads(given)
     except ValueError:
         return call
-    if not isinstance(parsed, Mapping):
-        return call
-    changed = {**inner, "arguments": parsed}
+    return _with_arguments(call, parsed) if isinstance(parsed, Mapping) else call
+
+
+def _with_text_arguments(call: Any) -> Any:
+    """A tool call whose `arguments` are JSON text, for templates that insert them as they are."""
+    given = _function_of(call).get("arguments")
+    return (
+        call
+        if given is None or isinstance(given, str)
+        else _with_arguments(call, json.dumps(given, ensure_ascii=False))
+    )
+
+
+def _function_of(call: Any) -> Mapping[str, Any]:
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _with_arguments(call: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
+    changed = {**_function_of(call), "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed
