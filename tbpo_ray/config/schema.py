@@ -119,6 +119,17 @@ class DataConfig(Section):
     """Folder of the prepared shards and the reference scores; default: `<run.output_dir>/.prepared`."""
     card_column: str | None = None
     """A metadata column, such as language or source, whose values the data card counts."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments passed to the chat template, such as `{enable_thinking: false}`. A record's own column
+    `chat_template_kwargs` wins over them."""
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _check_template_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted({"messages", "tools", "documents", "add_generation_prompt"} & set(value))
+        if taken:
+            raise ValueError(f"{', '.join(taken)}: set from the records; must be other template variables")
+        return value
 
     @property
     def prompt_limit(self) -> int:
