@@ -80,5 +80,5 @@ def test_a_run_stored_under_the_old_name_compares_equal() -> None:
     new = {"training": {"truncate_to_shorter": True, "epochs": 1.0}, "sft": {NEW: False}}
     old = {"training": {"cut_dead_tail": True, "epochs": 1.0}, "sft": {OLD: False}}
     assert changed_values(old, new) == {}
-    old["training"]["cut_dead_tail"] = False
-    assert changed_values(old, new) == {NEW: (False, True)}
+    other = {"training": {"cut_dead_tail": False, "epochs": 1.0}, "sft": {OLD: False}}
+    assert changed_values(other, new) == {NEW: (False, True)}

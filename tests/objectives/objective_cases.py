@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tbpo_ray.objectives import TokenScores
@@ -47,5 +49,5 @@ def random_scores(
 
 def rows(scores: TokenScores, at: object) -> TokenScores:
     """Some pairs of a batch, or some of every pair's tokens (an index into [B, T])."""
-    picked = {k: None if v is None else v[at] for k, v in vars(scores).items()}  # type: ignore[index]
+    picked: dict[str, Any] = {k: None if v is None else v[at] for k, v in vars(scores).items()}  # type: ignore[index]
     return TokenScores(**picked)

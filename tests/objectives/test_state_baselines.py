@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from objective_cases import random_scores
 from torch import nn
 
 from tbpo_ray.errors import InputError
-from tbpo_ray.objectives import TokenScores, build_objective, build_state_baseline, k3
+from tbpo_ray.objectives import Objective, TokenScores, build_objective, build_state_baseline, k3
 
 B, T, H = 3, 5, 8
 
 
-def tbpo(**state_baseline) -> object:
+def tbpo(**state_baseline: Any) -> Objective:
     return build_objective({"name": "tbpo_a", "beta": 0.5, "state_baseline": state_baseline})
 
 
@@ -154,7 +156,7 @@ def test_backbone_update_is_the_same_with_and_without_the_heads_optimizer(inputs
         objective = build_objective({"name": "tbpo_q"})
         for p in head.parameters():
             nn.init.normal_(p, std=0.3)
-        optimizers = [torch.optim.RMSprop(policy.parameters(), lr=0.01)]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.RMSprop(policy.parameters(), lr=0.01)]
         optimizers += [torch.optim.AdamW(head.parameters(), lr=1e-3)] if train_head else []
         before = [p.detach().clone() for p in head.parameters()]
         objective(scores_from(policy, head, inputs)).loss.backward()
@@ -171,7 +173,7 @@ def test_backbone_update_is_the_same_with_and_without_the_heads_optimizer(inputs
 
 @pytest.mark.parametrize("kind", ["learned", "mixed"])
 def test_heads_compute_in_float32(kind) -> None:
-    head = build_state_baseline({"kind": kind, "hidden": 16}, H)
+    head: Any = build_state_baseline({"kind": kind, "hidden": 16}, H)
     assert head is not None
     nn.init.normal_(head.head[-1].weight)
     hidden, kl = torch.randn(B, T, H).bfloat16(), torch.rand(B, T).bfloat16()
@@ -182,7 +184,7 @@ def test_heads_compute_in_float32(kind) -> None:
 
 
 def test_gate_is_a_metric_and_needs_the_kl() -> None:
-    head = build_state_baseline({"kind": "mixed"}, H)
+    head: Any = build_state_baseline({"kind": "mixed"}, H)
     assert head is not None
     nn.init.normal_(head.gate[-1].weight)
     hidden, kl = torch.randn(B, T, H), torch.rand(B, T)

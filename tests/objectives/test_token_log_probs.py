@@ -68,13 +68,13 @@ def x() -> dict[str, Any]:
 
 
 def ours(hidden: Tensor, weight: Tensor, x: dict[str, Any], **options: Any) -> Any:
-    options = {"want": WANT, "block_tokens": 2, "block_vocab": 3} | options
+    options = {"want": WANT, "block_tokens": 2, "block_vocab": 3, **options}
     return token_log_probs(
         hidden, weight, x["labels"], x["mask"], x["ref_hidden"], x["ref_weight"], **options
     )
 
 
-LAYERS = {
+LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": 1.5},
     "scaled": {"logit_scale": 0.3},
@@ -108,8 +108,8 @@ def test_values_and_gradients_equal_the_plain_formula(x, layer, frozen, blocks) 
     upstream = {name: torch.randn(B, T, generator=rng, dtype=torch.float64) for name in WANT}
     for name in WANT:
         torch.testing.assert_close(getattr(stats, name), expected[name], rtol=0, atol=1e-12)
-    got = torch.autograd.grad(sum((upstream[n] * getattr(stats, n)).sum() for n in WANT), leaves)
-    want = torch.autograd.grad(sum((upstream[n] * expected[n]).sum() for n in WANT), leaves)
+    got = torch.autograd.grad([getattr(stats, n) for n in WANT], leaves, [upstream[n] for n in WANT])
+    want = torch.autograd.grad([expected[n] for n in WANT], leaves, [upstream[n] for n in WANT])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -227,7 +227,12 @@ def test_shared_layer_reference_and_default_outputs(x) -> None:
     same = token_log_probs(x["hidden"], x["weight"], x["labels"], x["mask"], x["hidden"])
     assert same.kl is not None and same.kl.abs().max() < 1e-14
     alone = token_log_probs(x["hidden"], x["weight"], x["labels"], x["mask"])
-    assert alone.kl is None and alone.entropy is not None and not alone.logp.requires_grad
+    assert (
+        alone.kl is None
+        and alone.entropy is not None
+        and alone.logp is not None
+        and not alone.logp.requires_grad
+    )
 
 
 @frozen_or_not
@@ -273,7 +278,7 @@ def test_half_precision_stays_close_and_autocast_changes_nothing(x, dtypes, froz
     near = 0.05 if torch.bfloat16 in dtypes else 1e-5
     leaves = [hidden] if frozen else [hidden, weight]
     got = torch.autograd.grad(sum(getattr(stats, n).sum() for n in WANT), leaves)
-    want = torch.autograd.grad(sum(expected[n].sum() for n in WANT), leaves)
+    want = torch.autograd.grad(torch.stack([expected[n].sum() for n in WANT]).sum(), leaves)
     for name in WANT:
         assert getattr(stats, name).dtype == torch.float32
         torch.testing.assert_close(getattr(stats, name).double(), expected[name], rtol=near, atol=near)
@@ -289,10 +294,11 @@ def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[[3e4], [-3e4], [1e-4]]]).requires_grad_()
     weight = torch.linspace(-1, 1, V)[:, None].requires_grad_()
     labels, mask = torch.tensor([[0, 0, 5]]), torch.ones(1, 3, dtype=torch.bool)
-    stats = token_log_probs(hidden, weight, labels, mask, -hidden, weight, want=WANT, block_vocab=4)
+    stats: Any = token_log_probs(hidden, weight, labels, mask, -hidden, weight, want=WANT, block_vocab=4)
     sum(getattr(stats, n).sum() for n in WANT).backward()
     assert stats.logp[0, 0].item() == pytest.approx(-6e4, rel=1e-5)
     assert stats.kl[0, 0].item() == pytest.approx(6e4, rel=1e-5)
+    assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
