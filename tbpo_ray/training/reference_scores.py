@@ -129,7 +129,7 @@ def _compute(
     """Score the parts that are missing in `folder`."""
     import ray
 
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {
             "shard": str(Path(prepared.path) / file),
             "start": start,
@@ -155,7 +155,7 @@ def _compute(
         label_selector=cluster.labels.train if cluster.gpus else cluster.labels.prepare,
         **resources,
     )
-    done, total = 0, sum(int(j["stop"]) - int(j["start"]) for j in jobs)
+    done, total = 0, sum(job["stop"] - job["start"] for job in jobs)
     for row in rows.iter_rows():
         done += row["pairs"]
         progress(f"reference scores: {done}/{total} pairs")

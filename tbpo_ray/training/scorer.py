@@ -204,7 +204,7 @@ def to_scores(
         baseline: [S, B, T] state baseline c_t, where the objective reads one.
         ref_logps: [S, B, T] reference log-probs; default: the cached ones of the batch.
     """
-    fields = {
+    fields: dict[str, Any] = {
         "logps": logp,
         "mask": batch.mask,
         "ref_logps": ref_logps if ref_logps is not None else batch.ref_logps,

@@ -45,7 +45,7 @@ def train_local(
     for micro in micro_batches:
         batch = collate_columns(micro.columns(), components.layout).to(device)
         loss_sum, metrics = step(scorer, batch, micro.step)
-        (loss_sum / micro.pairs_in_step).backward()
+        (loss_sum / micro.pairs_in_step).backward()  # type: ignore[no-untyped-call]
         sums.add(loss_sum, metrics, len(micro.pair_ids))
         if micro.index < micro.count - 1:
             continue

@@ -392,7 +392,7 @@ def _device(config: Config) -> torch.device:
         return torch.device("cpu")
     from ray.train.torch import get_device
 
-    return get_device()  # type: ignore[return-value]
+    return get_device()
 
 
 def _set_threads(config: Config, local_world: int) -> None:

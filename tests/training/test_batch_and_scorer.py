@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -158,7 +160,7 @@ def test_a_long_row_has_no_dense_mask_and_pair_attention_is_not_saved_with_the_m
 
 
 def test_a_model_whose_layers_mix_the_answers_of_a_row_is_refused(tmp_path):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+    sizes: Any = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
     mixed = Lfm2Config(**sizes, num_attention_heads=2, layer_types=["conv", "full_attention"])
     for name, made in (("rwkv", RwkvConfig(**sizes)), ("lfm2", mixed), ("llama", llama().config)):
         made.save_pretrained(tmp_path / name)
@@ -223,7 +225,7 @@ def test_side_scores_reach_the_objective_in_the_right_place():
         prompts, answers, pad_id=0, shared=True, truncate_to_shorter=False,
         ref_logps=[[np.full(len(a), -1.0) for a in answers[0]], [np.full(len(a), -2.0) for a in answers[1]]],
     )  # fmt: skip
-    scores = to_scores(PairScorer(llama())(batch)[0], batch)
+    scores: Any = to_scores(PairScorer(llama())(batch)[0], batch)
     assert scores.chosen_ref_logps[scores.chosen_mask].eq(-1).all()
     assert scores.rejected_ref_logps[scores.rejected_mask].eq(-2).all()
     assert scores.chosen_mask.sum(-1).tolist() == [len(a) for a in answers[0]]
@@ -232,8 +234,10 @@ def test_side_scores_reach_the_objective_in_the_right_place():
 def test_the_rejected_scores_of_a_batch_without_rejected_answers_are_none():
     prompts, answers = pairs(2)
     values = [[np.ones(len(a)) for a in answers[0]]]
-    options = {"pad_id": 0, "shared": False, "truncate_to_shorter": False}
-    batch = collate(prompts, answers[:1], **options, ref_logps=values, weights=values)
+    batch = collate(
+        prompts, answers[:1], pad_id=0, shared=False, truncate_to_shorter=False,
+        ref_logps=values, weights=values,
+    )  # fmt: skip
     logp, *_, hidden = PairScorer(llama())(batch)
     scores = to_scores(logp, batch, baseline=hidden[..., 0])
     for name in ("logps", "mask", "ref_logps", "baseline", "weights"):
@@ -245,7 +249,7 @@ def test_the_rejected_scores_of_a_batch_without_rejected_answers_are_none():
 
 def test_the_gate_metric_is_the_mean_over_real_tokens():
     objective = build_objective({"name": "tbpo_q", "state_baseline": {"kind": "mixed"}})
-    head = MixedBaseline(32, 0)
+    head: Any = MixedBaseline(32, 0)
     torch.manual_seed(3)
     torch.nn.init.normal_(head.gate[0].weight)  # at its initial value of zero the gate is the same everywhere
     prompts, answers = pairs()

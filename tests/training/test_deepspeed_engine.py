@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ PAIRS, STEPS = 8, 4
 
 
 def _rank(rank, world, port, work, arguments, results):
-    """One rank of a process group that does `work` and writes down what it returns."""
+    """One rank of a process group: call `work` and write what it returns to a file."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
         LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu",
@@ -33,7 +35,7 @@ def _rank(rank, world, port, work, arguments, results):
 
 
 def in_group(tmp_path, world, work, *arguments):
-    """What each of `world` ranks returns, in one process group of their own."""
+    """Run `work` on `world` ranks in a new process group. Returns what each of them returned."""
     from tbpo_ray.cluster.session import free_port
 
     port = free_port()
@@ -50,24 +52,29 @@ def in_group(tmp_path, world, work, *arguments):
     return [json.loads(Path(f"{results}-{r}").read_text(encoding="utf-8")) for r in range(world)]
 
 
+@dataclass(frozen=True)
+class Case:
+    """One training run of a few steps."""
+
+    stage: int
+    offload: dict | None = None
+    optimizer: str = "rmsprop"
+    out: str | None = None
+    """Where to save the fragments at the end."""
+    load: str | None = None
+    """Where to load fragments from at the start."""
+    first: int = 0
+    """The first step, earlier ones being skipped."""
+    precision: str = "fp32"
+    kind: str = "tied"
+
+
 def train(rank, world, cases):
     """The losses of each case."""
-    return [train_case(rank, world, **case) for case in cases]
+    return [train_case(rank, world, Case(**case)) for case in cases]
 
 
-def train_case(
-    rank,
-    world,
-    *,
-    stage,
-    offload=None,
-    optimizer="rmsprop",
-    out=None,
-    load=None,
-    first=0,
-    precision="fp32",
-    kind="tied",
-):
+def train_case(rank, world, case):
     import torch
     import torch.distributed as dist
     from safetensors.torch import save_file
@@ -86,42 +93,45 @@ def train_case(
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=kind == "tied", max_position_embeddings=64,
+        num_key_value_heads=2, tie_word_embeddings=case.kind == "tied", max_position_embeddings=64,
     )  # fmt: skip
-    policy, reference = LlamaForCausalLM(shape), LlamaForCausalLM(shape)
+    policy: Any = LlamaForCausalLM(shape)
+    reference = LlamaForCausalLM(shape)
     reference.load_state_dict(policy.state_dict())
+    zero_settings = json.dumps({"stage": case.stage, **(case.offload or {})})
     config = load_config(
         None,
         [
-            f"training.deepspeed={{zero_optimization: {json.dumps({'stage': stage, **(offload or {})})}}}",
-            f"training.optimizer={optimizer}",
-            f"training.precision={precision}",
+            f"training.deepspeed={{zero_optimization: {zero_settings}}}",
+            f"training.optimizer={case.optimizer}",
+            f"training.precision={case.precision}",
         ],
     )
-    frozen, baseline = PairScorer(reference).eval().requires_grad_(False), "k3"
-    if kind == "lora":
+    frozen: Any = PairScorer(reference).eval().requires_grad_(False)
+    baseline = "k3"
+    if case.kind == "lora":
         policy = add_lora(policy, LoraConfig(r=4, dropout=0, target_modules=["q_proj", "lm_head"]))
         frozen, baseline = "adapter_off", "exact_kl"
     scorer = PairScorer(policy).train()
     engine = Engine(scorer, config, torch.device("cpu"))
-    if offload:
+    if case.offload:
         zero = engine.optimizer
-        assert zero.offload_optimizer if stage == 3 else zero.cpu_offload
+        assert zero.offload_optimizer if case.stage == 3 else zero.cpu_offload
     step = PreferenceStep(
         build_objective({"name": "tbpo_a", "state_baseline": {"kind": baseline}}), None, frozen
     )
-    if load:
-        load_fragments(engine, sorted(Path(load).glob("optimizer-*.safetensors")))
+    if case.load:
+        load_fragments(engine, sorted(Path(case.load).glob("optimizer-*.safetensors")))
     rng = np.random.default_rng(0)
     losses = []
-    for index in range(first + STEPS):
+    for index in range(case.first + STEPS):
         prompts = [rng.integers(0, 97, rng.integers(3, 9)) for _ in range(PAIRS)]
         answers = [[rng.integers(0, 97, rng.integers(2, 9)) for _ in range(PAIRS)] for _ in range(2)]
-        if index < first:
+        if index < case.first:
             continue
         mine = list(range(rank, PAIRS, world))
         total = torch.zeros(1)
-        # Micro-batches of unlike size: a pair weighs the same wherever it lands.
+        # Micro-batches of different size: a pair has the same weight in each.
         cuts = [mine[:1], mine[1:]]
         for k, rows in enumerate(cuts):
             batch = collate(
@@ -137,14 +147,14 @@ def train_case(
         engine.step(1e-3)
         dist.all_reduce(total)
         losses.append(total.item() / PAIRS)
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        save_file(copy_fragments(engine), Path(out) / f"optimizer-{rank:04d}.safetensors")
+    if case.out:
+        Path(case.out).mkdir(parents=True, exist_ok=True)
+        save_file(copy_fragments(engine), Path(case.out) / f"optimizer-{rank:04d}.safetensors")
     return losses
 
 
 def test_stages_agree_and_a_checkpoint_resumes_in_another_layout(tmp_path):
-    """One worker without ZeRO is the measure; AdamW has the more state."""
+    """One worker without ZeRO is the reference; AdamW has more state than RMSprop."""
     at = {stage: str(tmp_path / str(stage)) for stage in range(4)}
     adamw = {"optimizer": "adamw"}
     alone = [
