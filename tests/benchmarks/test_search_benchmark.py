@@ -17,10 +17,8 @@ MACHINE = {"processor": "p", "cores": 2, "load": 0.0, "versions": {}}
 
 
 def test_the_space_has_eight_points() -> None:
-    assert (
-        len(list(Space.parse(SPACE).grid_points())) == 8
-        and len(list(Space.parse(QUICK_SPACE).grid_points())) == 2
-    )
+    sizes = [len(list(Space.parse(space).grid_points())) for space in (SPACE, QUICK_SPACE)]
+    assert sizes == [8, 2]
 
 
 def test_ratios_and_the_table() -> None:

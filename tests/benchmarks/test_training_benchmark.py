@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks import growth, overhead, reference, scaling, training
 from benchmarks.bare_loop import FullLogitsScorer
-from benchmarks.measure import ratio, run_in_rounds
+from benchmarks.measure import Measured, ratio, run_in_rounds
 from benchmarks.pairs import TINY, Size, build_case, build_model, sample_lengths
 from benchmarks.platform_loop import WorkerClock
 from benchmarks.tables import goal_cell
@@ -110,15 +111,15 @@ def test_full_logits_give_the_same_scores(tmp_path: Path, size: Size, shared: bo
 def test_rounds_and_ratios() -> None:
     order: list[str] = []
 
-    def variant(name: str, seconds: float):
-        return lambda: order.append(name) or {"seconds": seconds}
+    def measure(name: str, seconds: float) -> Measured:
+        order.append(name)
+        return {"seconds": seconds}
 
-    found = run_in_rounds({"a": variant("a", 2.0), "b": variant("b", 1.0)}, 2)
+    found = run_in_rounds({"a": partial(measure, "a", 2.0), "b": partial(measure, "b", 1.0)}, 2)
     assert order == ["a", "b", "a", "b"]
     assert ratio(found["a"], found["b"], "seconds") == {"ratio": 2.0, "low": 2.0, "high": 2.0}
-    assert goal_cell(2.0, 1.5) == "at least 1.5: reached" and goal_cell(2.0, 1.5, at_most=True).endswith(
-        "missed"
-    )
+    assert goal_cell(2.0, 1.5) == "at least 1.5: reached"
+    assert goal_cell(2.0, 1.5, at_most=True).endswith("missed")
 
 
 def test_cached_scores_count_their_cost() -> None:
@@ -180,12 +181,8 @@ def test_quick_scaling_run() -> None:
 
 def test_the_bound_of_distributing_pairs_across_ranks() -> None:
     lengths = np.array([[10, 5, 5]] * 3 + [[100, 50, 50]])
-    settings = {
-        "seed": 0,
-        "pairs_per_step": 4,
-        "micro_batch_pairs": 1,
-        "max_steps": 3,
-        "truncate_to_shorter": True,
-    }
-    # 200 + 20 to one, 20 + 20 to the other, by equal numbers of pairs.
-    assert scaling.distribution_bound(Schedule(lengths, **settings)) == pytest.approx(260 / 220)
+    schedule = Schedule(
+        lengths, seed=0, pairs_per_step=4, micro_batch_pairs=1, max_steps=3, truncate_to_shorter=True
+    )
+    # With two pairs each, one rank gets 200 + 20 tokens and the other 20 + 20.
+    assert scaling.distribution_bound(schedule) == pytest.approx(260 / 220)

@@ -11,13 +11,13 @@ import pytest
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.config.schema import TuneConfig
 from tbpo_ray.errors import InputError, RunFailedError
+from tbpo_ray.training.run_result import RunResult
 from tbpo_ray.tuning.check import refuse_other_study, share_cores, trial_base_config
 from tbpo_ray.tuning.metrics import check_metrics, logged_metrics
 from tbpo_ray.tuning.ray_tune import Asha, Proposals, make_scheduler
 from tbpo_ray.tuning.searchers import propose, trial_count
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_state import StudyState, Trial, pareto_front, t_interval
-from tbpo_ray.workflows.train import RunResult
 from tbpo_ray.workflows.tune import _Study, check_study
 
 X, KIND = "objective.beta", "objective.bregman.generator"
@@ -79,7 +79,7 @@ def test_unfinished_trials_resume_before_new_ones(tmp_path):
     search = Proposals(SPACE, StudyState.open(study.file), settings, 0, 4)
     assert search.suggest("a") == {"number": 1, "params": study.trials[1].params, "since": 6}
     new = search.suggest("b")
-    assert new["number"] == 3
+    assert new is not None and new["number"] == 3
     # A suggested trial is on disk before it starts.
     assert StudyState.open(study.file).trials[3].params == new["params"]
     assert search.suggest("c") == Proposals.FINISHED
@@ -88,7 +88,7 @@ def test_unfinished_trials_resume_before_new_ones(tmp_path):
 def test_halving_compares_with_trials_of_earlier_sessions():
     def decide(past: list[Trial]) -> str:
         study = StudyState(None, {}, past)  # type: ignore[arg-type]
-        asha = Asha(study, time_attr="step", metric="objective", mode="max", grace_period=3,
+        asha: Any = Asha(study, time_attr="step", metric="objective", mode="max", grace_period=3,
                     max_t=10**9, reduction_factor=2)  # fmt: skip
         trial = SimpleNamespace(trial_id="new", config={"number": 9})
         asha.on_trial_add(None, trial)
@@ -102,7 +102,7 @@ def test_halving_compares_with_trials_of_earlier_sessions():
 class PopulationMember(SimpleNamespace):
     """The part of a trial that Ray's scheduler reads."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, name: str):
         manager = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
@@ -119,7 +119,7 @@ def population(count: int) -> tuple[Any, Any, list[PopulationMember]]:
     """A scheduler of trials that run in rounds, the part of Tune that it reads, and the trials."""
     study = StudyState(None, {}, [Trial(n, {}) for n in range(count)])  # type: ignore[arg-type]
     settings = TuneConfig(scheduler="pbt")
-    scheduler = make_scheduler(SPACE, study, settings, every=4, concurrent=1, seed=0)
+    scheduler: Any = make_scheduler(SPACE, study, settings, every=4, concurrent=1, seed=0)
     members = [PopulationMember(f"t_{n}") for n in range(count)]
     live = set(members)
     controller = SimpleNamespace(

@@ -46,13 +46,10 @@ def test_a_takeover_is_a_run_that_resumes_from_the_donor_s_checkpoint(trials):
     run = trials / "t001-x1"
     found = ckpt.newest(run / "checkpoints")
     assert (found.step, found.rejected) == (4, ())
+    assert found.folder is not None
     assert (found.folder / "optimizer-0000.safetensors").read_bytes() == b"weights of t000"
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
     assert json.loads((run / "run.json").read_text())["mlflow_run_id"] == "run of t001"
     facts = trial.facts()
     assert (facts["generation"], facts["lineage"][0]["donor"], facts["params"]) == (1, 0, NEW)

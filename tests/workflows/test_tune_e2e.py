@@ -55,7 +55,7 @@ def children(out: Path, folder: Path) -> tuple[list, dict[str, object]]:
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 90) -> bool:
-    """Whether `what` comes true in time; what Ray cleans up, it cleans up a little later."""
+    """Whether `what` becomes true in time; Ray cleans up asynchronously."""
     deadline = time.monotonic() + seconds
     while not what():
         if time.monotonic() > deadline:
@@ -65,7 +65,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 90) -> bool:
 
 
 def leftovers() -> list[str]:
-    """Actors and placement groups that are still there, but for Ray Data's own: private ones
+    """Actors and placement groups that still exist, except those of Ray Data: private ones
     (`_Stats...`), and the one tracker of the cluster, which ends with the driver."""
     from ray.util.state import list_actors, list_placement_groups
 
@@ -93,7 +93,7 @@ def halved(out, small_model):
     return config, tune(config, Space.parse(GRID))
 
 
-def test_trials_end_as_they_should(halved):
+def test_trials_finish_fail_and_stop(halved):
     _, result = halved
     trials = StudyState.open(result.folder / "study.json").trials
     assert [t.state for t in trials] == ["finished", "failed", "stopped"]
@@ -141,7 +141,7 @@ def test_the_mlflow_tree_of_a_study(out, halved):
     assert artifacts >= {"model", "best.yaml", "report.html", "trials.csv", "trials.json", "study.json"}
 
 
-def test_what_a_study_leaves(halved):
+def test_the_files_of_a_study(halved):
     _, result = halved
     best = load_config(result.folder / "best.yaml")
     assert (best.training.learning_rate, best.run.name) == (1e-3, "halved-best")
@@ -167,8 +167,8 @@ def test_a_finished_study_does_nothing(halved):
     } == before
 
 
-def test_a_trial_that_failed_goes_on_where_that_is_asked_for(out, small_model):
-    """One whose storage fails; then it is mended."""
+def test_a_failed_trial_resumes_on_request(out, small_model):
+    """The storage of one trial fails, and is repaired afterwards."""
     space = Space.parse({RATE: {"grid": [1.0e-3, 5.0e-4]}})
     settings = overrides(out, small_model, "mended", tune__algorithm="grid", tune__max_concurrent=2,
                          tune__scheduler="none")  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_trial_that_failed_goes_on_where_that_is_asked_for(out, small_model):
     assert below["t001"].data.tags["tune.reason"] == ""
 
 
-def test_more_at_a_time_than_the_cluster_holds(out, small_model):
+def test_more_concurrent_trials_than_the_cluster_holds(out, small_model):
     config = load_config(None, overrides(out, small_model, "wide", tune__max_concurrent=9))
     with pytest.raises(
         InputError,
@@ -205,7 +205,7 @@ def test_more_at_a_time_than_the_cluster_holds(out, small_model):
 
 
 def test_pbt_takes_over_the_weights_of_the_better_trial(out, small_model):
-    """One trial learns, one has a rate of 0 and stays where it began, until it takes over."""
+    """One trial learns; the other has a learning rate of 0 and does not change until it takes over."""
     from safetensors.torch import load_file
 
     settings = overrides(out, small_model, "pbt", tune__algorithm="grid", tune__scheduler="pbt",
@@ -224,7 +224,7 @@ def test_pbt_takes_over_the_weights_of_the_better_trial(out, small_model):
     donor, own, taken = weights("t000", 4), weights("t001", 4), weights("t001-x1", 4)
     assert all((donor[name] == taken[name]).all() for name in donor)
     assert any((donor[name] != own[name]).any() for name in donor)
-    # What the trial went on with is the donor's: its metrics and its distance from the reference too.
+    # After the takeover, metrics and the distance from the reference are the donor's too.
     assert trials[1].values["eval/kl/k3"] > 1e-6
     rows = [
         json.loads(line) for line in (result.folder / "trials/t001-x1/metrics.jsonl").read_text().splitlines()
@@ -236,7 +236,7 @@ def test_pbt_takes_over_the_weights_of_the_better_trial(out, small_model):
 
 
 def job(tmp_path: Path, space: Path, settings: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command of a study that is a process of its own, and its environment."""
+    """The command of a study in a separate process, and its environment."""
     config = tmp_path / "empty.yaml"
     config.write_text("")
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--config", str(config), "--space", str(space)]
@@ -245,7 +245,7 @@ def job(tmp_path: Path, space: Path, settings: list[str]) -> tuple[list[str], di
 
 
 def kill_when(reached: Callable[[], bool], command: list[str], environment: dict[str, str]) -> None:
-    """Start the study, and kill -9 its whole process group there."""
+    """Start the study, and kill -9 its whole process group once `reached` is true."""
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -255,8 +255,8 @@ def kill_when(reached: Callable[[], bool], command: list[str], environment: dict
     process.wait()
 
 
-def test_a_killed_study_goes_on(tmp_path, small_model):
-    """Kill -9 the driver while the second of three trials runs; the same command ends the study."""
+def test_a_killed_study_resumes(tmp_path, small_model):
+    """Kill -9 the driver while the second of three trials runs; the same command finishes the study."""
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump({RATE: {"loguniform": [1.0e-5, 1.0e-3]}}))
     settings = overrides(tmp_path, small_model, "killed", tune__trials=3, tune__scheduler="none",
@@ -276,7 +276,7 @@ def test_a_killed_study_goes_on(tmp_path, small_model):
     assert [t.state for t in trials] == ["finished"] * 3
     assert [t.params for t in trials[:2]] == [t.params for t in known]
     assert {f: f.stat().st_mtime_ns for f in done} == done
-    assert "continuing from step-" in (folder / "trials" / "t001" / "events.log").read_text()
+    assert "from step-" in (folder / "trials" / "t001" / "events.log").read_text()
     studies, below = children(tmp_path, folder)
     assert len(studies) == 1
     assert {name: run.info.status for name, run in below.items()} == dict.fromkeys(
@@ -286,8 +286,8 @@ def test_a_killed_study_goes_on(tmp_path, small_model):
     assert (third.returncode, "is finished" in third.stderr) == (0, True)
 
 
-def test_a_killed_population_goes_on_from_where_it_stood(tmp_path, small_model):
-    """What was taken over before the kill is not taken over again, and nobody falls back behind it."""
+def test_a_killed_population_resumes(tmp_path, small_model):
+    """Takeovers before the kill are not repeated, and no trial falls back behind them."""
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump({RATE: {"grid": [1.0e-3, 0.0]}}))
     settings = overrides(tmp_path, small_model, "killed", tune__algorithm="grid", tune__scheduler="pbt",
