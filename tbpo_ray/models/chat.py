@@ -25,6 +25,9 @@ Message = dict[str, Any]
 FIXED_DATE = datetime(2024, 7, 26)
 """Given to templates that print today's date: tokens must not change overnight."""
 
+MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "audio_url", "video", "video_url", "file")
+"""Types of content parts that are not text."""
+
 _PROBE = "Quizzical"
 """A text that no template alters."""
 
