@@ -1,4 +1,4 @@
-"""What a cluster can grow to: the arithmetic that a plan is refused with."""
+"""The capacity that a cluster can grow to, and plans that exceed it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = "cluster.labels={train: {pool: train}, generate: {pool: generate}}"
         ({"CPU": 0.5, "GPU": 0.5}, {"pool": "gpu"}, 4 * 8),
     ],
 )
-def test_a_bundle_lies_on_one_node(bundle, labels, fits):
+def test_a_bundle_is_not_split_over_nodes(bundle, labels, fits):
     kinds = [
         NodeKind("gpu", {"CPU": 8, "GPU": 4}, 4, {"pool": "gpu"}),
         NodeKind("cpu", {"CPU": 32}, 2, {"pool": "cpu"}),
@@ -33,7 +33,7 @@ def test_a_bundle_lies_on_one_node(bundle, labels, fits):
     assert Capacity(kinds).fits(bundle, labels) == fits
 
 
-def test_the_limit_of_all_kinds_together_fills_the_roomiest_first():
+def test_the_limit_of_all_kinds_together_is_spent_on_the_largest_nodes_first():
     kinds = [NodeKind("small", {"CPU": 2}, 5), NodeKind("large", {"CPU": 8}, 2)]
     assert Capacity(kinds, most_nodes=3).fits({"CPU": 1}) == 2 * 8 + 2
 
@@ -60,7 +60,7 @@ def test_both_cluster_files_offer_the_same_pools(name):
 
 @pytest.fixture
 def from_zero(monkeypatch):
-    """A head without CPUs, of a cluster that can grow to what cluster.yaml says."""
+    """A head without CPUs, of a cluster that can grow to the capacity in cluster.yaml."""
     head = Capacity([NodeKind("head", {"CPU": 0.0, "memory": 1e9})])
     monkeypatch.setattr(fit, "present", lambda: head)
     monkeypatch.delenv("TBPO_PRIVATE_CLUSTER", raising=False)
@@ -72,7 +72,7 @@ def test_from_zero_nodes_the_plan_fits_what_can_be_started(from_zero):
     assert (config.cluster.use_gpu, config.cluster.num_workers) == (True, [1, 32])
 
 
-def test_more_than_the_pool_can_hold_is_refused_with_the_arithmetic(from_zero):
+def test_more_than_the_pool_can_hold_is_refused_with_the_calculation(from_zero):
     with pytest.raises(InputError) as caught:
         fit.fit_to_cluster(load_config(None, [from_zero, LABELS, "cluster.num_workers=33"]))
     words = ("cluster.num_workers=33", "33 x (4 CPU, 1 GPU)", "4 x train (96 CPU, 8 GPU)", "at most 32")
@@ -94,7 +94,7 @@ def test_without_a_cluster_file_only_what_is_up_counts(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: 1", "- 1", "", "{", "spec: {}"])
-def test_a_file_that_describes_no_cluster_is_refused(tmp_path, text):
+def test_a_file_that_does_not_describe_a_cluster_is_refused(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(InputError, match=r"cluster\.node_types="):
         read_cluster_file(tmp_path / "x.yaml")

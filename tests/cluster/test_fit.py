@@ -1,4 +1,4 @@
-"""What the configuration leaves to the cluster, and plans that never fit."""
+"""What the configuration leaves to the cluster to decide, and plans that never fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tbpo_ray.errors import InputError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A cluster with so many resources (the question that Ray answers, not Ray itself)."""
+    """A cluster with the given resources, without starting Ray."""
 
     def have(**resources: float) -> None:
         size = Capacity([NodeKind("machine", resources)])
@@ -24,7 +24,7 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     ("resources", "gpus", "workers"), [({"CPU": 2}, False, 2), ({"CPU": 96, "GPU": 8}, True, 8)]
 )
-def test_auto_takes_what_there_is(machine, resources, gpus, workers):
+def test_auto_uses_the_available_resources(machine, resources, gpus, workers):
     machine(**resources)
     config = fit.fit_to_cluster(load_config(None, ["cluster.num_workers=[1, 8]"]))
     assert (config.cluster.use_gpu, config.cluster.max_workers) == (gpus, workers)
@@ -38,14 +38,14 @@ def test_auto_takes_what_there_is(machine, resources, gpus, workers):
         (["cluster.num_workers=[4, 8]"], ["4 x (1 CPU)", "at most 2"]),
     ],
 )
-def test_a_plan_that_never_fits_is_refused_with_the_arithmetic(machine, override, words):
+def test_a_plan_that_never_fits_is_refused_with_the_calculation(machine, override, words):
     machine(CPU=2.0)
     with pytest.raises(InputError) as caught:
         fit.fit_to_cluster(load_config(None, override))
     assert all(word in caught.value.faults[0] for word in words), caught.value.faults
 
 
-def test_a_plan_that_fits_is_left_alone(machine):
+def test_a_plan_that_fits_is_not_changed(machine):
     machine(CPU=2.0)
     settings = ["cluster.use_gpu=false", "cluster.num_workers=4", "cluster.resources_per_worker={CPU: 0.5}"]
     assert fit.fit_to_cluster(load_config(None, settings)) == load_config(None, settings)

@@ -1,4 +1,4 @@
-"""Names that would lead out of the run folder are refused, and nothing is written."""
+"""Names that would lead outside the run folder are refused, and nothing is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_run_that_would_lead_elsewhere_is_refused(tmp_path, capsys, key, name)
     assert files(tmp_path) == set()
 
 
-def test_a_link_in_the_place_of_a_run_is_refused(tmp_path, capsys):
+def test_a_symbolic_link_in_place_of_a_run_folder_is_refused(tmp_path, capsys):
     from tbpo_ray.workflows.train import train
 
     outside = tmp_path / "outside"
@@ -51,7 +51,7 @@ def test_a_link_in_the_place_of_a_run_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["../../none", "%2e%2e/x", "a#b", "a/b/c", "/etc/none", "a b"])
-def test_a_data_set_that_is_no_hub_name_is_refused_before_the_hub_is_asked(name, monkeypatch):
+def test_an_invalid_hub_name_is_refused_before_any_request(name, monkeypatch):
     from tbpo_ray.data import sources
 
     asked = sources.resolve_source
@@ -67,7 +67,7 @@ def test_a_nul_in_any_value_is_refused(capsys, tmp_path):
     assert "data.cache_dir" in capsys.readouterr().err
 
 
-def test_a_password_in_an_address_is_neither_shown_nor_kept_nor_a_change(tmp_path):
+def test_a_password_in_an_address_is_neither_shown_nor_stored_nor_counted_as_a_change(tmp_path):
     from tbpo_ray.config.loading import load_config, to_yaml
     from tbpo_ray.training.resume_checks import refuse_changes
 

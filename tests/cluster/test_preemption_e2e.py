@@ -1,4 +1,4 @@
-"""A node that is told to go while a run trains on it, as a cloud does with a spot machine."""
+"""A node that is preempted while a run trains on it, like a cloud's spot machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 EVERY = 50_000
-"""Steps between ordinary checkpoints; more than are done here."""
+"""Steps between ordinary checkpoints; more than this test runs."""
 NOTICE_SECONDS = 45
 SETTINGS = {
     "data.train": "builtin:copyedit?split=train&pairs=40",
@@ -38,7 +38,7 @@ def ray(scaling, *words: str) -> None:
 
 
 def training_nodes(scaling) -> set[str]:
-    """The nodes that training workers are on."""
+    """The nodes that run training workers."""
     actors = scaling.get("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
     return {a["node_id"] for a in actors if a["state"] == "ALIVE" and "RayTrainWorker" in a["class_name"]}
 
@@ -50,7 +50,7 @@ def until(true, words: str, seconds: float = 500) -> None:
         time.sleep(0.2)
 
 
-def test_a_node_that_is_told_to_go_gets_a_checkpoint_and_another_goes_on_from_it(
+def test_a_preempted_node_triggers_a_checkpoint_from_which_another_node_resumes(
     scaling, small_model, tmp_path
 ):
     folder = tmp_path / "spot"
@@ -87,7 +87,7 @@ def test_a_node_that_is_told_to_go_gets_a_checkpoint_and_another_goes_on_from_it
     time.sleep(max(0.0, gone_at - time.monotonic()))
     scaling.pull_the_plug(node)
 
-    until(lambda: f"continuing from step-{saved:08d}" in events() or ended(), "nobody goes on")
+    until(lambda: f"continuing from step-{saved:08d}" in events() or ended(), "the run was not resumed")
     assert not ended(), scaling.get("/api/jobs/spot/logs")["logs"][-5000:]
     until(lambda: steps()[-1:] > [saved + 5], "no step after that")
     done = steps()

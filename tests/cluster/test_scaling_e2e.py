@@ -35,7 +35,7 @@ def command(job: str, **more: object) -> list[str]:
     return words + [f"{key}={value}" for key, value in settings.items()]
 
 
-def test_without_the_token_nothing_is_answered(scaling, tmp_path):
+def test_requests_without_the_token_are_rejected(scaling, tmp_path):
     (tmp_path / "token").write_text("f" * 64)
     none = {"RAY_AUTH_MODE": "disabled"}
     wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
@@ -69,7 +69,7 @@ def test_without_the_token_nothing_is_answered(scaling, tmp_path):
 
 
 def only_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The line that a refused job says; `ray job submit` repeats the end of the log."""
+    """The error line of a refused job; `ray job submit` repeats the end of the log."""
     (line,) = {line for line in done.stdout.splitlines() if line.startswith(("error: ", "failed: "))}
     return line
 
@@ -95,7 +95,7 @@ def test_a_plan_that_never_fits_starts_no_node(scaling, small_model, tmp_path):
     assert scaling.workers() == []
 
 
-def test_a_path_that_each_node_has_for_itself_is_refused(scaling, small_model):
+def test_a_path_that_nodes_do_not_share_is_refused(scaling, small_model):
     # `/proc/self/cwd` is a node's own copy of the working directory: another folder on each node, as a local
     # disk would be.
     own = "/proc/self/cwd/runs"
@@ -148,7 +148,7 @@ def test_the_pipeline_scales_from_nothing_and_back_and_leaks_nothing(scaling, sm
     assert [page for page, text in pages.items() if scaling.token in text] == []
 
 
-def test_a_node_lost_in_training_is_replaced_and_the_run_ends_well(scaling, small_model, tmp_path):
+def test_a_node_lost_in_training_is_replaced_and_the_run_finishes(scaling, small_model, tmp_path):
     total = 60
     words = command(
         "train",

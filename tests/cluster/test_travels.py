@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` takes along, by Ray's own packaging."""
+"""The files that `ray job submit --working-dir .` uploads, according to Ray's own packaging."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def package(folder: Path, target: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_secrets_and_heavy_files_stay_at_home(tmp_path):
+def test_secrets_and_large_files_are_not_uploaded(tmp_path):
     home = tmp_path / "project"
     home.mkdir()
     shutil.copy(ROOT / ".rayignore", home)
@@ -40,7 +40,7 @@ def test_secrets_and_heavy_files_stay_at_home(tmp_path):
     assert {n for n in names if not n.endswith(".rayignore")} == {"jobs/train.py"}
 
 
-def test_all_of_the_library_travels(tmp_path):
+def test_the_whole_library_is_uploaded(tmp_path):
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "tbpo_ray", "jobs"], capture_output=True, text=True, check=True
     ).stdout.splitlines()

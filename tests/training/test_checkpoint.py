@@ -1,4 +1,4 @@
-"""A checkpoint counts only when its manifest is there and true."""
+"""A checkpoint is valid only if its manifest exists and matches its files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(tmp_path, damage):
     make(tmp_path, 10)
     newest = make(tmp_path, 20)
     assert ckpt.newest(tmp_path).step == 20

@@ -286,7 +286,7 @@ def test_a_non_finite_step_of_one_rank_moves_no_weight_on_any(tmp_path):
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, 1, "fp32", 0),
     ],
 )
-def test_one_worker_partitions_nothing(given, world, precision, stage):
+def test_one_worker_uses_stage_0(given, world, precision, stage):
     from tbpo_ray.config.loading import load_config
     from tbpo_ray.training.deepspeed_engine import deepspeed_config, without_partitions
 

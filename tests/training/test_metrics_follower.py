@@ -1,4 +1,4 @@
-"""What the driver tells while it follows a run."""
+"""What the driver prints and logs while it follows a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import random
 from tbpo_ray.training.metrics_follower import FALLING_TAG, FallingAlarm, Follower
 
 
-def test_the_alarm_tells_a_fall_from_noise():
+def test_the_alarm_distinguishes_a_fall_from_noise():
     rng = random.Random(0)
     flat, falling = FallingAlarm(), FallingAlarm()
     assert not any(flat.falls(rng.gauss(0, 5)) for _ in range(2000))
@@ -18,7 +18,7 @@ def test_the_alarm_tells_a_fall_from_noise():
     assert raised == [59]
 
 
-def test_the_alarm_comes_again_after_a_recovery():
+def test_the_alarm_goes_off_again_after_a_recovery():
     alarm = FallingAlarm(window=2)
     fall = [-1.0 * step for step in range(6)]
     assert sum(alarm.falls(value) for value in [*fall, *[0.0] * 6, *fall]) == 2
@@ -35,7 +35,7 @@ class _Tracker:
         self.tags |= tags
 
 
-def test_a_falling_run_is_told_and_tagged_once_and_rows_are_logged_once(tmp_path):
+def test_a_falling_run_is_reported_and_tagged_once_and_rows_are_logged_once(tmp_path):
     tracker, said = _Tracker(), io.StringIO()
     rows = [{"step": s, "loss": 1 / s, "logps/chosen_drift": -0.1 * s} for s in range(1, 91)]
     with Follower(tmp_path, tracker, label="run", stream=said):

@@ -1,4 +1,4 @@
-"""The guard's look at a gradient."""
+"""The check for non-finite gradients, and where ranks reduce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tbpo_ray.training.optim import all_finite
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 7, 100_000])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_value_is_seen_wherever_it_stands(dtype: torch.dtype, size: int, bad: float) -> None:
+def test_one_bad_value_is_found_at_any_position(dtype: torch.dtype, size: int, bad: float) -> None:
     values = torch.randn(size).to(dtype) * (torch.finfo(dtype).max / 100)
     for place in {0, size // 2, size - 1}:
         broken = values.clone()
@@ -27,5 +27,5 @@ def test_with_nccl_the_ranks_reduce_on_the_gpu_whatever_is_offloaded(monkeypatch
         assert collective_device() == torch.device(device)
 
 
-def test_nothing_is_finite() -> None:
+def test_an_empty_tensor_is_finite() -> None:
     assert all_finite(torch.zeros(0))

@@ -1,4 +1,4 @@
-"""A run goes on only in the order that it was begun in."""
+"""A run resumes only in the batch order that it was started with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tbpo_ray.workflows.train import train
 STEPS = 10
 
 
-def begun(tmp_path, step, **state):
+def started(tmp_path, step, **state):
     """Configuration and folder of a run that has reached `step` of ten."""
     config = load_config(None, [f"run.output_dir={tmp_path}", "run.name=old", f"training.max_steps={STEPS}"])
     folder = tmp_path / "old"
@@ -31,7 +31,7 @@ def begun(tmp_path, step, **state):
     ("state", "words"), [({}, "order 1, of older code"), ({"order": 99}, "order 99, of newer code")]
 )
 def test_an_unfinished_run_of_another_order_is_refused_before_anything_starts(tmp_path, state, words):
-    config, folder = begun(tmp_path, 5, **state)
+    config, folder = started(tmp_path, 5, **state)
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     with pytest.raises(InputError) as refusal:
         train(config)
@@ -41,21 +41,21 @@ def test_an_unfinished_run_of_another_order_is_refused_before_anything_starts(tm
     assert {f: f.read_bytes() for f in before} == before
 
 
-def test_the_same_order_goes_on(tmp_path):
-    config, folder = begun(tmp_path, 5, order=ORDER_VERSION)
+def test_a_run_with_the_same_order_is_resumed(tmp_path):
+    config, folder = started(tmp_path, 5, order=ORDER_VERSION)
     refuse_other_order(config, folder, extended=False)
     refuse_other_order(config, tmp_path / "none", extended=False)
 
 
 def test_a_run_at_its_last_step_may_still_be_exported(tmp_path):
-    config, folder = begun(tmp_path, STEPS)
+    config, folder = started(tmp_path, STEPS)
     refuse_other_order(config, folder, extended=False)
     with pytest.raises(InputError):
         refuse_other_order(config, folder, extended=True)
 
 
 def test_a_finished_run_of_another_order_can_be_read_but_not_extended(tmp_path):
-    config, folder = begun(tmp_path, STEPS)
+    config, folder = started(tmp_path, STEPS)
     (folder / "DONE").write_text("{}")
     (folder / "export").mkdir()
     (folder / "export" / "config.json").write_text("{}")
@@ -70,8 +70,8 @@ def test_a_finished_run_of_another_order_can_be_read_but_not_extended(tmp_path):
 
 
 def test_the_newest_readable_state_counts(tmp_path):
-    config, folder = begun(tmp_path, 5, order=ORDER_VERSION)
-    begun(tmp_path, 8)
+    config, folder = started(tmp_path, 5, order=ORDER_VERSION)
+    started(tmp_path, 8)
     with pytest.raises(InputError, match="up to 8"):
         refuse_other_order(config, folder, extended=False)
     (ckpt.step_folder(folder / "checkpoints", 8) / "state.json").write_text("")

@@ -1,4 +1,4 @@
-"""Token weights: from two models, from one model under two instructions, from the records."""
+"""Token weights from two models, from one model under two instructions, and from the records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def settings(out: Path, model: str, name: str, *more: str):
 
 
 def log_probs(model, ids: list[int], answer: list[int]) -> np.ndarray:
-    """Plain transformers: the log-prob of each answer token."""
+    """The log-prob of each answer token, computed with plain transformers."""
     whole = torch.tensor([[*ids, *answer]])
     with torch.no_grad():
         logps = model(whole).logits.float().log_softmax(-1)[0, len(ids) - 1 : -1]
@@ -39,7 +39,7 @@ def log_probs(model, ids: list[int], answer: list[int]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def other_model(small_model, tmp_path_factory) -> str:
-    """`small_model`, a little otherwise."""
+    """A slightly perturbed copy of `small_model`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "other"
@@ -53,7 +53,7 @@ def other_model(small_model, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_sides_that_say_the_same_are_refused(tmp_path, small_model):
+def test_two_equal_weight_models_are_refused(tmp_path, small_model):
     for name, hint in (("tis_dpo", "towards rejected"), ("sepo", "the oracle")):
         with pytest.raises(InputError, match=hint):
             weight_models(settings(tmp_path, small_model, name))
@@ -105,7 +105,7 @@ def test_a_run_with_token_weights_trains(ray_session, tmp_path, small_model, oth
     assert train(config).metrics["step"] == 2
 
 
-def given(folder: Path, chosen: object, rejected: object) -> PreparedPairs:
+def prepared_with_weights(folder: Path, chosen: object, rejected: object) -> PreparedPairs:
     """A prepared folder of one pair with two and three answer tokens, and weights in its record."""
     from tbpo_ray.data.shards import write_shard
 
@@ -123,7 +123,7 @@ def given(folder: Path, chosen: object, rejected: object) -> PreparedPairs:
 
 def test_weights_given_in_the_records_are_read(tmp_path, small_model):
     config = settings(tmp_path, small_model, "tis_dpo", "objective.token_weights.source=columns")
-    prepared = given(tmp_path / "good", [1.5, 0.5], [1, 2, 3])
+    prepared = prepared_with_weights(tmp_path / "good", [1.5, 0.5], [1, 2, 3])
     columns = PairReader(prepared, [str(token_weights(resolve_run(config), prepared))]).fetch(np.arange(1))
     assert columns["chosen_weights"][0].tolist() == [1.5, 0.5]
     assert columns["rejected_weights"][0].tolist() == [1, 2, 3]
@@ -136,4 +136,4 @@ def test_weights_given_in_the_records_are_read(tmp_path, small_model):
 def test_weights_that_do_not_fit_name_the_record(tmp_path, small_model, weights, words):
     config = settings(tmp_path, small_model, "sepo", "objective.token_weights.source=columns")
     with pytest.raises(InputError, match=f"x.jsonl row 7: chosen_weights: .*{words}"):
-        token_weights(resolve_run(config), given(tmp_path / "bad", weights, [1, 2, 3]))
+        token_weights(resolve_run(config), prepared_with_weights(tmp_path / "bad", weights, [1, 2, 3]))

@@ -38,7 +38,7 @@ def out(tmp_path_factory, ray_session) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(out, small_model) -> Path:
-    """Nine steps in one go on one worker."""
+    """Nine steps without interruption on one worker."""
     return run(out, small_model, "whole")
 
 
@@ -73,7 +73,7 @@ def test_background_checkpoints_and_the_best_of_them(out, small_model, whole):
 
 
 def test_live_and_cached_reference_scores_give_the_same_losses(out, small_model):
-    """The live reference is the policy with its adapter off; the cached one never had an adapter."""
+    """The live reference is the policy with its adapter disabled; the cached one never had an adapter."""
     more = ["training.max_steps=4", "objective.name=dpo", "training.learning_rate=1e-3"]
     more += ["model.lora.r=4", "model.lora.dropout=0"]
     live, cached = (
@@ -85,7 +85,7 @@ def test_live_and_cached_reference_scores_give_the_same_losses(out, small_model)
     assert live == pytest.approx(cached, abs=1e-6)
 
 
-def test_a_checkpoint_is_sampled_beside_training(out, small_model):
+def test_a_checkpoint_is_sampled_during_training(out, small_model):
     prompts = "builtin:copyedit?split=test&pairs=5"
     folder = run(
         out, small_model, "sampled", "training.validate_every=4", "training.validation_prompts=4",

@@ -97,7 +97,7 @@ def test_dpo_starts_at_ln2(out, small_model):
 
 
 def test_a_killed_worker_changes_nothing(out, small_model, whole):
-    """Kill -9 a worker in the middle: same weights, optimizer, head and metrics, bit for bit."""
+    """Kill -9 a worker during training: same weights, optimizer, head and metrics, bit for bit."""
     folder = out / "killed"
     killed = []
 
@@ -132,11 +132,11 @@ sys.stdin.read()
 worker whose group is left without a parent in its session is woken by the kernel; this is that parent."""
 
 
-def test_a_killed_driver_goes_on_with_the_same_command(out, small_model, whole):
+def test_a_killed_driver_is_resumed_by_the_same_command(out, small_model, whole):
     """Kill -9 the job, run it again: bit for bit the same; a third time does nothing.
 
-    The workers of the first time are frozen before the driver dies, and wake up when those of the second are
-    beyond the step that they froze in: they find the run in other hands and leave it alone.
+    The workers of the first run are suspended before the driver dies, and resumed when those of the second
+    are past that step: they find that another driver holds the run, and write nothing.
     """
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(whole / "config.yaml")]
     command += ["run.name=driver"]
@@ -196,7 +196,7 @@ def test_the_export_loads_in_transformers(whole):
     assert (whole / "DONE").is_file()
 
 
-def test_the_export_keeps_the_learned_baseline_aside(whole):
+def test_the_export_keeps_the_learned_baseline_separately(whole):
     import torch
     from safetensors.torch import load_file
 
@@ -211,7 +211,7 @@ def test_the_export_keeps_the_learned_baseline_aside(whole):
     )
 
 
-def test_mlflow_holds_the_run(out, whole):
+def test_mlflow_records_the_run(out, whole):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{out}/mlflow.db")
