@@ -1,10 +1,10 @@
-"""The exceptions that a user can meet. `tbpo_ray.cli.run_job` turns them into exit codes."""
+"""The exceptions that users can encounter. `tbpo_ray.cli.run_job` turns them into exit codes."""
 
 from __future__ import annotations
 
 
 class TbpoError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base class of the errors that this project raises deliberately."""
 
 
 class InputError(TbpoError, ValueError):
@@ -20,7 +20,7 @@ class InputError(TbpoError, ValueError):
 
 
 class RunFailedError(TbpoError, RuntimeError):
-    """Work that was started could not be finished: exit status 1."""
+    """Work was started and could not be finished: exit status 1."""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
