@@ -15,6 +15,10 @@ from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.training.optim import build_optimizer, set_learning_rate
 
 
+FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+"""bf16 gradients of micro-batches and ranks are summed in fp32: a bf16 sum loses what is 256 times smaller."""
+
+
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed configuration: this project's settings, overridden by `training.deepspeed`."""
     training = config.training
@@ -39,7 +43,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     if training.precision == "bf16":
-        base["bf16"] = {"enabled": True}
+        base |= {"bf16": {"enabled": True}, **FP32_GRADIENTS}
+        # Without ZeRO, DeepSpeed can only accumulate in bf16. Stage 1 computes the same, in fp32.
+        zero["stage"] = max(1, zero["stage"])
     return base | overrides
 
 
@@ -107,12 +113,19 @@ class Engine:
         """
         self.loss = loss
         set_learning_rate(self.optimizer, rate)
+        norm = None if self.stage or self.has_master_weights else self._gradient_norm()
         self.engine.step()
         # With a non-finite gradient norm ZeRO skips the step itself, silently, before it reaches the guard.
         if getattr(self.optimizer, "overflow", False):
             self.client_optimizer.refuse()  # type: ignore[attr-defined]
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return float(norm)
+
+    def _gradient_norm(self) -> float:
+        """The norm of gradients that every rank holds whole; DeepSpeed does not return it there."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     @property
     def skipped(self) -> int:

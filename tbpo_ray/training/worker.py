@@ -326,17 +326,17 @@ class Worker:
         """Load the newest valid checkpoint, if there is one; the same one on every rank."""
         if self.rank == 0:
             ckpt.remove_partial(self.checkpoints)
-        found = broadcast_object(ckpt.newest(self.checkpoints) if self.rank == 0 else None)
-        assert isinstance(found, ckpt.NewestCheckpoint)
-        for sentence in found.rejected:
+        newest = broadcast_object(ckpt.newest(self.checkpoints) if self.rank == 0 else None)
+        assert isinstance(newest, ckpt.NewestCheckpoint)
+        for sentence in newest.rejected:
             self.metrics.log_event(sentence)
-        if found.folder is None:
+        if newest.folder is None:
             self.metrics.rewind(0)
             return
-        self._load(found.folder, found.state)
-        self.metrics.rewind(int(found.state["metrics_bytes"]))
+        self._load(newest.folder, newest.state)
+        self.metrics.rewind(int(newest.state["metrics_bytes"]))
         self.metrics.log_event(
-            f"continuing from {found.folder.name} ({found.state['world']} -> {self.world} workers)"
+            f"continuing from {newest.folder.name} ({newest.state['world']} -> {self.world} workers)"
         )
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
