@@ -211,14 +211,12 @@ def to_scores(
         "baseline": baseline,
         "weights": batch.weights,
     }
-    sides = ("chosen", "rejected")[: batch.labels.shape[0]]
-    return TokenScores(
-        **{
-            f"{side}_{name}": None if values is None else values[index]
-            for index, side in enumerate(sides)
-            for name, values in fields.items()
-        }
-    )
+    scores: dict[str, Any] = {
+        f"{side}_{name}": None if values is None else values[index]
+        for index, side in enumerate(("chosen", "rejected")[: batch.labels.shape[0]])
+        for name, values in fields.items()
+    }
+    return TokenScores(**scores)
 
 
 def _causal(model: nn.Module) -> Any:

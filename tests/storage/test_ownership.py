@@ -173,7 +173,7 @@ def test_a_write_in_progress_when_the_run_changes_hands_corrupts_no_checkpoint(t
             assert go_on.wait(30)
             write(folder, files)
 
-        orphan._write = slowly
+        orphan._write = slowly  # type: ignore[method-assign]
         failed = []
 
         def save():

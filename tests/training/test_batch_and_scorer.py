@@ -36,7 +36,7 @@ def llama(attention: str = "sdpa") -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-        attn_implementation=attention,
+        attn_implementation=attention,  # type: ignore[call-arg]
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -124,7 +124,7 @@ def test_truncation_changes_nothing(name):
     prompts, answers = pairs(6, seed=3)
     losses, grads = [], []
     for cut in (True, False):
-        model = llama()
+        model: Any = llama()
         reference = PairScorer(perturbed_llama()).eval()
         step = PreferenceStep(objective, None, reference)
         batch = collate(prompts, answers, pad_id=0, shared=True, truncate_to_shorter=cut)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+from typing import Any
 
 from tbpo_ray.training.metrics_follower import FALLING_TAG, FallingAlarm, Follower
 
@@ -36,7 +37,8 @@ class _Tracker:
 
 
 def test_a_falling_run_is_reported_and_tagged_once_and_rows_are_logged_once(tmp_path):
-    tracker, said = _Tracker(), io.StringIO()
+    tracker: Any = _Tracker()
+    said = io.StringIO()
     rows = [{"step": s, "loss": 1 / s, "logps/chosen_drift": -0.1 * s} for s in range(1, 91)]
     with Follower(tmp_path, tracker, label="run", stream=said):
         text = "".join(json.dumps(row) + "\n" for row in rows)
