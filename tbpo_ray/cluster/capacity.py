@@ -85,7 +85,7 @@ def present() -> Capacity:
     return Capacity(
         [
             NodeKind(str(node["NodeManagerHostname"]), node["Resources"], 1, node.get("Labels") or {})
-            for node in ray.nodes()
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"]
         ]
     )

@@ -118,7 +118,7 @@ def _check_storage(group: Any, count: int, folders: Mapping[str, Path], files: M
             folder.mkdir(parents=True, exist_ok=True)
             (folder / probe).write_text(probe)
         faults = []
-        paths = {**files, **folders}
+        paths: dict[str, Path | str] = {**files, **folders}
         for index, (node, not_shared) in enumerate(_probe_nodes(group, count, folders, files, probe)):
             seen = [key for key in folders if key not in not_shared]
             unanswered = [key for key in seen if not _appears(folders[key] / f"{probe}-{index}")]
@@ -178,7 +178,7 @@ def probe_shared_storage(
             (Path(folder) / f"{probe}-{index}").write_text(probe)
         except OSError:
             not_shared.append(key)
-    return str(ray.util.get_node_ip_address()), not_shared
+    return str(ray.util.get_node_ip_address()), not_shared  # type: ignore[no-untyped-call]
 
 
 def _appears(file: Path) -> bool:

@@ -237,6 +237,6 @@ def _has_ended(owner: dict[str, Any]) -> bool:
         process = psutil.Process(owner["pid"])
         # Another process may have the same id by now. The creation time shifts when the clock is adjusted.
         is_another = abs(process.create_time() - float(owner["born"])) > 30
-        return is_another or process.status() == psutil.STATUS_ZOMBIE
+        return is_another or bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
