@@ -141,7 +141,7 @@ def _average_over_ranks(tensors: list[Tensor]) -> None:
     flat = torch.cat([t.reshape(-1) for t in tensors])
     all_reduce_sum(flat)
     flat /= world_size()
-    means = torch.split(flat, [t.numel() for t in tensors])  # type: ignore[no-untyped-call]
+    means = torch.split(flat, [t.numel() for t in tensors])
     for tensor, mean in zip(tensors, means, strict=True):
         tensor.copy_(mean.view_as(tensor))
 
