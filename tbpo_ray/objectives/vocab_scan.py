@@ -82,7 +82,10 @@ def blocks(size: int, step: int) -> Iterator[slice]:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in at least float32; half-precision factors are multiplied as they are and summed in float32."""
     if a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        # On the CPU, mm has no `out_dtype` and would round each sum to half precision.
+        return torch.mm(a.float(), b.float())
     return torch.mm(a, b)
 
 

@@ -290,6 +290,26 @@ def test_half_precision_stays_close_and_autocast_changes_nothing(x, dtypes, froz
     torch.testing.assert_close(again.kl, stats.kl, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_are_summed_in_float32(dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 256, generator=rng).to(dtype) for n in (12, 50))
+    labels, mask = torch.arange(12)[None], torch.ones(1, 12, dtype=torch.bool)
+    stats: Any = token_log_probs(
+        hidden[None], weight, labels, mask, -hidden[None], weight, want=WANT, block_vocab=16
+    )
+    logp = (hidden.double() @ weight.double().T).log_softmax(-1)
+    ref = (-hidden.double() @ weight.double().T).log_softmax(-1)
+    # Logits of about 50 that are rounded to half precision would be wrong by 0.1.
+    want = {
+        "logp": logp.gather(-1, labels.T)[:, 0],
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "kl": (ref.exp() * (ref - logp)).sum(-1),
+    }
+    for name, value in want.items():
+        torch.testing.assert_close(getattr(stats, name)[0].double(), value, rtol=1e-5, atol=1e-4)
+
+
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[[3e4], [-3e4], [1e-4]]]).requires_grad_()
     weight = torch.linspace(-1, 1, V)[:, None].requires_grad_()
