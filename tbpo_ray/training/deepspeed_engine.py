@@ -113,17 +113,18 @@ class Engine:
         """
         self.loss = loss
         set_learning_rate(self.optimizer, rate)
-        norm = None if self.stage or self.has_master_weights else self._gradient_norm()
+        norm = self._gradient_norm() if self.optimizer is self.client_optimizer else None
         self.engine.step()
         # With a non-finite gradient norm ZeRO skips the step itself, silently, before it reaches the guard.
         if getattr(self.optimizer, "overflow", False):
             self.client_optimizer.refuse()  # type: ignore[attr-defined]
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return float(norm)
+        # DeepSpeed returns -1 for a norm that is not finite, and None where `compute_grad_norm` is off.
+        return float(norm) if norm is not None and norm >= 0 else float("nan")
 
     def _gradient_norm(self) -> float:
-        """The norm of gradients that every rank holds whole; DeepSpeed does not return it there."""
+        """The norm of gradients that every rank holds whole: without ZeRO, DeepSpeed does not return it."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
