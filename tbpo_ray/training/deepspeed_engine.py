@@ -14,9 +14,9 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.training.optim import build_optimizer, set_learning_rate
 
-
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-"""bf16 gradients of micro-batches and ranks are summed in fp32: a bf16 sum loses what is 256 times smaller."""
+"""bf16 gradients of micro-batches and ranks are summed in fp32: a bf16 sum loses what is 256 times
+smaller than it."""
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Gradient norms and sums are the same in every layout: ZeRO stage, number of workers, precision, clipping."""
+"""Gradient norms and sums are the same in each layout: ZeRO stage, workers, precision, clipping."""
 
 from __future__ import annotations
 
