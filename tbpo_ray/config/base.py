@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from tbpo_ray.config.yaml_text import item_type, takes_null, takes_text
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -38,7 +40,35 @@ def check_name(value: str) -> str:
     return value
 
 
+def _texts(value: Any, annotation: Any) -> list[Any]:
+    """The strings in a value of a type that takes strings, or lists or mappings of them."""
+    if isinstance(value, list):
+        return value if takes_text(item_type(annotation)) else []
+    if isinstance(value, dict):
+        return list(value.values()) if annotation == dict[str, str] else []
+    return [value] if takes_text(annotation) else []
+
+
 class Section(BaseModel):
     """A section of the configuration: unknown keys are refused, attribute docstrings describe the keys."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_empty_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read an empty string as null where that is accepted, and refuse it elsewhere.
+
+        An empty path or source would otherwise mean the working directory.
+        """
+        name = info.field_name or ""
+        annotation = cls.model_fields[name].annotation
+        # An empty instruction differs from the default one.
+        if value == "" and takes_null(annotation) and not name.endswith("_instruction"):
+            return None
+        texts = _texts(value, annotation)
+        if isinstance(value, list) and not value and takes_text(annotation):
+            raise ValueError("must not be empty")
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise ValueError("must not be empty")
+        return value

@@ -12,9 +12,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from tbpo_ray.config import yaml_text
+from tbpo_ray.config.open_values import TEXT_KEYS
 from tbpo_ray.config.schema import RENAMED_KEYS, Config
 from tbpo_ray.config.validation import section_keys, unknown_key_message, validate_section
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.progress import log_progress
 from tbpo_ray.redaction import strip_credentials
 
@@ -34,14 +36,24 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the configuration in a YAML file as a nested mapping; an empty file is an empty mapping."""
-    return expand_dotted(read_yaml_mapping(path))
+    """Read the configuration in a YAML file as a nested mapping; an empty file is an empty mapping.
+
+    Strings are taken as typed: `run: {name: 007}` is the name "007".
+    """
+    return expand_dotted(_typed_config(_parse_file(path, "--config", "jobs/configs/tiny.yaml")))
 
 
-def read_yaml_mapping(
-    path: str | Path, *, option: str = "--config", example: str = "jobs/configs/tiny.yaml"
-) -> dict[str, Any]:
-    """Read the mapping in a YAML file as it is written.
+def read_space(path: str | Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file whose keys are dotted configuration keys, with a search space for each.
+
+    The values that a search space lists, and those of its conditions, have the types of their keys.
+    """
+    tree = _parse_file(path, "--space", "tune_spaces/joint.yaml")
+    return {key: _typed_entry(key, entry) for key, entry in tree.items()}
+
+
+def _parse_file(path: str | Path, option: str, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file, with :class:`tbpo_ray.config.yaml_text.PlainScalar` values.
 
     Args:
         option: the command-line option that named the file, for messages.
@@ -54,30 +66,99 @@ def read_yaml_mapping(
     if not file.is_file():
         raise InputError(f"{option} {path}: no such file; give a YAML file such as {example}")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml_text.parse_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(getattr(error, "problem_mark", "") or "").strip()
         raise InputError(f"{path}: not valid YAML {where}: {getattr(error, 'problem', error)}") from error
-    if tree is None:
+    if tree is None or (isinstance(tree, yaml_text.PlainScalar) and tree.value is None):
         return {}
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: {option} must contain a mapping, not a {type(tree).__name__}")
+        kind = type(yaml_text.typed(tree)).__name__
+        raise InputError(f"{path}: {option} must contain a mapping, not a {kind}")
     return tree
 
 
+def _typed_entry(key: str, entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return yaml_text.typed(entry)
+    values: Any = list[_type_of(RENAMED_KEYS.get(key, key))]  # type: ignore[misc] # known at run time only
+    out = {}
+    for name, value in entry.items():
+        if name == "when" and isinstance(value, dict):
+            out[name] = {
+                other: yaml_text.typed(wanted, _type_of(other) | list[_type_of(other)])  # type: ignore[misc]
+                for other, wanted in value.items()
+            }
+        else:
+            out[name] = yaml_text.typed(value, values)
+    return out
+
+
 def overrides_to_tree(overrides: Iterable[str]) -> dict[str, Any]:
-    """Turn overrides such as `["a.b=1", "c=[x]"]` into a nested mapping; values are parsed as YAML."""
+    """Turn overrides such as `["a.b=1", "c=[x]"]` into a nested mapping.
+
+    Values are parsed as YAML, except that a key which takes a string gets the text as typed.
+    """
     tree: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise InputError(f"override {item!r}: write it as dotted.key=value")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise InputError(f"{key}={text!r}: the value is not valid YAML") from error
-        tree = merge(tree, expand_dotted({key: value}))
+        tree = merge(tree, expand_dotted({key: _override_value(key, text.strip())}))
     return tree
+
+
+def _override_value(key: str, text: str) -> Any:
+    annotation = _type_of(key)
+    if not text:
+        return None if yaml_text.takes_null(annotation) else ""
+    accepts_text = yaml_text.takes_text(annotation)
+    try:
+        parsed = yaml_text.parse_yaml(text)
+        if parsed is None:  # a comment or a document marker, which must not stand for null
+            return text
+    except yaml.YAMLError as error:
+        # Valid text need not be valid YAML: `data.train=[ab]*.jsonl`.
+        if accepts_text:
+            return text
+        raise InputError(f"{key}={text!r}: the value is not valid YAML ({_problem(error)})") from error
+    if accepts_text and _is_verbatim(text, parsed, annotation):
+        return text
+    return _typed_config({key: parsed})[key]
+
+
+def _is_verbatim(text: str, parsed: Any, annotation: Any) -> bool:
+    """Whether a text for a key that takes strings is the value itself, not YAML that stands for one.
+
+    YAML would otherwise drop what follows ` #`, or read `a: b` as a mapping.
+    """
+    if isinstance(parsed, yaml_text.PlainScalar):
+        return parsed.text != text
+    if isinstance(parsed, list | dict):
+        return text[0] not in "[{" or not yaml_text.takes_collection(annotation)
+    return text[0] not in "'\""
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or first_line(error))
+
+
+def _type_of(key: str) -> Any:
+    """The type of a dotted key; Any where the schema leaves it open."""
+    for stage in STAGES:
+        key = key.removeprefix(f"{stage}.")
+    return yaml_text.type_at(Config, key, hints=TEXT_KEYS)
+
+
+def _typed_config(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the plain scalars of a configuration, nested or dotted, by values of their keys' types."""
+    out = {}
+    for key, value in tree.items():
+        stage = key in STAGES and isinstance(value, dict)
+        out[key] = (
+            _typed_config(value) if stage else yaml_text.typed(value, _type_of(key), f"{key}.", TEXT_KEYS)
+        )
+    return out
 
 
 def expand_dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,25 +175,31 @@ def expand_dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `over` into `base`, mapping by mapping, and return the result; neither argument is changed.
 
-    An empty mapping clears the section, and a judge of another kind replaces the whole judge section.
+    An empty mapping clears the section. Where `over` chooses the other of two alternatives, it replaces the
+    one in `base`: a judge of another kind, or DeepSpeed's `stage` and `zero_optimization`.
     """
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        if (
-            isinstance(value, Mapping)
-            and isinstance(old, Mapping)
-            and value
-            and not _other_judge(key, old, value)
-        ):
-            out[key] = merge(old, value)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and value:
+            out[key] = merge(_without_alternatives(key, old, value), value)
         else:
             out[key] = value
     return out
 
 
-def _other_judge(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return key == "judge" and new.get("kind", old.get("kind")) != old.get("kind")
+_ZERO_KEYS = ("stage", "zero_optimization")
+
+
+def _without_alternatives(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of `old` that remains valid beside `new`."""
+    if key == "judge" and "kind" in new:
+        # A function belongs to a checker, which is the default kind.
+        old_kind = old.get("kind", "checker" if "function" in old else new["kind"])
+        return old if new["kind"] == old_kind else {}
+    if key == "deepspeed" and any(name in new for name in _ZERO_KEYS):
+        return {name: value for name, value in old.items() if name not in _ZERO_KEYS or name in new}
+    return old
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
@@ -204,7 +291,7 @@ def to_tree(config: BaseModel) -> dict[str, Any]:
 def to_yaml(config: BaseModel) -> str:
     """Write a configuration as YAML, without the user names and passwords in its addresses."""
     return strip_credentials(
-        yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=10_000)
+        yaml.dump(to_tree(config), Dumper=yaml_text.Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Number, Positive, Section, Share, check_name
 from tbpo_ray.config.cluster import ClusterConfig, CountOrRange
 from tbpo_ray.config.objective import ObjectiveConfig
+from tbpo_ray.config.open_values import check_engine, check_judge
 from tbpo_ray.config.training import TrainingConfig
 
 __all__ = [
@@ -96,6 +97,12 @@ class SourceConfig(Section):
 
 Sources = str | list[SourceConfig]
 
+RecordFormat = Literal[
+    "auto", "messages", "alpaca", "pairs", "shp", "safe_rlhf", "helpsteer", "two_answers", "summaries",
+    "arena", "arena_columns", "ranked", "scored",
+]  # fmt: skip
+"""The row shapes that :mod:`tbpo_ray.data.record_shapes` reads."""
+
 
 class DataConfig(Section):
     """The preference records and how they become token sequences."""
@@ -104,6 +111,15 @@ class DataConfig(Section):
     """Preference records to train on: one source, or a list of `{source, weight}`."""
     eval: Sources | None = None
     """Held-out preference records, for the metrics of `training.eval_every`."""
+    format: RecordFormat = "auto"
+    """The shape of the rows, which determines the columns of the prompt and the answers; `auto` tries all
+    shapes and reports the one that it found."""
+    pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
+    """Pairs made of a row that ranks or scores several answers: the best with the worst, the best with a
+    random one that is worse, or every two that differ."""
+    pairing_gap: NonNegative = 0.0
+    """Minimum difference of the scores (or ranks) of two answers that make a pair. Ties never do: they are
+    skipped and counted."""
     max_length: Annotated[int, Field(ge=4), Number] = 2048
     """Maximum number of tokens of a prompt and one answer together, including BOS and EOS."""
     max_prompt_length: Count | None = None
@@ -179,11 +195,8 @@ class GenerationConfig(Section):
 
     @field_validator("engine")
     @classmethod
-    def _refuse_remote_code(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value.get("trust_remote_code"):
-            raise ValueError(
-                "trust_remote_code is not supported; convert the model to safetensors of a known class"
-            )
+    def _check_engine(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_engine(value)
         return value
 
 
@@ -207,6 +220,12 @@ class EvaluationConfig(Section):
     """lm-eval tasks (needs the extra `harness`): `{tasks: [...], shots: {...}, include_path: ...}`."""
     credit_pairs: CountOrZero = 0
     """Number of pairs that the token credit map shows; 0: no map."""
+
+    @field_validator("judge")
+    @classmethod
+    def _check_judge(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_judge(value)
+        return value
 
 
 class TuneConfig(Section):

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Positive, Section, Share
+from tbpo_ray.config.deepspeed_options import check_deepspeed, offloads, zero_stage
 
 
 class TrainingConfig(Section):
@@ -83,16 +84,7 @@ class TrainingConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _check_deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
-        zero = value.get("zero_optimization")
-        stage = value["stage"] if "stage" in value else zero.get("stage", 0) if isinstance(zero, dict) else 0
-        if stage not in (0, 1, 2, 3):
-            raise ValueError("the ZeRO stage must be 0, 1, 2 or 3")
-        if "stage" in value and len(value) > 1 and "zero_optimization" in value:
-            raise ValueError("give either `stage` or `zero_optimization`, not both")
-        for part, stages in OFFLOAD_STAGES.items():
-            if stage not in stages and isinstance(zero, dict) and _is_offloaded(zero, part):
-                use = " or ".join(map(str, stages))
-                raise ValueError(f"{part} does nothing with ZeRO stage {stage}; remove it, or use {use}")
+        check_deepspeed(value)
         return value
 
     @model_validator(mode="after")
@@ -106,19 +98,9 @@ class TrainingConfig(Section):
     @property
     def zero_stage(self) -> int:
         """ZeRO stage of the DeepSpeed configuration."""
-        zero = self.deepspeed.get("zero_optimization") or {}
-        return int(self.deepspeed.get("stage", zero.get("stage", 0)))
+        return zero_stage(self.deepspeed)
 
     @property
     def offloads(self) -> bool:
         """Whether DeepSpeed keeps the optimizer state or the weights off the device."""
-        zero = self.deepspeed.get("zero_optimization") or {}
-        return any(_is_offloaded(zero, part) for part in OFFLOAD_STAGES)
-
-
-OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
-"""Keys of DeepSpeed's `zero_optimization` that offload, and the ZeRO stages in which they have an effect."""
-
-
-def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
-    return bool(zero.get(part)) and zero[part].get("device") in ("cpu", "nvme")
+        return offloads(self.deepspeed)

@@ -60,13 +60,18 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> list
         if item["type"] == "extra_forbidden":
             faults.setdefault(unknown_key_message(key, section_keys(model, dotted_prefix)), [])
             continue
-        # The message of a validator over a whole section names its keys itself.
-        if not key or (isinstance(item["input"], Mapping) and item["type"] == "value_error"):
-            faults.setdefault(item["msg"].removeprefix("Value error, "), [])
+        if item["type"] == "value_error" and _names_key(item["msg"].removeprefix("Value error, "), key):
+            for line in item["msg"].removeprefix("Value error, ").split("\n"):
+                faults.setdefault(line, [])
             continue
         shown[key] = repr(item["input"])
         faults.setdefault(key, []).append(_reason(item))
     return [f"{k}={shown[k]}: {' or '.join(dict.fromkeys(v))}" if v else k for k, v in faults.items()]
+
+
+def _names_key(message: str, key: str) -> bool:
+    """Whether the message of a validator, such as one over a whole section, names the keys itself."""
+    return not key or re.match(rf"{re.escape(key)}[.=: ]", message) is not None
 
 
 def _reason(item: Mapping[str, Any]) -> str:

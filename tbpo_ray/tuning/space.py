@@ -19,7 +19,7 @@ from typing import Any
 from tbpo_ray.config.loading import (
     is_at_or_below,
     known_keys,
-    read_yaml_mapping,
+    read_space,
     stage_config,
     unknown_key,
 )
@@ -57,7 +57,7 @@ class Space:
         Raises:
             InputError: the file is missing, is not YAML, or has invalid content (one sentence per fault).
         """
-        return cls.parse(read_yaml_mapping(path, option="--space", example="tune_spaces/joint.yaml"), path)
+        return cls.parse(read_space(path), path)
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any], where: str = "space") -> Space:

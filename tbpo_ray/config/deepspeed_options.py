@@ -1,0 +1,140 @@
+"""Checks of `training.deepspeed`, so that DeepSpeed's own errors do not appear in the workers.
+
+The tables follow DeepSpeed's configuration classes. Other top-level keys are passed through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tbpo_ray.config.open_values import type_faults
+
+KEY = "training.deepspeed"
+OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+"""Keys of DeepSpeed's `zero_optimization` that offload, and the ZeRO stages in which they have an effect."""
+OFFLOAD_DEVICES = ("none", "cpu", "nvme")
+
+_OFFLOAD_KEYS: dict[str, type] = {
+    "device": str, "nvme_path": str, "buffer_count": int, "buffer_size": int, "max_in_cpu": int,
+    "pin_memory": bool, "pipeline_read": bool, "pipeline_write": bool, "fast_init": bool, "ratio": float,
+    "super_offload": bool, "cpuadam_cores_perc": float,
+}  # fmt: skip
+_STAGE3_KEYS: dict[str, type] = {
+    "prefetch_bucket_size": int, "param_persistence_threshold": int, "model_persistence_threshold": int,
+    "max_live_parameters": int, "max_reuse_distance": int, "gather_16bit_weights_on_model_save": bool,
+    "module_granularity_threshold": int, "use_all_reduce_for_fetch_params": bool,
+    "allgather_sequential": bool, "gather_fp16_weights_on_model_save": bool,
+}  # fmt: skip
+_ZERO_KEYS: dict[str, type] = {
+    "stage": int, "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": int,
+    "use_multi_rank_bucket_allreduce": bool, "allgather_partitions": bool, "allgather_bucket_size": int,
+    "overlap_comm": bool, "compute_grad_norm": bool, "load_from_fp32_weights": bool,
+    "elastic_checkpoint": bool, "offload_param": dict, "offload_optimizer": dict, "zenflow": dict,
+    "sub_group_size": int, "cpu_offload_param": bool, "cpu_offload_use_pin_memory": bool,
+    "cpu_offload": bool, "ignore_unused_parameters": bool, "legacy_stage1": bool,
+    "round_robin_gradients": bool, "parameter_alignment": bool, "zero_hpz_partition_size": int,
+    "zero_quantized_weights": bool, "zero_quantized_nontrainable_weights": bool,
+    "zero_quantized_gradients": bool, "memory_efficient_linear": bool, "pipeline_loading_checkpoint": bool,
+    "override_module_apply": bool, "log_trace_cache_warnings": bool, "enable_sanity_checks": bool,
+    "save_muon_momentum_buffer_in_memory": bool, "leaf_module": dict,
+    **_STAGE3_KEYS, **{f"stage3_{name}": kind for name, kind in _STAGE3_KEYS.items()},
+}  # fmt: skip
+_OPTIONAL = (
+    "offload_param", "offload_optimizer", "zenflow", "nvme_path", "overlap_comm", "cpu_offload",
+    "cpu_offload_param", "cpu_offload_use_pin_memory",
+)  # fmt: skip
+_TOP_KEYS: dict[str, type] = {
+    "stage": int, "zero_optimization": dict, "bf16": dict, "fp16": dict, "amp": dict, "data_types": dict,
+    "activation_checkpointing": dict, "flops_profiler": dict, "comms_logger": dict, "torch_autocast": dict,
+    "checkpoint": dict, "aio": dict, "gradient_clipping": float, "steps_per_print": int,
+    "wall_clock_breakdown": bool, "prescale_gradients": bool, "gradient_predivide_factor": float,
+    "communication_data_type": str, "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool, "memory_breakdown": bool, "dump_state": bool,
+}  # fmt: skip
+_SET_ELSEWHERE = {
+    "optimizer": "training.optimizer",
+    "scheduler": "training.scheduler",
+    "train_batch_size": "training.pairs_per_step",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_pairs",
+    "gradient_accumulation_steps": "training.pairs_per_step and training.micro_batch_pairs",
+}
+
+
+def zero_stage(options: Mapping[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed configuration that has been checked."""
+    zero = options.get("zero_optimization", {})
+    return int(options.get("stage", zero.get("stage", 0)))
+
+
+def offloads(options: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed keeps the optimizer state or the weights off the device."""
+    return any(_is_offloaded(options.get("zero_optimization", {}), part) for part in OFFLOAD_STAGES)
+
+
+def check_deepspeed(options: Mapping[str, Any]) -> None:
+    """Refuse a malformed DeepSpeed configuration.
+
+    Raises:
+        ValueError: one line per fault; each names the dotted key.
+    """
+    # A fault in the types makes the checks of the meaning impossible.
+    faults = list(_type_faults(options)) or list(_stage_faults(options))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _type_faults(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if name in _SET_ELSEWHERE:
+            yield f"{KEY}.{name}={value!r}: set by the job itself; remove it, and set {_SET_ELSEWHERE[name]}"
+        elif name in _ZERO_KEYS and name != "stage":
+            yield f"{KEY}.{name}={value!r}: must be {KEY}.zero_optimization.{name}"
+    # Integers may be written as 5e8 elsewhere, but not a stage.
+    for key, part in (("stage", options), ("zero_optimization.stage", options.get("zero_optimization"))):
+        if isinstance(part, Mapping) and isinstance(part.get("stage"), float):
+            yield f"{KEY}.{key}={part['stage']!r}: must be 0, 1, 2 or 3"
+    known = {name: value for name, value in options.items() if name not in _SET_ELSEWHERE}
+    yield from type_faults(known, _TOP_KEYS, KEY)
+    for name in ("bf16", "fp16"):
+        part = options.get(name)
+        if isinstance(part, Mapping) and not isinstance(part.get("enabled", False), bool):
+            yield f"{KEY}.{name}.enabled={part['enabled']!r}: must be true or false"
+    zero = options.get("zero_optimization")
+    if isinstance(zero, Mapping):
+        where = f"{KEY}.zero_optimization"
+        yield from type_faults(zero, _ZERO_KEYS, where, closed=True, optional=_OPTIONAL)
+        for part in OFFLOAD_STAGES:
+            if isinstance(zero.get(part), Mapping):
+                yield from _offload_faults(zero[part], f"{KEY}.zero_optimization.{part}")
+
+
+def _offload_faults(part: Mapping[str, Any], where: str) -> Iterator[str]:
+    yield from type_faults(part, _OFFLOAD_KEYS, where, closed=True, optional=_OPTIONAL)
+    if part.get("device") not in OFFLOAD_DEVICES:
+        yield f"{where}.device={part.get('device')!r}: must be one of {', '.join(OFFLOAD_DEVICES)}"
+    elif part["device"] == "nvme" and not part.get("nvme_path"):
+        yield f"{where}.nvme_path: missing; device nvme needs a folder on a local disk"
+
+
+def _stage_faults(options: Mapping[str, Any]) -> Iterator[str]:
+    if "stage" in options and "zero_optimization" in options:
+        yield f"{KEY}: give either `stage` or `zero_optimization`, not both"
+        return
+    stage = zero_stage(options)
+    key = "stage" if "stage" in options else "zero_optimization.stage"
+    if stage not in (0, 1, 2, 3):
+        yield f"{KEY}.{key}={stage}: the ZeRO stage must be 0, 1, 2 or 3"
+        return
+    zero = options.get("zero_optimization", {})
+    for part, stages in OFFLOAD_STAGES.items():
+        if stage not in stages and _is_offloaded(zero, part):
+            use = " or ".join(map(str, stages))
+            yield (
+                f"{KEY}.zero_optimization.{part}={zero[part]!r}: {part} does nothing with ZeRO stage "
+                f"{stage}; remove it, or use {use}"
+            )
+
+
+def _is_offloaded(zero: Mapping[str, Any], part: str) -> bool:
+    return bool(zero.get(part)) and zero[part].get("device") in ("cpu", "nvme")
