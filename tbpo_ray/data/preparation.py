@@ -23,6 +23,7 @@ from typing import Any
 from tbpo_ray.config.schema import DataConfig, Sources
 from tbpo_ray.data.build_results import merge_results, write_manifest
 from tbpo_ray.data.ray_data import run_chunks
+from tbpo_ray.data.records import FORMAT_PREFIX
 from tbpo_ray.data.rejection_reasons import rejection_counts
 from tbpo_ray.data.shard_writer import JOB, TOKENIZER, BuildJob, ChunkResult, process_chunk
 from tbpo_ray.data.shards import QUARANTINE, PreparedPairs
@@ -32,7 +33,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import atomic_folder
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Increment it when the same input would give other pairs, so that existing shards are rebuilt."""
 _STALE_SECONDS = 24 * 3600
 """A build folder without a new shard for this long was left behind by a killed process."""
@@ -97,6 +98,8 @@ def prepare(
             before_build()
         run = partial(_run, plan.job, distributed=distributed, labels=labels)
         prepared = _build(plan, run, progress)
+    if progress and not all(file.format == "copyedit" for file in plan.files):
+        _report_shapes(spec, prepared.counts)
     _check_counts(spec, prepared.counts, prepared.quarantine_file)
     return prepared
 
@@ -148,8 +151,9 @@ class _BuildPlan:
             "max_length": data.max_length,
             "prompt_limit": data.prompt_limit,
             "limit": self.spec.limit,
+            **_changed_reading(data),
             # Only sampling uses the seed; without it, runs with different seeds share their pairs.
-            "seed": self.spec.seed if fractional else 0,
+            "seed": self.spec.seed if fractional or data.pairing == "best_random" else 0,
             "card_column": data.card_column,
         }
 
@@ -170,6 +174,32 @@ class _BuildPlan:
             card_column=data.card_column,
             limit=self.spec.limit,
             chunk_rows=ROWS_PER_CHUNK,
+            format=data.format,
+            pairing=data.pairing,
+            pairing_gap=data.pairing_gap,
+        )
+
+
+def _changed_reading(data: DataConfig) -> dict[str, Any]:
+    """The settings of how rows become pairs that are not at their defaults."""
+    values = {key: getattr(data, key) for key in ("format", "pairing", "pairing_gap")}
+    return {key: value for key, value in values.items() if value != DataConfig.model_fields[key].default}
+
+
+def _report_shapes(spec: PairsSpec, counts: Mapping[str, float]) -> None:
+    """Say which shape of rows `data.format: auto` found, how to overrule it, and how many rows tie."""
+    shapes = {
+        name.removeprefix(FORMAT_PREFIX): int(number)
+        for name, number in counts.items()
+        if name.startswith(FORMAT_PREFIX)
+    }
+    if shapes and spec.data.format == "auto":
+        found = ", ".join(f"{number:,} records as {name}" for name, number in shapes.items())
+        log_progress(f"{spec.key}: read {found} (data.format=auto; set data.format to overrule it)")
+    if counts.get("ties"):
+        log_progress(
+            f"{spec.key}: skipped {int(counts['ties']):,} records whose answers tie or differ by less than "
+            f"data.pairing_gap={spec.data.pairing_gap:g}"
         )
 
 
@@ -201,8 +231,10 @@ def _build(plan: _BuildPlan, run: Callable[[Path], Iterator[ChunkResult]], progr
             names = ", ".join(file.address for file in plan.files)
             raise InputError(f"{spec.key}={names}: is empty; a preference source must have at least one row")
         try:
-            _check_counts(spec, counts, quarantine)
+            _check_counts(spec, counts, quarantine, partial_folder / QUARANTINE)
         except InputError:
+            if progress:
+                _report_shapes(spec, counts)
             if (partial_folder / QUARANTINE).is_file():
                 os.replace(partial_folder / QUARANTINE, quarantine)  # the message refers the user to it
             raise
@@ -252,8 +284,14 @@ def _with_progress(results: Iterable[ChunkResult], key: str) -> Iterator[ChunkRe
         yield result
 
 
-def _check_counts(spec: PairsSpec, counts: Mapping[str, float], quarantine: Path | None) -> None:
+def _check_counts(
+    spec: PairsSpec, counts: Mapping[str, float], quarantine: Path | None, written: Path | None = None
+) -> None:
     """Check that enough records are good, and that there is a pair at all.
+
+    Args:
+        quarantine: the quarantine file to name in messages.
+        written: where that file is now, by default there.
 
     Raises:
         InputError: with the number of records for each reason.
@@ -263,12 +301,28 @@ def _check_counts(spec: PairsSpec, counts: Mapping[str, float], quarantine: Path
     where = f"; see {quarantine}" if quarantine else ""
     if bad == records:
         raise InputError(
-            f"{spec.key}: none of its {records:,} records is a preference pair ({reasons}){where}"
+            f"{spec.key}: none of its {records:,} records is a preference pair ({reasons})"
+            f"{_first_detail(written or quarantine)}{where}"
         )
     if bad > limit * records:
         raise InputError(
             f"{spec.key}: {bad:,} of {records:,} records ({bad / records:.1%}) are not preference pairs "
             f"({reasons}), more than data.quarantine_limit={limit} allows{where}"
         )
+    ties = int(counts.get("ties", 0))
+    if not counts["pairs"] and ties:
+        raise InputError(
+            f"{spec.key}: it gives no pairs: in {ties:,} of {records:,} records the answers tie or differ by "
+            f"less than data.pairing_gap={spec.data.pairing_gap:g}"
+        )
     if not counts["pairs"]:
         raise InputError(f"{spec.key}: its weights select no pairs; increase them")
+
+
+def _first_detail(quarantine: Path | None) -> str:
+    """What was found in the first record of a quarantine file, as the end of a sentence."""
+    if quarantine is None or not quarantine.is_file():
+        return ""
+    with open(quarantine, encoding="utf-8") as lines:
+        detail = json.loads(lines.readline())["detail"]
+    return f"; in the first one {detail}" if detail else ""

@@ -1,18 +1,64 @@
-"""The row shapes that preference data sets use, one small function each.
+"""The row shapes that preference data sets use, one small reader each.
 
-A reader says which columns of a row hold the pair, or that the row is not of its shape. To accept a further
-shape, write its reader and add it to :data:`SHAPES`. The values that it returns may take any form that
+A reader says which values of a row are the prompt and its answers, or that the row is not of its shape. To
+accept a further shape, write its reader, add it to :data:`SHAPES` and its name to
+:data:`tbpo_ray.config.schema.RecordFormat`. The values that a reader returns may take any form that
 :mod:`tbpo_ray.data.messages` understands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tbpo_ray.data.messages import parse_messages
+from tbpo_ray.data.column_values import (
+    Columns,
+    alpaca_prompt,
+    check_contains,
+    find_prompt,
+    interleave,
+    is_answer,
+    is_conversation,
+    is_filled,
+    post_prompt,
+    role_and_words,
+    score_gap,
+    states_prompt,
+    text_of,
+    texts_of,
+    to_choice,
+    to_number,
+    winner_scores,
+)
+from tbpo_ray.data.messages import is_message, parse_messages, parse_prompt_value
 from tbpo_ray.data.rejection_reasons import RecordError
+
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ACCEPTED = (
+    "prompt (or messages, conversations, question, instruction, input) with chosen and rejected; "
+    "response_0/response_1, response_1/response_2 or human_ref_A/human_ref_B with a label; "
+    "conversation_a/conversation_b with winner; summaries with choice; answers with ranks; "
+    "completions or responses with scores"
+)
+"""For messages: the columns that hold a preference."""
+_ANSWER_COLUMNS = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response_chosen", "response_rejected"),
+)
+_CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+_SCORE_LISTS = {
+    "scores": 1,
+    "ratings": 1,
+    "rating": 1,
+    "rewards": 1,
+    "all_rm_scores": 1,
+    "ranks": -1,
+    "rank": -1,
+}
+"""Columns with a number for each answer, and its sign: ranks are better where they are lower."""
+_SCORE_FIELDS = ("overall_score", "fine-grained_score", "score", "rating", "reward", "pm_score")
 
 
 @dataclass(frozen=True)
@@ -25,49 +71,267 @@ class RawPair:
     rejected: Any
     used_columns: frozenset[str]
     """Columns that make up the pair; all others are metadata."""
+    system: Any = None
+    """The text of a system turn that has a column of its own."""
+    gap: float | None = None
+    """By how much the chosen answer's score is higher, if known."""
+    tie: bool = False
+    """Whether the source itself says that neither answer is better."""
 
 
-def read_messages_column(columns: Mapping[str, Any]) -> RawPair | None:
-    """A `messages` column with the prompt, beside answers that are plain strings.
+@dataclass(frozen=True)
+class RawRanking:
+    """The unparsed answers to one prompt with a score each, of which pairs are made."""
 
-    The messages may go on to the chosen answer, which is then removed.
+    prompt: Any
+    answers: Sequence[Any]
+    scores: Sequence[float]
+    """Higher is better; equal scores are a tie."""
+    used_columns: frozenset[str]
+    system: Any = None
+    graded: bool = True
+    """Whether the differences of the scores mean more than their signs."""
+
+
+RawShape = RawPair | RawRanking
+Reader = Callable[[Columns], RawShape | None]
+
+
+def read_messages_column(columns: Columns) -> RawPair | None:
+    """A list of messages with the prompt, beside two answers.
+
+    The messages may go on to the chosen answer, which is then removed. A `prompt` beside them has to be one
+    of their user turns.
     """
-    messages, chosen = columns.get("messages"), columns.get("chosen")
-    # Answers that are message lists repeat the prompt themselves, and `messages` is metadata (UltraFeedback).
-    if columns.get("prompt") is not None or isinstance(chosen, list | tuple):
+    name = next((n for n in _CONVERSATION_COLUMNS if is_conversation(columns.get(n))), None)
+    chosen, rejected, text = (columns.get(n) for n in ("chosen", "rejected", "prompt"))
+    if name is None or chosen is None or rejected is None:
         return None
-    if not isinstance(messages, list):
-        return None
-    if isinstance(chosen, str) and messages and _is_answer(messages[-1], chosen):
+    messages = columns[name]
+    if states_prompt(chosen):
+        # The messages of UltraFeedback are the chosen conversation again: they add nothing.
+        whole, start = parse_messages(chosen), parse_messages(messages)
+        if [role_and_words(m) for m in whole[: len(start)]] == [role_and_words(m) for m in start]:
+            return None
+    if len(messages) > 1 and is_answer(messages[-1], chosen):
         messages = messages[:-1]
-    used = frozenset({"messages", "prompt", "chosen", "rejected"})
-    return RawPair(messages, chosen, columns.get("rejected"), used)
+    if is_filled(text):
+        check_contains(parse_prompt_value(text)[0], parse_messages(messages), name)
+    return RawPair(messages, chosen, rejected, frozenset({name, "prompt", "chosen", "rejected"}))
 
 
-def read_pair_columns(columns: Mapping[str, Any]) -> RawPair:
-    """The columns `prompt`, `chosen` and `rejected`; without `prompt` both answers repeat it."""
-    prompt, chosen, rejected = (columns.get(name) for name in ("prompt", "chosen", "rejected"))
-    return RawPair(prompt, chosen, rejected, frozenset({"prompt", "chosen", "rejected"}))
+def read_alpaca_columns(columns: Columns) -> RawPair | None:
+    """Alpaca's columns: an `instruction`, its `input` and earlier turns in `history`, beside two answers."""
+    if columns.get("prompt") is not None or not {"instruction", "chosen", "rejected"} <= set(columns):
+        return None
+    if not isinstance(columns["instruction"], str) or states_prompt(columns["chosen"]):
+        return None
+    used = frozenset({"instruction", "input", "history", "chosen", "rejected"} & set(columns))
+    return RawPair(alpaca_prompt(columns), columns["chosen"], columns["rejected"], used)
 
 
-SHAPES: tuple[Callable[[Mapping[str, Any]], RawPair | None], ...] = (
-    read_messages_column,
-    read_pair_columns,  # last: it takes any row, and the columns that are missing are reported from it
-)
-"""Readers in the order in which they are tried; the first one that recognizes a row reads it."""
+def read_pair_columns(columns: Columns) -> RawPair | None:
+    """The columns `chosen` and `rejected`, beside a column with the prompt or repeating it themselves."""
+    names = next((names for names in _ANSWER_COLUMNS if any(name in columns for name in names)), None)
+    if names is None:
+        return None
+    chosen, rejected = (columns.get(name) for name in names)
+    repeated = states_prompt(chosen) and states_prompt(rejected)
+    if repeated and columns.get("prompt") is None:
+        name, prompt = None, None
+    else:
+        name, prompt = find_prompt(columns)
+    # Argilla marks the ties in its version of the Orca pairs.
+    tie = columns.get("status") == "tie"
+    used = frozenset({name or "prompt", *names})
+    return RawPair(prompt, chosen, rejected, used, gap=score_gap(columns), tie=tie)
 
 
-def read_row(columns: Mapping[str, Any]) -> RawPair:
-    """The values of the pair in a row."""
-    for read in SHAPES:
-        pair = read(columns)
-        if pair is not None:
-            return pair
-    raise AssertionError("the last shape accepts every row")
+def read_shp(columns: Columns) -> RawRanking | None:
+    """Stanford Human Preferences: `human_ref_A`, `human_ref_B`, and `labels` 1 where A is preferred."""
+    names = ("history", "human_ref_A", "human_ref_B", "labels")
+    if not set(names) <= set(columns):
+        return None
+    prefers_a = to_choice(columns["labels"], "labels", (0, 1))
+    return _choose(columns["history"], columns, names[1:3], 1 - prefers_a, names)
 
 
-def _is_answer(message: Any, text: str) -> bool:
-    try:
-        return parse_messages([message]) == [{"role": "assistant", "content": text}]
-    except RecordError:  # reported when the whole prompt is parsed
-        return False
+def read_safe_rlhf(columns: Columns) -> RawRanking | None:
+    """PKU-SafeRLHF: `response_0`, `response_1`, and `better_response_id` with the more helpful one."""
+    names = ("prompt", "response_0", "response_1", "better_response_id")
+    if not set(names) <= set(columns):
+        return None
+    better = to_choice(columns["better_response_id"], "better_response_id", (0, 1))
+    return _choose(columns["prompt"], columns, names[1:3], better, names)
+
+
+def read_helpsteer(columns: Columns) -> RawRanking | None:
+    """HelpSteer's preferences: two responses and a signed strength, positive where the second is better."""
+    label = next((n for n in ("preference_strength", "overall_preference") if n in columns), None)
+    pairs = (("response_1", "response_2"), ("response1", "response2"))
+    names = next((names for names in pairs if names[0] in columns), None)
+    if label is None or names is None:
+        return None
+    prompt = "context" if "context" in columns else "prompt"
+    strength = to_number(columns[label], label)
+    answers = [columns.get(name) for name in names]
+    used = frozenset({prompt, label, *names})
+    return RawRanking(columns.get(prompt), answers, [0.0, strength], used)
+
+
+def read_two_answers(columns: Columns) -> RawRanking | None:
+    """Two answers with a score each, as in WebGPT's comparisons."""
+    if not {"answer_0", "answer_1", "score_0", "score_1"} <= set(columns):
+        return None
+    name, prompt = find_prompt(columns)
+    if isinstance(prompt, Mapping) and "full_text" in prompt:
+        prompt = prompt["full_text"]
+    scores = [to_number(columns[name], name) for name in ("score_0", "score_1")]
+    used = frozenset({name or "prompt", "answer_0", "answer_1", "score_0", "score_1"})
+    return RawRanking(prompt, [columns["answer_0"], columns["answer_1"]], scores, used)
+
+
+def read_summaries(columns: Columns) -> RawRanking | None:
+    """OpenAI's summaries: a post in `info`, two `summaries`, and the index of the better one in `choice`."""
+    info, summaries = columns.get("info"), columns.get("summaries")
+    if not isinstance(info, Mapping) or not isinstance(summaries, list) or "choice" not in columns:
+        return None
+    choice = to_choice(columns["choice"], "choice", range(len(summaries)))
+    scores = [float(index == choice) for index in range(len(summaries))]
+    answers = [text_of(item, "summaries") for item in summaries]
+    used = frozenset({"info", "summaries", "choice"})
+    return RawRanking(post_prompt(info), answers, scores, used, graded=False)
+
+
+def read_arena(columns: Columns) -> RawRanking | None:
+    """Chatbot Arena: `conversation_a`, `conversation_b`, and `winner` as `model_a`, `model_b` or a tie."""
+    names = ("conversation_a", "conversation_b", "winner")
+    if not set(names) <= set(columns):
+        return None
+    scores = winner_scores(columns["winner"])
+    return RawRanking(None, [columns[n] for n in names[:2]], scores, frozenset(names), graded=False)
+
+
+def read_arena_columns(columns: Columns) -> RawRanking | None:
+    """The Arena's columns of 0 and 1: `winner_model_a`, `winner_model_b` and `winner_tie`.
+
+    Prompt and responses may each be the JSON text of a list, one text a turn.
+    """
+    names = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b")
+    if not set(names) <= set(columns):
+        return None
+    scores = [to_number(columns[name], name) for name in names[3:]]
+    turns, *sides = (texts_of(columns[name]) for name in names[:3])
+    answers = [interleave(turns, side) for side in sides]
+    used = frozenset({*names, "winner_tie"})
+    return RawRanking(None, answers, scores, used, graded=False)
+
+
+def read_ranked(columns: Columns) -> RawRanking | None:
+    """Answers with a `rank` each, 1 for the best, as in Nectar."""
+    name, items = _items(columns)
+    if name is None or not all(isinstance(item, Mapping) and "rank" in item for item in items):
+        return None
+    return _ranking(columns, name, items, [-to_number(item["rank"], "rank") for item in items])
+
+
+def read_scored(columns: Columns) -> RawRanking | None:
+    """Answers with a score each, in the same items (UltraFeedback) or in a list beside them."""
+    name, items = _items(columns)
+    if name is None:
+        return None
+    for column, sign in _SCORE_LISTS.items():
+        scores = columns.get(column)
+        if isinstance(scores, list | tuple) and len(scores) == len(items):
+            numbers = [sign * to_number(score, column) for score in scores]
+            return _ranking(columns, name, items, numbers, column)
+    field = next((f for f in _SCORE_FIELDS if all(isinstance(i, Mapping) and f in i for i in items)), None)
+    if field is None:
+        return None
+    return _ranking(columns, name, items, [to_number(item[field], field) for item in items])
+
+
+SHAPES: dict[str, Reader] = {
+    "messages": read_messages_column,
+    "alpaca": read_alpaca_columns,
+    "pairs": read_pair_columns,
+    "shp": read_shp,
+    "safe_rlhf": read_safe_rlhf,
+    "helpsteer": read_helpsteer,
+    "two_answers": read_two_answers,
+    "summaries": read_summaries,
+    "arena": read_arena,
+    "arena_columns": read_arena_columns,
+    "ranked": read_ranked,
+    "scored": read_scored,
+}
+"""Readers by name, in the order in which they are tried; the first one that recognizes a row reads it."""
+
+
+def read_row(columns: Columns, form: str = "auto") -> tuple[str, RawShape] | None:
+    """The name of a row's shape, and the values of its prompt and answers; None if it has no known shape.
+
+    Args:
+        form: a name in :data:`SHAPES`, or `auto` to try them all.
+
+    Raises:
+        RecordError: when a value is not what its shape demands.
+    """
+    for name, read in SHAPES.items() if form == "auto" else [(form, SHAPES[form])]:
+        raw = read(columns)
+        if raw is not None:
+            return name, _with_system(columns, raw)
+    return None
+
+
+def missing_columns(columns: Columns, form: str) -> RecordError:
+    """Why a row has no known shape: the columns that it has, and those that would be accepted."""
+    seen = ", ".join(map(str, columns)) or "none"
+    if form != "auto":
+        return RecordError("chosen_missing", f"data.format={form} does not match its columns: {seen}")
+    return RecordError("chosen_missing", f"its columns are {seen}; accepted are {ACCEPTED}")
+
+
+def read_prompt(columns: Columns) -> RawPair:
+    """The prompt of a row without a preference."""
+    name, prompt = find_prompt(columns)
+    used = frozenset({name or "prompt", "chosen", "rejected"})
+    if name == "instruction":
+        used |= {"input", "history"}
+        prompt = alpaca_prompt(columns) if isinstance(prompt, str) else prompt
+    raw = _with_system(columns, RawPair(prompt, columns.get("chosen"), columns.get("rejected"), used))
+    assert isinstance(raw, RawPair)
+    return raw
+
+
+def _with_system(columns: Columns, raw: RawShape) -> RawShape:
+    name = next((n for n in SYSTEM_COLUMNS if n in columns and n not in raw.used_columns), None)
+    value = columns[name] if name is not None else None
+    if name is None or not (value is None or isinstance(value, str) or is_message(value)):
+        return raw
+    return replace(raw, system=value, used_columns=raw.used_columns | {name})
+
+
+def _choose(
+    prompt: Any, columns: Columns, answers: Iterable[str], better: int, used: Iterable[str]
+) -> RawRanking:
+    scores = [float(index == better) for index in (0, 1)]
+    return RawRanking(prompt, [columns[name] for name in answers], scores, frozenset(used), graded=False)
+
+
+def _items(columns: Columns) -> tuple[str | None, list[Any]]:
+    for name in ("answers", "completions", "responses", "generations", "all_generated_responses"):
+        items = columns.get(name)
+        if isinstance(items, list | tuple) and len(items) > 1:
+            return name, list(items)
+    return None, []
+
+
+def _ranking(
+    columns: Columns, name: str, items: Sequence[Any], scores: Sequence[float], *further: str
+) -> RawRanking:
+    prompt_name, prompt = find_prompt(columns)
+    used = {prompt_name or "prompt", name, *further}
+    if prompt_name == "instruction" and isinstance(prompt, str):
+        prompt, used = alpaca_prompt(columns), used | {"input", "history"}
+    return RawRanking(prompt, [text_of(item, name) for item in items], scores, frozenset(used))

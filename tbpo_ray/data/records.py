@@ -1,30 +1,41 @@
-"""Preference records: the pair in a row of any accepted shape, or the reason why there is none.
+"""Preference records: the pairs in a row of any accepted shape, or the reason why there is none.
 
-Accepted shapes (further columns are kept as metadata):
-
-- `prompt`, `chosen`, `rejected` as plain strings or lists of chat messages;
-- no prompt: `chosen` and `rejected` are message lists that begin alike and end in one assistant message;
-- no prompt: `chosen` and `rejected` are HH-RLHF transcripts (`\\n\\nHuman: ...\\n\\nAssistant: ...`);
-- UltraFeedback: a `prompt` string beside message lists that repeat it, with or without a `messages` column;
-- a `messages` column with the prompt, beside answers that are plain strings.
-
-Imports neither torch nor ray.
+The shapes are listed in :mod:`tbpo_ray.data.record_shapes`; a row that ranks several answers gives the pairs
+that `data.pairing` names. Columns that are not part of the pair are kept as metadata. Imports neither torch
+nor ray.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
-from tbpo_ray.data.messages import Message, parse_prompt_value, split_answer
-from tbpo_ray.data.record_shapes import RawPair, read_row
+from tbpo_ray.data.messages import (
+    Message,
+    answer_text,
+    check_media_columns,
+    check_unicode,
+    content_text,
+    is_message,
+    parse_json_text,
+    parse_tools,
+)
+from tbpo_ray.data.pair_split import prompt_before, split_pair, with_system
+from tbpo_ray.data.record_shapes import RawPair, RawShape, missing_columns, read_prompt, read_row
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.sources import RawRow, iter_raw
 
 _log = logging.getLogger(__name__)
+
+FORMAT_PREFIX = "format/"
+"""What the names of the counts of rows by shape begin with (`format/pairs`)."""
+_EXTRA_COLUMNS = frozenset({"tools", "functions", "chat_template_kwargs"})
 
 
 @dataclass(frozen=True)
@@ -95,48 +106,61 @@ class BadRecord:
 
 
 def parse_records(
-    raw: Any, source: str = "", row: int = 0, options: ReadOptions = ReadOptions()
+    raw: Any,
+    source: str = "",
+    row: int = 0,
+    options: ReadOptions = ReadOptions(),
+    counts: Counter[str] | None = None,
 ) -> list[Record]:
     """The preferences in a raw row: usually one, several of ranked answers, none if the answers tie.
+
+    Args:
+        counts: the name of the row's shape is counted here, behind :data:`FORMAT_PREFIX`.
 
     Raises:
         RecordError: with one of :data:`tbpo_ray.data.rejection_reasons.REASONS`.
     """
     columns = _columns(raw)
-    pair = read_row(columns)
-    for name, value in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        _check_answer_value(value, name, columns)
-    prompt = None if pair.prompt is None else parse_prompt_value(pair.prompt)
-    chosen_prompt, chosen = split_answer(pair.chosen, prompt, "chosen")
-    rejected_prompt, rejected = split_answer(pair.rejected, prompt, "rejected")
-    if chosen_prompt != rejected_prompt:
-        raise RecordError("prompts_differ", _first_difference(chosen_prompt, rejected_prompt))
-    _check_prompt(chosen_prompt)
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        _check_unicode(text, name)
-        if not text.strip():
-            raise RecordError(f"{name}_empty")
-    if chosen.strip() == rejected.strip():
-        raise RecordError("answers_identical", chosen[:80])
-    turns = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    metadata = _metadata(columns, pair)
-    return [Record(chosen_prompt, *turns, metadata=metadata, source=source, row=row)]
+    found = read_row(columns, options.format)
+    if found is None:
+        raise missing_columns(columns, options.format)
+    shape, values = found
+    if counts is not None:
+        counts[FORMAT_PREFIX + shape] += 1
+    check_media_columns(columns)
+    extras = _extras(columns)
+    metadata = _metadata(columns, values)
+    records = []
+    for pair in _raw_pairs(values, options, row):
+        for name, value in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            _check_answer_value(value, name, columns)
+        split = split_pair(pair.prompt, pair.system, pair.chosen, pair.rejected)
+        _check_prompt(split.prompt)
+        check_unicode(split.chosen, "chosen")
+        check_unicode(split.rejected, "rejected")
+        sides = {"prompt": split.prompt, "chosen": split.chosen, "rejected": split.rejected}
+        records.append(Record(**sides, **extras, metadata=metadata, source=source, row=row))
+    return records
 
 
 def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
-    """The prompt of a raw row, which may hold a pair, one answer, or a prompt alone.
+    """The prompt of a raw row, which may hold a preference, one answer, or a prompt alone.
 
     Raises:
         RecordError: when there is no prompt in it.
     """
     columns = _columns(raw)
-    pair = read_row(columns)
-    prompt = None if pair.prompt is None else parse_prompt_value(pair.prompt)
-    if isinstance(pair.chosen, str | list | tuple) and len(pair.chosen):
-        prompt = split_answer(pair.chosen, prompt, "chosen")[0]
-    prompt = prompt or []
+    check_media_columns(columns)
+    found = read_row(columns)
+    values = found[1] if found is not None else read_prompt(columns)
+    answer = values.chosen if isinstance(values, RawPair) else values.answers[0]
+    prompt = with_system(prompt_before(values.prompt, answer), values.system)
+    if values.prompt is None or "prompt" not in columns:
+        # A conversation to train on (`messages`) ends in its answer.
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
     _check_prompt(prompt)
-    return Prompt(prompt, _metadata(columns, pair), source, row)
+    return Prompt(prompt, _metadata(columns, values), source, row, **_extras(columns))
 
 
 def iter_records(
@@ -177,12 +201,6 @@ def iter_prompts(
             _quarantine(raw, error, on_bad)
 
 
-def answer_text(turns: Sequence[Message]) -> str:
-    """The text of an answer: the contents of its assistant turns, separated by blank lines."""
-    contents = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    return "\n\n".join(content for content in contents if content)
-
-
 def _quarantine(raw: RawRow, error: RecordError, on_bad: Callable[[BadRecord], None] | None) -> None:
     bad = BadRecord(raw.source, raw.row, error.reason, error.detail, raw.as_read())
     if on_bad is not None:
@@ -197,40 +215,59 @@ def _columns(raw: Any) -> Mapping[str, Any]:
     return raw
 
 
+def _raw_pairs(values: RawShape, options: ReadOptions, row: int) -> list[RawPair]:
+    """The pairs of a row whose answers differ by `data.pairing_gap` or more."""
+    if isinstance(values, RawPair):
+        # Scores beside a labeled pair only matter where a gap is set: the label itself says which is better.
+        too_close = values.gap is not None and values.gap < options.pairing_gap
+        return [] if values.tie or (options.pairing_gap > 0 and too_close) else [values]
+    gap = options.pairing_gap if values.graded else 0.0
+    order = sorted(range(len(values.answers)), key=lambda index: -values.scores[index])
+    pairs = [
+        (better, worse)
+        for better, worse in combinations(order, 2)
+        if _differ(values.scores[better] - values.scores[worse], gap)
+    ]
+    if options.pairing != "all":
+        pairs = [pair for pair in pairs if pair[0] == order[0]]
+        if options.pairing == "best_random" and pairs:
+            pairs = [random.Random(f"{options.seed} {row}").choice(pairs)]
+        pairs = pairs[-1:]
+    answers, used = values.answers, values.used_columns
+    return [RawPair(values.prompt, answers[a], answers[b], used, values.system) for a, b in pairs]
+
+
+def _differ(difference: float, gap: float) -> bool:
+    return difference > 0 and difference >= gap
+
+
+def _extras(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools and the template's arguments of a row."""
+    tools = parse_tools(columns.get("tools")) or parse_tools(columns.get("functions"), bare=True)
+    arguments = parse_json_text(columns.get("chat_template_kwargs"), "template_kwargs_malformed") or {}
+    if not isinstance(arguments, Mapping):
+        raise RecordError("template_kwargs_malformed", str(arguments)[:80])
+    check_unicode(tools, "tools")
+    check_unicode(arguments, "chat_template_kwargs")
+    return {"tools": tools, "template_kwargs": dict(arguments)}
+
+
 def _check_answer_value(value: Any, name: str, columns: Mapping[str, Any]) -> None:
     if value is None:
         raise RecordError(f"{name}_missing", "null" if name in columns else "columns: " + ", ".join(columns))
-    if isinstance(value, str):
+    if isinstance(value, str | list | tuple) or is_message(value):
         return
-    if not isinstance(value, list | tuple):
-        raise RecordError(f"{name}_not_text", f"{type(value).__name__} {str(value)[:80]}")
-    if not len(value):
-        raise RecordError(f"{name}_empty", "an empty list of messages")
+    raise RecordError(f"{name}_not_text", f"{type(value).__name__} {str(value)[:80]}")
 
 
 def _check_prompt(messages: list[Message]) -> None:
     if not messages:
         raise RecordError("prompt_missing")
-    for message in messages:
-        _check_unicode(message["content"], "prompt")
-    if not any(message["content"].strip() for message in messages):
+    check_unicode(messages, "prompt")
+    if not any(content_text(message).strip() for message in messages):
         raise RecordError("prompt_empty")
 
 
-def _check_unicode(text: str, name: str) -> None:
-    # JSON can escape half of a surrogate pair; such a string is valid in Python but tokenizers refuse it.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RecordError("text_not_unicode", f"{name}, character {error.start}") from None
-
-
-def _metadata(columns: Mapping[str, Any], pair: RawPair) -> dict[str, Any]:
-    return {str(name): value for name, value in columns.items() if name not in pair.used_columns}
-
-
-def _first_difference(left: list[Message], right: list[Message]) -> str:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return f"message {index}: {a['content'][:60]!r} / {b['content'][:60]!r}"
-    return f"{len(left)} and {len(right)} messages before the answer"
+def _metadata(columns: Mapping[str, Any], values: RawShape) -> dict[str, Any]:
+    used = values.used_columns | _EXTRA_COLUMNS
+    return {str(name): value for name, value in columns.items() if name not in used}

@@ -159,7 +159,7 @@ def _parse(
     for raw in chunk:
         rows += 1
         try:
-            parsed = parse_records(raw.load(), raw.source, raw.row, options)
+            parsed = parse_records(raw.load(), raw.source, raw.row, options, counts)
             counts["ties"] += not parsed
             records += parsed
         except RecordError as error:

@@ -35,11 +35,6 @@ SHAPES = {
         "chosen": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "yes"}],
         "rejected": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "no"}],
     },
-    "parts": {
-        "prompt": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}],
-        "chosen": "yes",
-        "rejected": "no",
-    },
 }
 
 
@@ -67,7 +62,7 @@ def test_a_further_shape_is_one_reader(monkeypatch):
         best, worst = columns["ranked"][0], columns["ranked"][-1]
         return RawPair(columns["question"], best, worst, frozenset({"question", "ranked"}))
 
-    monkeypatch.setattr(record_shapes, "SHAPES", (read_ranked, *record_shapes.SHAPES))
+    monkeypatch.setattr(record_shapes, "SHAPES", {"mine": read_ranked, **record_shapes.SHAPES})
     (record,) = parse_records({"question": "Q", "ranked": ["yes", "maybe", "no"], "language": "de"})
     assert (record.prompt, record.chosen_text, record.rejected_text) == ([U("Q")], "yes", "no")
     assert record.metadata == {"language": "de"}
@@ -140,6 +135,6 @@ def test_real_transcripts(real_data):
     for record in records[:200]:
         again = "".join(
             f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}"
-            for m in [*record.prompt, {"role": "assistant", "content": record.chosen_text}]
+            for m in [*record.prompt, *record.chosen]
         )
         assert again.split() == lines[record.row]["chosen"].split()
