@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tbpo_ray.config.loading import flatten, is_at_or_below, rename_deprecated_keys
+from tbpo_ray.config.loading import flatten, is_at_or_below, rename_deprecated_keys, to_tree
+from tbpo_ray.config.schema import Config
 
 
 def changed_values(
@@ -14,15 +15,18 @@ def changed_values(
     """The dotted keys whose values differ, with the old and the new value, in alphabetical order.
 
     Args:
-        old: a nested configuration, which may have been written by an older version with deprecated keys.
+        old: a nested configuration, which may have been written by an older version: with deprecated keys,
+            and without keys that have been added since, which then had their defaults.
         new: a nested configuration.
         ignored: keys and sections that are not compared.
     """
     before = flatten(rename_deprecated_keys(old, log=False))
     after = flatten(new)
+    defaults = flatten(to_tree(Config()))
+    added = {key for key in after if key not in before and key in defaults and after[key] == defaults[key]}
     sections = tuple(ignored)
     return {
         key: (before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
+        for key in sorted((before.keys() | after.keys()) - added)
         if before.get(key) != after.get(key) and not any(is_at_or_below(key, section) for section in sections)
     }
