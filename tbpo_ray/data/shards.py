@@ -91,6 +91,20 @@ class PreparedPairs:
         """The id of the first pair of each shard, followed by the number of pairs: [shards + 1] int64."""
         return np.cumsum([0, *(pairs for _, pairs in self.shards)], dtype=np.int64)
 
+    def largest_token_id(self) -> int:
+        """The largest token id of all pairs, from the statistics in the footers of the Parquet files."""
+        import pyarrow.parquet as pq
+
+        largest = 0
+        for name, _ in self.shards:
+            footer = pq.read_metadata(Path(self.path) / name)
+            for group in range(footer.num_row_groups):
+                for index in range(footer.num_columns):
+                    column = footer.row_group(group).column(index)
+                    if column.path_in_schema.split(".")[0] in TOKEN_COLUMNS and column.is_stats_set:
+                        largest = max(largest, column.statistics.max or 0)
+        return largest
+
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """All pairs in order as Python values, with `metadata` decoded."""
         import pyarrow.parquet as pq

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tbpo_ray.config.schema import LoraConfig, ModelConfig
 from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.models.attention import causal_class, choose_attention
 from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.models.tiny import build_tiny
+from tbpo_ray.models.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +62,7 @@ def _check_folder(folder: Path, name: str, key: str) -> None:
         raise InputError(f"{key}={name}: requires custom code (auto_map), which is never executed")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{key}={name}: it contains no *.safetensors; convert the weights to safetensors")
+    check_weight_files(folder, f"{key}={name}")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{key}={name}: it contains no tokenizer; save the tokenizer in the same folder")
 
@@ -121,23 +126,39 @@ def load_model(
     attention: str = "sdpa",
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """A causal model in `dtype` and eval mode, on the default device."""
+    """A causal model in `dtype` and eval mode, on the default device.
+
+    Args:
+        attention: the requested implementation; `eager` replaces it where it would drop a feature.
+
+    Raises:
+        InputError: the folder cannot be loaded, or lacks some of the model's weights.
+    """
     with hide_modules("sklearn"):
         from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    config = model_config(path, ModelConfig(gguf_file=gguf_file))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=choose_attention(config, attention).implementation,
             trust_remote_code=False,
+            output_loading_info=True,
             **extra,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(
             f"model.name_or_path={path}: no model could be loaded ({first_line(error)})"
         ) from error
+    # Transformers fills missing weights with random numbers, and says so in a warning only.
+    missing = sorted(info["missing_keys"])
+    if missing and gguf_file is None:
+        raise InputError(
+            f"model.name_or_path={path}: the safetensors lack {len(missing)} weights of the model "
+            f"({', '.join(missing[:3])}, ...); must be a complete checkpoint of {config.model_type}"
+        )
     model.config.use_cache = False
     return cast("PreTrainedModel", model.eval())
 
@@ -147,23 +168,57 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
-    targets = lora.target_modules
-    if isinstance(targets, list) and not _has_module(model, targets):
-        raise InputError(
-            f"model.lora.target_modules={targets}: no module of the model has one of these names"
-        )
     peft = PeftConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=lora_targets(model, lora.target_modules),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, peft)
+    try:
+        return get_peft_model(model, peft)
+    except ValueError as error:  # a module that has no low-rank form
+        raise InputError(
+            f"model.lora.target_modules={lora.target_modules}: {first_line(error)}; must be linear layers"
+        ) from error
 
 
-def _has_module(model: PreTrainedModel, names: list[str]) -> bool:
-    return any(module.rsplit(".", 1)[-1] in names or module in names for module, _ in model.named_modules())
+def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list[str]:
+    """`model.lora.target_modules` in the form in which peft finds the modules.
+
+    A string may be `all-linear`, the name of a module, or a regular expression that matches whole paths.
+
+    Raises:
+        InputError: naming each entry that matches no module.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    if targets == "all-linear":
+        return targets
+    names = [targets] if isinstance(targets, str) else targets
+    absent = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in paths)]
+    if not absent and names:
+        return names
+    if isinstance(targets, str) and _matches_any(targets, paths):
+        return targets
+    known = sorted({path.rsplit(".", 1)[-1] for path, module in model.named_modules() if _is_linear(module)})
+    close = [match for name in absent for match in get_close_matches(name, [*known, "all-linear"], n=1)]
+    hint = f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+    raise InputError(
+        f"model.lora.target_modules={targets}: no module of the model is named "
+        f"{', '.join(absent) or 'so'}{hint}; must be all-linear, or names among {', '.join(known)}"
+    )
+
+
+def _matches_any(pattern: str, paths: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, path) for path in paths)
+    except re.error:
+        return False
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2 has linear layers of a class of its own, Conv1D.
+    return type(module).__name__ in ("Linear", "Conv1D")
 
 
 def model_config(path: str, model: ModelConfig) -> Any:
@@ -185,17 +240,13 @@ def non_attention_layers(folder: str) -> str | None:
     Raises:
         InputError: when the configuration in the folder cannot be read.
     """
-    from transformers import AutoModelForCausalLM
-
     facts = model_config(folder, ModelConfig())
     kinds = set(getattr(facts.get_text_config(), "layer_types", None) or [])
     others = sorted(kinds - {"full_attention", "sliding_attention"})
     if others:
         return f"layers of the type {others[0]}"
     # Mamba-like models declare no layer types; transformers marks their classes as stateful.
-    known: Any = AutoModelForCausalLM._model_mapping
-    recurrent = type(facts) in known and getattr(known[type(facts)], "_is_stateful", False)
-    return "recurrent layers" if recurrent else None
+    return "recurrent layers" if getattr(causal_class(facts), "_is_stateful", False) else None
 
 
 def training_dtype(precision: str) -> torch.dtype:

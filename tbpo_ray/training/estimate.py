@@ -13,8 +13,10 @@ from tbpo_ray.data.records import iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import add_lora, load_tokenizer, model_config, resolve_model
-from tbpo_ray.training.run_plan import RunPlan, make_schedule, resolve_run
+from tbpo_ray.models.load import add_lora, load_tokenizer, resolve_model
+from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
+from tbpo_ray.progress import log_progress
+from tbpo_ray.training.run_plan import RunPlan, check_shared_prompt, make_schedule, resolve_run
 from tbpo_ray.training.token_weight_cache import check_token_weights
 
 READ_RECORDS, SAMPLE_PAIRS = 200_000, 1_000
@@ -33,6 +35,8 @@ class DataEstimate:
     """Whether all records were read."""
     lengths: np.ndarray
     """[sample, 3] tokens of prompt, chosen and rejected answer"""
+    largest_token: int
+    """The largest token id of the sample."""
 
 
 def plan_text(config: Config) -> str:
@@ -43,8 +47,13 @@ def plan_text(config: Config) -> str:
     """
     plan = resolve_run(config)
     model = resolve_model(config.model.name_or_path, plan.cache_dir)
+    check_shared_prompt(plan, model, "model.name_or_path")
+    facts = ModelFacts(model, source=config.model)
+    for note in check_model(config, facts):
+        log_progress(note)
     check_token_weights(plan)
     data = estimate_data(config, model)
+    check_token_ids(facts, data.largest_token, "data.train")
     prompt, chosen, rejected = data.lengths.mean(axis=0)
     per_pair = _tokens_per_pair(plan, data.lengths)
     schedule = make_schedule(plan, np.resize(data.lengths, (max(1, data.pairs), 3)))
@@ -89,7 +98,7 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     pairs = PairTokenizer(TokenizerSpec.of(tokenizer), config.data.max_length, config.data.prompt_limit)
     sources = config.data.train
     mix = [(sources, 1.0)] if isinstance(sources, str) else [(s.source, s.weight) for s in sources]
-    count, read, lengths = 0.0, 0, []
+    count, read, lengths, largest = 0.0, 0, [], 0
     for source, weight in mix:
         try:
             records = list(islice(iter_records(source, config.data.max_pairs), READ_RECORDS - read))
@@ -100,16 +109,17 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
         for pair in pairs.pairs(records[:SAMPLE_PAIRS]):
             if not isinstance(pair, RecordError):
                 lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
+                largest = max(largest, *pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
     if not lengths:
         raise InputError(f"data.train={sources}: no preference pair in it")
-    return DataEstimate(round(count), read < READ_RECORDS, np.array(lengths, dtype=np.int32))
+    return DataEstimate(round(count), read < READ_RECORDS, np.array(lengths, dtype=np.int32), largest)
 
 
 def estimate_memory(plan: RunPlan, model: str, longest_pair: float) -> dict[str, float]:
     """Bytes on one worker, by part. Activations follow a rule of thumb, the rest is counted."""
     config = plan.config
     training, workers, stage = config.training, config.cluster.max_workers, config.training.zero_stage
-    facts = model_config(model, config.model)
+    facts = ModelFacts(model, source=config.model)
     weights, trained = _count_parameters(config, facts)
     width = plan.dtype.itemsize
     has_reference = plan.reference_mode == "live" and not plan.adapter_off_reference
@@ -119,18 +129,17 @@ def estimate_memory(plan: RunPlan, model: str, longest_pair: float) -> dict[str,
         "reference": weights * width if has_reference else 0,
         "gradients": trained * width / (workers if stage >= 2 else 1),
         "master and optimizer": trained * master_and_states / (workers if stage >= 1 else 1),
-        "activations": _activation_bytes(config, facts, width, longest_pair),
+        "activations": _activation_bytes(config, facts.config, width, longest_pair),
         "output layer blocks": OUTPUT_BLOCK_BYTES,
     }
 
 
-def _count_parameters(config: Config, facts: Any) -> tuple[int, int]:
+def _count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
     """All parameters of the model, adapter included, and those that are trained."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    network: Any = facts.skeleton
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(facts, trust_remote_code=False)  # type: ignore[no-untyped-call]
         if config.model.lora is not None:
             network = add_lora(network, config.model.lora)
     sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]

@@ -18,6 +18,7 @@ from tbpo_ray.data.preparation import find_sources
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.models.load import check_same_tokenizer
+from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.models.resolve import local_model, policy_folder
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import write_atomic
@@ -92,9 +93,10 @@ def resolve_models(plan: RunPlan) -> tuple[str, str]:
     if config.model.reference is not None:
         reference = local_model(config.model.reference, plan.cache_dir, key="model.reference")
         check_same_tokenizer(model, reference, "model.reference")
-    check_shared_prompt(plan, model, "model.name_or_path")
-    if reference != model:
-        check_shared_prompt(plan, reference, "model.reference")
+    for folder, key in {reference: "model.reference", model: "model.name_or_path"}.items():
+        check_shared_prompt(plan, folder, key)
+        for note in check_model(config, ModelFacts(folder, key)):
+            log_progress(note)
     check_token_weights(plan)
     return model, reference
 
@@ -106,6 +108,11 @@ def prepare_inputs(plan: RunPlan, models: tuple[str, str]) -> Inputs:
     held_out = None
     if plan.config.data.eval is not None:
         held_out = prepare_role(plan.config, "eval", model, plan.cache_dir)
+    for folder, key in {reference: "model.reference", model: "model.name_or_path"}.items():
+        facts = ModelFacts(folder, key)
+        check_token_ids(facts, data.largest_token_id(), "data.train")
+        if held_out is not None:
+            check_token_ids(facts, held_out.largest_token_id(), "data.eval")
     return Inputs(model, reference, data, held_out)
 
 
