@@ -119,11 +119,11 @@ def test_the_table_and_the_file_hold_the_verdict(tmp_path):
     assert Verdict.load(tmp_path / "verdict.json") == verdict
     table = verdict.table().splitlines()
     assert "78.5 % [74.2, 82.2]" in table[3] and "baseline" in table[2] and table[3].startswith("tbpo")
-    assert "win rate against sft" in table[-1]
+    assert "against sft" in table[-1]
     (tmp_path / "verdict.json").write_text("{}")
-    with pytest.raises(InputError, match="not a verdict"):
+    with pytest.raises(InputError, match=r"verdict\.json: .*KeyError"):
         Verdict.load(tmp_path / "verdict.json")
-    with pytest.raises(InputError, match="no verdict there"):
+    with pytest.raises(InputError, match=r"none\.json"):
         Verdict.load(tmp_path / "none.json")
 
 
