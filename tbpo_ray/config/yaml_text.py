@@ -91,7 +91,7 @@ def _number(text: str) -> float:
 _RESOLVERS = {"int": (_INTEGER, "-+0123456789"), "float": (_FLOAT, "-+.0123456789")}
 for _handler in (_Loader, Dumper):
     for _kind, (_pattern, _first) in _RESOLVERS.items():
-        _handler.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        _handler.add_implicit_resolver(
             f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern.pattern})$"), list(_first)
         )
 for _tag in ("bool", "int", "float", "null"):

@@ -8,6 +8,7 @@ from typing import Any
 REASONS: dict[str, str] = {
     "not_utf8": "the line is not UTF-8 text",
     "not_json": "the line is not JSON",
+    "duplicate_keys": "a JSON object has a key more than once",
     "not_object": "the row is not a mapping of columns",
     "label_malformed": "a label, score or rank is not a value of its kind",
     "prompt_ambiguous": "several columns may hold the prompt, and none is named prompt",

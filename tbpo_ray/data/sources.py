@@ -7,10 +7,8 @@ file. Imports neither torch nor ray.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tbpo_ray.data import copyedit
+from tbpo_ray.data.line_formats import delimited_rows, json_rows, refuse_duplicates
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError, first_line
 
@@ -27,11 +26,11 @@ ROWS_PER_CHUNK, BYTES_PER_CHUNK = 1024, 16 * 2**20
 """Maximum number of rows of a chunk, and the approximate maximum of bytes if its rows are lines."""
 
 _FORMATS = {
-    ".jsonl": "lines",
-    ".ndjson": "lines",
+    ".jsonl": "json",
+    ".ndjson": "json",
     ".json": "json",
     ".csv": "csv",
-    ".tsv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
@@ -80,8 +79,22 @@ class Chunk:
         else:
             values = self.payload.split(b"\n")
         for index, value in enumerate(values):
-            if value != b"":  # an empty line is not a record, but it counts as a row
+            # An empty line is not a record, but it counts as a row.
+            if not isinstance(value, bytes) or value.strip():
                 yield RawRow(self.source, self.first_row + index, value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) != len(pairs):
+        names = [name for name, _ in pairs]
+        double = sorted({repr(name) for name in names if names.count(name) > 1})
+        raise RecordError("duplicate_keys", ", ".join(double))
+    return columns
+
+
+# NaN and Infinity are not JSON, although Python writes them: they stand for missing values.
+_ROWS = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=lambda name: None)
 
 
 @dataclass(frozen=True)
@@ -96,12 +109,14 @@ class RawRow:
         """The row's columns.
 
         Raises:
-            RecordError: when the line is not JSON in UTF-8.
+            RecordError: when the line is not JSON in UTF-8, or an object has a key twice.
         """
         if not isinstance(self.value, bytes):
             return self.value
         try:
-            return json.loads(self.value.decode("utf-8"))
+            return _ROWS.decode(self.value.decode("utf-8"))
+        except RecordError:
+            raise
         except UnicodeDecodeError as error:
             raise RecordError("not_utf8", f"byte {error.start}") from None
         except (ValueError, RecursionError) as error:
@@ -126,14 +141,19 @@ def resolve_source(source: str) -> list[SourceFile]:
     if source.startswith("builtin:"):
         copyedit.parse_source(source)
         return [SourceFile(source, "copyedit")]
+    if not source.strip():
+        # An empty path would be the working directory.
+        raise InputError(f"source {source!r}: is empty; must be a path, glob, fsspec address or hf:NAME")
     if source.startswith("hf:") and not source.startswith("hf://"):
         return _resolve_hub(source)
     try:
         fs, path = _filesystem(source)
         if fs.isdir(path):
             names = _data_files(fs, path)
+        elif fs.exists(path):  # literally, even if the name has glob characters
+            names = [path]
         else:
-            names = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] * fs.exists(path)
+            names = sorted(fs.glob(path)) if any(c in path for c in "*?[") else []
     except Exception as error:  # every store client has its own exceptions
         raise InputError(f"{source}: cannot be reached: {first_line(error)}") from error
     if not names:
@@ -200,13 +220,14 @@ def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
     with fsspec.open(file.address, "rb", compression="infer") as stream:
         if file.address.lower().endswith(".zst"):
             stream = io.BufferedReader(stream)  # the zstandard reader has no line iteration
-        lines = {"json": _json_lines, "csv": _csv_lines}.get(file.format, iter)(stream)
+        if file.format == "json":
+            lines = json_rows(stream, file.address)
+        else:
+            lines = delimited_rows(stream, file.address, tabs=file.format == "tsv")
         buffered: list[bytes] = []
         first = size = 0
         for line in lines:
             line = line.rstrip(b"\r\n")
-            if first == 0 and not buffered:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
             buffered.append(line)
             size += len(line)
             if len(buffered) == rows or size > BYTES_PER_CHUNK:
@@ -217,25 +238,6 @@ def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
             yield Chunk(file.address, first, len(buffered), "lines", b"\n".join(buffered))
 
 
-def _json_lines(stream: Any) -> Iterator[bytes]:
-    """The rows of a .json file as lines; it has one value per line, or one array that is read at once."""
-    first = stream.readline()
-    if first.lstrip().startswith(b"["):
-        yield from (json.dumps(item).encode() for item in json.loads(first + stream.read()))
-    else:
-        yield first
-        yield from stream
-
-
-def _csv_lines(stream: Any) -> Iterator[bytes]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long dialogue
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    header = text.readline()
-    delimiter = "\t" if "\t" in header and "," not in header else ","
-    for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
-        yield json.dumps({key or "": value for key, value in row.items()}).encode()
-
-
 def _table_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
     import fsspec
     import pyarrow as pa
@@ -243,16 +245,33 @@ def _table_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
 
     with fsspec.open(file.address, "rb") as stream:
         if file.format == "parquet":
-            batches: Any = pq.ParquetFile(stream).iter_batches(batch_size=rows)
+            parquet = pq.ParquetFile(stream)
+            _refuse_duplicate_fields(parquet.schema_arrow, file.address)
+            batches: Any = parquet.iter_batches(batch_size=rows)
         else:
             batches = _arrow_batches(pa, stream, rows)
         first = 0
         for batch in batches:
+            if not first:
+                _refuse_duplicate_fields(batch.schema, file.address)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, batch.schema) as writer:
                 writer.write_batch(batch)
             yield Chunk(file.address, first, batch.num_rows, "table", sink.getvalue().to_pybytes())
             first += batch.num_rows
+
+
+def _refuse_duplicate_fields(fields: Any, address: str) -> None:
+    """Refuse columns, or fields of a struct column, that have the same name."""
+    import pyarrow as pa
+
+    refuse_duplicates([field.name for field in fields], address)
+    for field in fields:
+        kind = field.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if pa.types.is_struct(kind):
+            _refuse_duplicate_fields([kind.field(i) for i in range(kind.num_fields)], address)
 
 
 def _arrow_batches(pa: Any, stream: Any, rows: int) -> Iterator[Any]:
