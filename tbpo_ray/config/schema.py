@@ -103,12 +103,6 @@ RecordFormat = Literal[
 ]  # fmt: skip
 """The row shapes that :mod:`tbpo_ray.data.record_shapes` reads."""
 
-RecordFormat = Literal[
-    "auto", "messages", "alpaca", "pairs", "shp", "safe_rlhf", "helpsteer", "two_answers", "summaries",
-    "arena", "arena_columns", "ranked", "scored",
-]  # fmt: skip
-"""The row shapes that :mod:`tbpo_ray.data.record_shapes` reads."""
-
 
 class DataConfig(Section):
     """The preference records and how they become token sequences."""
@@ -117,15 +111,6 @@ class DataConfig(Section):
     """Preference records to train on: one source, or a list of `{source, weight}`."""
     eval: Sources | None = None
     """Held-out preference records, for the metrics of `training.eval_every`."""
-    format: RecordFormat = "auto"
-    """The shape of the rows, which determines the columns of the prompt and the answers; `auto` tries all
-    shapes and reports the one that it found."""
-    pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
-    """Pairs made of a row that ranks or scores several answers: the best with the worst, the best with a
-    random one that is worse, or every two that differ."""
-    pairing_gap: NonNegative = 0.0
-    """Minimum difference of the scores (or ranks) of two answers that make a pair. Ties never do: they are
-    skipped and counted."""
     format: RecordFormat = "auto"
     """The shape of the rows, which determines the columns of the prompt and the answers; `auto` tries all
     shapes and reports the one that it found."""
