@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -249,10 +250,14 @@ def kill_when(reached: Callable[[], bool], command: list[str], environment: dict
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
-    assert wait_for(lambda: reached() or process.poll() is not None, 300)
-    assert process.poll() is None, process.stderr.read() if process.stderr else ""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        assert wait_for(lambda: reached() or process.poll() is not None, 300)
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+    finally:
+        # Also when the study never gets there, or it would keep running after the test.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_killed_study_resumes(tmp_path, small_model):
