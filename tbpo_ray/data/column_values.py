@@ -44,9 +44,9 @@ def find_prompt(columns: Columns) -> tuple[str | None, Any]:
     found = [n for n in PROMPT_COLUMNS if _is_prompt_value(columns.get(n))]
     if not found:
         return None, None
-    first, known = found[0], _all_words(columns[found[0]])
+    first, known = found[0], f" {_all_words(columns[found[0]])} "
     parts = {"input", "history"} if first == "instruction" else set()
-    others = [n for n in found[1:] if n not in parts and _all_words(columns[n]) not in known]
+    others = [n for n in found[1:] if n not in parts and f" {_all_words(columns[n])} " not in known]
     if others:
         raise RecordError("prompt_ambiguous", f"columns {', '.join([first, *others])}")
     return first, columns[first]

@@ -130,14 +130,17 @@ def _answer_turns(value: Any, explicit: Turns | None, name: str) -> Turns:
 
 def _conversation_of(message: Message, sides: Sequence[Turns]) -> Turns:
     """The turns up to the one that a plain text prompt states; sets often name one turn of several."""
+    starts = []
     for turns in sides:
         if turns[0]["role"] == "assistant":
             continue
-        for index, turn in enumerate(turns):
-            if _key(turn) == _key(message):
-                return [*turns[:index], message]
-        raise RecordError("prompts_differ", f"prompt {_quoted(message)} / {_quoted(turns[0])}")
-    return [message]
+        index = next((k for k, turn in enumerate(turns) if _key(turn) == _key(message)), None)
+        if index is None:
+            raise RecordError("prompts_differ", f"prompt {_quoted(message)} / {_quoted(turns[0])}")
+        starts.append(turns[:index])
+    if starts and any(start != starts[0] for start in starts):
+        raise RecordError("prompts_differ", _first_difference(*starts[:2]))
+    return [*(starts[0] if starts else []), message]
 
 
 def _without_answer(explicit: Turns, chosen: Turns) -> Turns:
@@ -155,7 +158,7 @@ def _remove_prompt(prompt: Turns, sides: Sequence[Turns]) -> tuple[Turns, list[T
         if prompt[0]["role"] not in SYSTEM_ROLES:
             while skip < len(turns) and turns[skip]["role"] in SYSTEM_ROLES:
                 skip += 1
-        if skip:
+        if turns[0]["role"] != "assistant":  # a side that begins with the prompt
             leads.append(turns[:skip])
         rests.append(_rest(prompt, turns[skip:]))
     if leads and any(lead != leads[0] for lead in leads):

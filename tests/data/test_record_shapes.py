@@ -1,0 +1,291 @@
+"""Rows in the shapes of public preference sets, pairs of ranked and scored answers, ties and refusals."""
+
+import json
+from collections import Counter
+from typing import get_args
+
+import pytest
+
+from tbpo_ray.config.schema import DataConfig, RecordFormat
+from tbpo_ray.data.preparation import PairsSpec, prepare
+from tbpo_ray.data.record_shapes import SHAPES
+from tbpo_ray.data.records import ReadOptions, iter_prompts, iter_records, parse_prompt, parse_records
+from tbpo_ray.data.rejection_reasons import REASONS, RecordError
+from tbpo_ray.errors import InputError
+
+U, A, S = (
+    lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system")
+)
+Q, GOOD, BAD = "Which sea is salty?", "All of them.", "None."
+PUBLIC = {
+    "orca": ("pairs", {"system": "Be brief.", "question": Q, "chosen": GOOD, "rejected": BAD}),
+    "distilabel orca": (
+        "pairs",
+        {"system": "Be brief.", "input": Q, "chosen": GOOD, "rejected": BAD, "status": "unchanged"},
+    ),
+    "truthy": ("pairs", {"id": 1, "system": "Be brief.", "prompt": Q, "chosen": GOOD, "rejected": BAD}),
+    "orpo mix": (
+        "pairs",
+        {"question": Q, "prompt": Q, "chosen": [U(Q), A(GOOD)], "rejected": [U(Q), A(BAD)]},
+    ),
+    "ratings": (
+        "pairs",
+        {
+            "prompt": Q,
+            "chosen": [U(Q), A(GOOD)],
+            "chosen-rating": 5.0,
+            "rejected": [U(Q), A(BAD)],
+            "rejected-rating": 2.0,
+        },
+    ),
+    "response columns": ("pairs", {"prompt": Q, "chosen_response": GOOD, "rejected_response": BAD}),
+    "sharegpt": (
+        "messages",
+        {
+            "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": Q}],
+            "chosen": {"from": "gpt", "value": GOOD},
+            "rejected": {"from": "gpt", "value": BAD},
+        },
+    ),
+    "messages": (
+        "messages",
+        {"messages": [S("Be brief."), U(Q)], "chosen": A(GOOD), "rejected": A(BAD)},
+    ),
+    "messages with a system turn beside conversations": (
+        "messages",
+        {"messages": [S("Be brief."), U(Q)], "chosen": [U(Q), A(GOOD)], "rejected": [U(Q), A(BAD)]},
+    ),
+    "shp a": ("shp", {"history": Q, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1, "score_A": 9}),
+    "shp b": ("shp", {"history": Q, "human_ref_A": BAD, "human_ref_B": GOOD, "labels": 0}),
+    "safe rlhf": (
+        "safe_rlhf",
+        {
+            "prompt": Q,
+            "response_0": BAD,
+            "response_1": GOOD,
+            "better_response_id": 1,
+            "safer_response_id": 0,
+        },
+    ),
+    "helpsteer 2": (
+        "helpsteer",
+        {"prompt": Q, "response_1": GOOD, "response_2": BAD, "preference_strength": -1},
+    ),
+    "helpsteer 3": (
+        "helpsteer",
+        {"context": [U(Q)], "response1": BAD, "response2": GOOD, "overall_preference": 2},
+    ),
+    "webgpt": (
+        "two_answers",
+        {"question": {"full_text": Q}, "answer_0": BAD, "score_0": -0.5, "answer_1": GOOD, "score_1": 0.5},
+    ),
+    "arena": (
+        "arena",
+        {"conversation_a": [U(Q), A(BAD)], "conversation_b": [U(Q), A(GOOD)], "winner": "model_b"},
+    ),
+    "arena columns": (
+        "arena_columns",
+        {
+            "prompt": json.dumps([Q]),
+            "response_a": json.dumps([GOOD]),
+            "response_b": json.dumps([BAD]),
+            "winner_model_a": 1,
+            "winner_model_b": 0,
+            "winner_tie": 0,
+        },
+    ),
+    "nectar": (
+        "ranked",
+        {
+            "prompt": f"\n\nHuman: {Q}\n\nAssistant: ",
+            "answers": [
+                {"answer": BAD, "rank": 7.0},
+                {"answer": "Some.", "rank": 2.0},
+                {"answer": GOOD, "rank": 1.0},
+            ],
+        },
+    ),
+    "ultrafeedback": (
+        "scored",
+        {
+            "instruction": Q,
+            "completions": [
+                {"response": BAD, "overall_score": 3.0},
+                {"response": GOOD, "overall_score": 8.5},
+            ],
+        },
+    ),
+    "scores in a list": ("scored", {"prompt": Q, "responses": [BAD, GOOD], "scores": [1, "2.5"]}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_shape_of_a_public_set_gives_its_pair(name, explicit):
+    form, row = PUBLIC[name]
+    counts = Counter()
+    (record,) = parse_records(
+        {**row, "language": "en"}, "s", 5, ReadOptions(form if explicit else "auto"), counts
+    )
+    start = [S("Be brief.")] if "Be brief." in json.dumps(row) else []
+    assert (record.prompt, record.chosen, record.rejected) == ([*start, U(Q)], [A(GOOD)], [A(BAD)])
+    assert record.metadata["language"] == "en" and (record.source, record.row) == ("s", 5)
+    assert counts == {f"format/{form}": 1}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_prompts_alone_are_read_from_every_shape(name):
+    start = [S("Be brief.")] if "Be brief." in json.dumps(PUBLIC[name][1]) else []
+    assert parse_prompt(PUBLIC[name][1]).prompt == [*start, U(Q)]
+
+
+def test_an_instruction_its_input_and_its_history_are_one_prompt():
+    row = {"instruction": "Translate.", "input": "Haus", "history": [["Hello", "Hi"]], "system": "Be brief."}
+    (record,) = parse_records({**row, "chosen": "house", "rejected": "mouse"})
+    expected = [S("Be brief."), U("Hello"), A("Hi"), U("Translate.\nHaus")]
+    assert record.prompt == parse_prompt(row).prompt == expected
+    assert record.metadata == {}
+
+
+def test_a_summary_is_asked_for_as_in_openai_s_comparisons():
+    row = {
+        "info": {"id": "1", "post": "A day at sea.", "title": "Sea", "subreddit": "sailing"},
+        "summaries": [{"text": "Long.", "policy": "p"}, {"text": "Sea day.", "policy": "p"}],
+        "choice": 1,
+        "worker": "w",
+    }
+    (record,) = parse_records(row)
+    assert (record.chosen_text, record.rejected_text) == ("Sea day.", "Long.")
+    assert record.prompt == [U("SUBREDDIT: r/sailing\n\nTITLE: Sea\n\nPOST: A day at sea.\n\nTL;DR:")]
+    assert record.metadata == {"worker": "w"}
+    article = {**row, "info": {"article": "News.", "post": None}}
+    assert parse_records(article)[0].prompt == [U("ARTICLE: News.\n\nTL;DR:")]
+
+
+def test_arena_conversations_of_several_turns_are_answers_of_several_turns():
+    a, b = [U("x"), A("1"), U("y"), A("2")], [U("x"), A("3"), U("y"), A("4")]
+    (record,) = parse_records({"conversation_a": a, "conversation_b": b, "winner": "model_a"})
+    assert (record.prompt, record.chosen, record.rejected) == ([U("x")], a[1:], b[1:])
+
+
+TIES = {
+    "helpsteer": {"context": [U(Q)], "response1": GOOD, "response2": BAD, "overall_preference": 0},
+    "arena": {"conversation_a": [U(Q), A("a")], "conversation_b": [U(Q), A("b")], "winner": "tie"},
+    "arena, both bad": {
+        "conversation_a": [U(Q), A("a")],
+        "conversation_b": [U(Q), A("b")],
+        "winner": "tie (bothbad)",
+    },
+    "orca": {"system": "", "input": Q, "chosen": GOOD, "rejected": BAD, "status": "tie"},
+    "ranked": {"prompt": Q, "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]},
+    "webgpt": {"prompt": Q, "answer_0": "a", "score_0": 0.0, "answer_1": "b", "score_1": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_give_no_pair(name):
+    assert parse_records(TIES[name]) == []
+
+
+RANKED = {"prompt": Q, "responses": ["low", "top", "mid", "also mid"], "scores": [1, 5, 3, 3]}
+
+
+@pytest.mark.parametrize(
+    ("pairing", "gap", "expected"),
+    [
+        ("best_worst", 0, ["top>low"]),
+        ("best_worst", 4.5, []),
+        ("all", 0, ["top>mid", "top>also mid", "top>low", "mid>low", "also mid>low"]),
+        ("all", 3, ["top>low"]),
+        ("best_random", 3, ["top>low"]),
+    ],
+)
+def test_ranked_answers_become_the_pairs_that_the_configuration_names(pairing, gap, expected):
+    options = ReadOptions(pairing=pairing, pairing_gap=gap)
+    records = parse_records(RANKED, options=options)
+    assert [f"{r.chosen_text}>{r.rejected_text}" for r in records] == expected
+
+
+def test_a_random_worse_answer_depends_on_seed_and_row_only():
+    def drawn(seed):
+        options = ReadOptions(pairing="best_random", seed=seed)
+        return [parse_records(RANKED, row=row, options=options)[0].rejected_text for row in range(40)]
+
+    assert drawn(1) == drawn(1) != drawn(2) and set(drawn(1)) == {"low", "mid", "also mid"}
+
+
+def test_a_gap_applies_to_labeled_pairs_with_scores_but_not_to_labels():
+    scored = {"prompt": Q, "chosen": GOOD, "rejected": BAD, "score_chosen": 5, "score_rejected": 4}
+    wide = ReadOptions(pairing_gap=2)
+    assert parse_records(scored) and not parse_records(scored, options=wide)
+    assert parse_records(PUBLIC["shp a"][1], options=wide)  # 0 and 1 are labels, not scores
+
+
+REFUSED = {
+    "unpaired": ({"prompt": Q, "completion": GOOD, "label": True}, "chosen_missing"),
+    "text": ({"text": Q}, "chosen_missing"),
+    "two questions": ({"question": Q, "context": "c", "chosen": "a", "rejected": "b"}, "prompt_ambiguous"),
+    "label": ({**PUBLIC["shp a"][1], "labels": 2}, "label_malformed"),
+    "winner": ({**TIES["arena"], "winner": "model_c"}, "label_malformed"),
+    "score": ({**RANKED, "scores": [1, None, 2, 3]}, "label_malformed"),
+    "nan": ({**RANKED, "scores": [1, float("nan"), 2, 3]}, "label_malformed"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_without_a_preference_are_refused_with_what_was_found(name):
+    row, reason = REFUSED[name]
+    with pytest.raises(RecordError) as caught:
+        parse_records(row)
+    assert caught.value.reason == reason in REASONS and caught.value.detail
+    if reason == "chosen_missing":
+        assert all(column in caught.value.detail for column in [*row, "chosen and rejected", "winner"])
+
+
+def test_a_named_format_reads_only_its_shape():
+    with pytest.raises(RecordError, match=r"data\.format=shp") as caught:
+        parse_records(PUBLIC["arena"][1], options=ReadOptions("shp"))
+    assert caught.value.reason == "chosen_missing" and "conversation_a" in caught.value.detail
+
+
+def test_the_configuration_names_every_shape():
+    assert set(get_args(RecordFormat)) == {"auto", *SHAPES}
+
+
+@pytest.fixture
+def build(write_rows, tokenizer_folder, tmp_path):
+    def build(rows, **data):
+        spec = PairsSpec(write_rows(rows), DataConfig(quarantine_limit=1, **data), tokenizer_folder)
+        return prepare(spec, tmp_path / "cache", distributed=False)
+
+    return build
+
+
+def test_preparing_reports_the_shape_and_counts_the_ties(build, capsys):
+    prepared = build([PUBLIC["helpsteer 3"][1], TIES["helpsteer"], PUBLIC["arena"][1]])
+    assert (prepared.records, prepared.pairs, prepared.quarantined) == (3, 2, 0)
+    assert (prepared.counts["ties"], prepared.counts["format/helpsteer"]) == (1, 2)
+    said = capsys.readouterr().err
+    assert "2 records as helpsteer" in said and "data.format" in said and "skipped 1 records" in said
+    assert [row["row"] for row in prepared.rows()] == [0, 2]
+
+
+def test_a_row_of_ranked_answers_gives_several_pairs_with_its_row_number(build):
+    worst = build([RANKED, RANKED])
+    prepared = build([RANKED, RANKED], pairing="all")
+    assert (prepared.records, prepared.pairs, worst.pairs) == (2, 10, 2)
+    assert [row["row"] for row in prepared.rows()] == [0] * 5 + [1] * 5
+    assert prepared.fingerprint != worst.fingerprint
+
+
+def test_a_file_without_a_preference_is_refused_by_its_columns(build):
+    with pytest.raises(InputError, match="prompt, completion, label") as caught:
+        build([REFUSED["unpaired"][0]] * 2)
+    assert "none of its 2 records" in str(caught.value) and "chosen and rejected" in str(caught.value)
+    with pytest.raises(InputError, match="2 of 2 records the answers tie"):
+        build([TIES["arena"]] * 2)
+
+
+def test_files_of_records_and_of_prompts_take_the_same_shapes(write_rows):
+    file = write_rows([row for _, row in PUBLIC.values()])
+    assert len(list(iter_records(file))) == len(list(iter_prompts(file))) == len(PUBLIC)

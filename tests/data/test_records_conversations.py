@@ -1,0 +1,230 @@
+"""Where a prompt ends and an answer begins, and that no field of a message is lost on the way."""
+
+import json
+
+import pytest
+
+from tbpo_ray.data.records import parse_prompt, parse_records
+from tbpo_ray.data.rejection_reasons import RecordError
+
+U, A, S = (
+    lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system")
+)
+DEVELOPER = {"role": "developer", "content": "D"}
+CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "5", "tool_call_id": "1", "name": "weather"}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def pair(prompt=None, chosen="yes", rejected="no", **columns):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns}
+
+
+def both(*start, a="yes", b="no"):
+    return {"chosen": [*start, A(a)], "rejected": [*start, A(b)]}
+
+
+PROMPTS = {
+    "answers repeat all but the system turn": (
+        {"prompt": [S("French."), U("Q")], **both(U("Q"))},
+        [S("French."), U("Q")],
+    ),
+    "answers repeat all": ({"prompt": [S("F."), U("Q")], **both(S("F."), U("Q"))}, [S("F."), U("Q")]),
+    "answers repeat nothing": ({"prompt": [S("F."), U("Q")], **both()}, [S("F."), U("Q")]),
+    "answers state the system turn": ({"prompt": [U("Q")], **both(S("F."), U("Q"))}, [S("F."), U("Q")]),
+    "answers repeat the last turn": (
+        {"prompt": [U("x"), A("y"), U("Q")], **both(U("Q"))},
+        [U("x"), A("y"), U("Q")],
+    ),
+    "answers go on": ({"prompt": [U("x")], **both(U("x"), A("y"), U("Q"))}, [U("x"), A("y"), U("Q")]),
+    "only a system turn": ({"prompt": [S("F.")], **both(U("Q"))}, [S("F."), U("Q")]),
+    "other white space": (
+        {"prompt": [U("a  b")], "chosen": [U("a b\n"), A("yes")], "rejected": [U("a  b"), A("no")]},
+        [U("a  b")],
+    ),
+    "text is the last turn": (
+        {"prompt": "Q", **both(U("x"), A("y"), U("Q"))},
+        [U("x"), A("y"), U("Q")],
+    ),
+    "text is the first turn": (
+        {"prompt": "x", **both(U("x"), A("y"), U("Q"))},
+        [U("x"), A("y"), U("Q")],
+    ),
+    "text and a system turn": ({"prompt": "Q", **both(S("F."), U("Q"))}, [S("F."), U("Q")]),
+    "JSON text": (
+        pair(json.dumps([S("F."), U("Q")]), json.dumps([A("yes")]), json.dumps([A("no")])),
+        [S("F."), U("Q")],
+    ),
+    "a single message": (pair(U("Q"), A("yes"), A("no")), [U("Q")]),
+    "system column": (pair("Q", system="F."), [S("F."), U("Q")]),
+    "system_prompt column": ({"system_prompt": "F.", **both(U("Q"))}, [S("F."), U("Q")]),
+    "the same system turn twice": (pair([S("F."), U("Q")], system=" F.\n"), [S("F."), U("Q")]),
+    "an empty system column": (pair("Q", system=" "), [U("Q")]),
+    "a prompt in messages": (
+        pair("Q", messages=[S("F."), U("Q"), A("yes")]),
+        [S("F."), U("Q")],
+    ),
+    "developer": (
+        pair([{"role": "developer", "content": "D"}, U("Q")]),
+        [{"role": "developer", "content": "D"}, U("Q")],
+    ),
+    "transcript that ends in Human": (pair("\n\nHuman: Q"), [U("Q")]),
+    "text that looks like JSON": (pair('{"role": 1'), [U('{"role": 1')]),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_explicit_prompt_is_followed_by_what_the_answers_share(name):
+    row, prompt = PROMPTS[name]
+    (record,) = parse_records(row)
+    assert record.prompt == prompt == parse_prompt(row).prompt
+    assert (record.chosen, record.rejected) == ([A("yes")], [A("no")])
+
+
+REFUSED = {
+    "another question": ({"prompt": "one", **both(U("two"))}, "prompts_differ"),
+    "another question in messages": ({"prompt": [U("one")], **both(U("two"))}, "prompts_differ"),
+    "another system turn": ({"prompt": [S("F."), U("Q")], **both(S("G."), U("Q"))}, "prompts_differ"),
+    "another system column": (pair([S("F."), U("Q")], system="G."), "prompts_differ"),
+    "a system turn before one answer": (
+        {"prompt": [U("Q")], "chosen": [S("F."), U("Q"), A("yes")], "rejected": [U("Q"), A("no")]},
+        "prompts_differ",
+    ),
+    "a history before one answer": (
+        {"prompt": "Q", "chosen": [U("x"), A("y"), U("Q"), A("yes")], "rejected": [U("Q"), A("no")]},
+        "prompts_differ",
+    ),
+    "prompt and messages": (pair("one", messages=[U("two")]), "prompts_differ"),
+    "transcripts with another question": (
+        pair("Q", "\n\nHuman: R\n\nAssistant: yes", "\n\nHuman: R\n\nAssistant: no"),
+        "prompts_differ",
+    ),
+    "a begun answer": (pair([U("Q"), A("Sure, ")], [A("yes")], [A("no")]), "prompt_ends_in_answer"),
+    "a begun answer in a transcript": (pair("\n\nHuman: Q\n\nAssistant: Sure,"), "prompt_ends_in_answer"),
+    "an image part": (
+        pair([{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image"}]}]),
+        "media_not_supported",
+    ),
+    "an image address": (
+        pair([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        "media_not_supported",
+    ),
+    "audio": (
+        pair([{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}]),
+        "media_not_supported",
+    ),
+    "an image column": (pair("Q", images=["x.png"]), "media_not_supported"),
+    "a video column": (pair("Q", video={"path": "x", "bytes": None}), "media_not_supported"),
+    "null content": (pair("Q", [{"role": "assistant", "content": None}]), "message_malformed"),
+    "an unknown part": (pair("Q", [{"role": "assistant", "content": [{"type": "x"}]}]), "message_malformed"),
+    "an unknown call": (
+        pair([U("Q"), {"from": "function_call", "value": "not JSON"}]),
+        "message_malformed",
+    ),
+    "tools": (pair("Q", tools="calculator"), "tools_malformed"),
+    "tools of text": (pair("Q", tools=["calculator"]), "tools_malformed"),
+    "template arguments": (pair("Q", chat_template_kwargs="x"), "template_kwargs_malformed"),
+    "half a character in an argument": (
+        pair("Q", [{**CALLING, "tool_calls": [{"function": {"name": "w", "arguments": {"a": ["\ud800"]}}}]}]),
+        "text_not_unicode",
+    ),
+    "half a character in a tool": (pair("Q", tools=[{"description": "\ud800"}]), "text_not_unicode"),
+    "half a character in reasoning": (
+        pair("Q", [{**A("x"), "reasoning_content": "\ud800"}]),
+        "text_not_unicode",
+    ),
+    "an empty last turn": (pair("Q", [CALLING, RESULT, A(" ")]), "chosen_empty"),
+    "the result of a tool last": (pair("Q", [CALLING, RESULT]), "no_final_answer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_contradictions_and_what_cannot_be_trained_are_quarantined(name):
+    row, reason = REFUSED[name]
+    with pytest.raises(RecordError) as caught:
+        parse_records(row)
+    assert caught.value.reason == reason
+
+
+def test_media_are_named():
+    with pytest.raises(RecordError, match="column images"):
+        parse_records(pair("Q", images=["x.png"]))
+    with pytest.raises(RecordError, match="video_url of the user"):
+        parse_records(pair([{"role": "user", "content": [{"type": "video_url"}]}]))
+    empty = {"images": [], "image": None, "audio": {"path": None, "bytes": None}, "videos": [None]}
+    assert parse_records(pair("Q", **empty))[0].prompt == [U("Q")]
+
+
+def test_every_field_of_a_message_is_kept():
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Q"}], "name": "Eve"},
+        CALLING,
+        RESULT,
+        {**A("warm"), "reasoning_content": "5 is more than 0"},
+    ]
+    row = {"chosen": turns, "rejected": [*turns[:3], A("cold")], "tools": json.dumps(TOOLS)}
+    (record,) = parse_records({**row, "chat_template_kwargs": {"enable_thinking": False}, "topic": "x"})
+    assert (record.prompt, record.chosen, record.rejected) == (turns[:3], turns[3:], [A("cold")])
+    assert (record.tools, record.template_kwargs) == (TOOLS, {"enable_thinking": False})
+    assert record.metadata == {"topic": "x"} and record.chosen_text == "warm"
+    prompt = parse_prompt(row)
+    assert (prompt.prompt, prompt.tools) == (turns[:3], TOOLS)
+
+
+def test_an_answer_may_call_tools_and_a_preference_may_lie_over_several_turns():
+    (record,) = parse_records(pair("Q", [CALLING, RESULT, A("warm")], "cold", tools=TOOLS))
+    assert (record.prompt, record.chosen, record.rejected) == (
+        [U("Q")],
+        [CALLING, RESULT, A("warm")],
+        [A("cold")],
+    )
+    (record,) = parse_records(pair("Q", [CALLING], "cold"))
+    assert record.chosen == [CALLING] and record.chosen_text == ""
+    talk = [U("Q"), A("a"), U("more"), A("b")], [U("Q"), A("c"), U("why"), A("d")]
+    (record,) = parse_records({"chosen": talk[0], "rejected": talk[1]})
+    assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], talk[0][1:], talk[1][1:])
+    assert record.chosen_text == "a\n\nb"
+
+
+def test_answers_that_differ_in_a_field_are_different():
+    thought = [{**A("5"), "reasoning_content": text} for text in ("2 + 3", "a guess")]
+    (record,) = parse_records(pair("Q", *([turn] for turn in thought)))
+    assert (record.chosen, record.rejected) == ([thought[0]], [thought[1]])
+
+
+def test_null_fields_of_tables_are_absent():
+    null = {"tool_calls": None, "name": None, "tool_call_id": None}
+    (record,) = parse_records(pair([{**U("Q"), **null}], [{**A("yes"), **null, "tool_calls": []}]))
+    assert (record.prompt, record.chosen) == ([U("Q")], [A("yes")])
+
+
+def test_sharegpt_calls_and_openai_s_older_calls_become_tool_calls():
+    talk = [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})},
+        {"from": "observation", "value": "5"},
+    ]
+    call = {"type": "function", "function": CALL["function"]}
+    (record,) = parse_records(
+        {"conversations": talk, "chosen": {"from": "gpt", "value": "warm"}, "rejected": "cold"}
+    )
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert record.prompt == [U("Q"), calling, {"role": "tool", "content": "5"}]
+    older = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    answer = {"role": "function", "name": "weather", "content": "5"}
+    (record,) = parse_records(pair("Q", [older, answer, A("warm")], "cold", functions=[TOOLS[0]["function"]]))
+    assert record.chosen == [calling, {**answer, "role": "tool"}, A("warm")] and record.tools == TOOLS
+
+
+def test_content_parts_are_kept_for_templates_that_read_them():
+    parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "R"}]
+    (record,) = parse_records({"prompt": "QR", **both({"role": "user", "content": parts})})
+    assert record.prompt == [U("QR")]
+    (record,) = parse_records(both({"role": "user", "content": parts}))
+    assert record.prompt == [{"role": "user", "content": parts}]
+
+
+def test_an_sft_row_is_read_up_to_its_answer():
+    assert parse_prompt({"messages": [S("F."), U("Q"), A("yes")]}).prompt == [S("F."), U("Q")]
+    assert parse_prompt({"prompt": "Q", "completion": "yes"}).prompt == [U("Q")]
