@@ -9,11 +9,17 @@ and the user's words between them are context, not trained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError
+
+_OPENED_MARKER = re.compile(r"[<\[|/]+$")
+"""The beginning of a marker such as `<think>` at the end of a text."""
+
+_MARKUP = re.compile(r"^\s|\s\Z|^\Z|[<>\[\]{}|\\`\U000e0000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,21 @@ class Segment:
 
     text: str
     trained: bool
+
+
+@dataclass(frozen=True)
+class RenderedAnswers:
+    """The text of a prompt and of the answers to it."""
+
+    prompt: str
+    answers: list[list[Segment]]
+    notes: list[str] = field(default_factory=list)
+    """Names of the exceptional rules that were applied, to be counted:
+
+    - `generation_prompt_differs`: a finished answer does not begin with the generation prompt;
+    - `answer_rendered_plain`: the template refuses or hides an answer, which is then its text and an end;
+    - `answer_altered_by_template`: the template does not write the answer as it is, such as without thoughts.
+    """
 
 
 class NotPrefixStableError(ValueError):
@@ -34,92 +55,165 @@ class AnswerRenderer:
 
     Attributes:
         template: renders them.
-        end: the special token behind an assistant turn; None where the template has none.
+        end: the token behind an assistant turn; None where the template has none.
+        special: matches the texts of special tokens.
     """
 
     template: ChatTemplate
     end: str | None
+    special: re.Pattern[str]
 
-    def pair(
+    def render(
         self,
         prompt: Sequence[Message],
         answers: Sequence[Sequence[Message]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[str, list[list[Segment]]]:
+    ) -> RenderedAnswers:
         """The text of the prompt, and the segments of each answer to it.
 
         Args:
             answers: their turns; the first and the last message of each is the assistant's.
 
         Raises:
-            NotPrefixStableError, TemplateRefusedError: as :meth:`split`.
-        """
-        found = [self.split(prompt, turns, tools=tools, template_kwargs=template_kwargs) for turns in answers]
-        shortest = min((start for start, _ in found), key=len)
-        out = []
-        for start, segments in found:
-            if not start.startswith(shortest):
-                raise NotPrefixStableError("the template writes one prompt differently before two answers")
-            first = Segment(start[len(shortest) :] + segments[0].text, True)
-            out.append([first, *segments[1:]])
-        return shortest, out
-
-    def split(
-        self,
-        prompt: Sequence[Message],
-        turns: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[str, list[Segment]]:
-        """The text in front of an answer, and the answer's, with its end token where the template has one.
-
-        Raises:
-            NotPrefixStableError: the template does not write the prompt in front of the answer as it writes
-                the prompt alone.
+            NotPrefixStableError: an answer has no place of its own in the rendered conversation.
             TemplateRefusedError: the template's own refusal.
         """
         options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
+        opening = self.template.render(prompt, add_generation_prompt=True, **options)
+        notes: list[str] = []
+        found: list[tuple[str, list[Segment]]] = []
+        for turns in answers:
+            like = _like(answers[0], turns, found, opening)
+            found.append(like or self._split(prompt, turns, opening, options, notes))
+        # If only one answer follows the generation prompt, the prompt that both share is the shorter one.
+        shortest = min((start for start, _ in found), key=len)
+        if any(not start.startswith(shortest) for start, _ in found):
+            raise NotPrefixStableError("the prompt is written differently in front of the two answers")
+        segments = [
+            [Segment(start[len(shortest) :] + first.text, True), *others] for start, (first, *others) in found
+        ]
+        return RenderedAnswers(shortest, segments, notes)
+
+    def _split(
+        self,
+        prompt: Sequence[Message],
+        turns: Sequence[Message],
+        opening: str,
+        options: dict[str, Any],
+        notes: list[str],
+    ) -> tuple[str, list[Segment]]:
+        """The text in front of an answer, and its segments, the last one up to its end token."""
+        content = turns[0].get("content")
+        plain = len(turns) == 1 and isinstance(content, str) and turns[0].keys() <= {"role", "content"}
+        try:
+            start, segments = self._turns(prompt, turns, opening, options)
+        except (TemplateRefusedError, NotPrefixStableError):
+            if not plain:
+                raise
+            segments = []
+        if plain:
+            assert isinstance(content, str)
+            if not segments or not segments[0].text.removesuffix(self.end or "").strip():
+                notes.append("answer_rendered_plain")
+                return opening, [Segment(content + (self.end or ""), True)]
+            if content.strip() not in segments[0].text:
+                notes.append("answer_altered_by_template")
+        if start != opening:
+            notes.append("generation_prompt_differs")
+        return start, segments
+
+    def _turns(
+        self, prompt: Sequence[Message], turns: Sequence[Message], opening: str, options: dict[str, Any]
+    ) -> tuple[str, list[Segment]]:
         whole = self.template.render([*prompt, *turns], **options)
-        found: list[Segment] = []
-        first = reached = None
+        begin = reached = self._start(prompt, opening, whole, options)
+        segments: list[Segment] = []
         for k, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
             known = [*prompt, *turns[:k]]
-            start = self._start(known, whole, options)
-            upto = whole if k == len(turns) - 1 else self.template.render([*known, turn], **options)
-            text = self._cut(upto[start:], known, options)
-            if not upto.startswith(whole[:start]) or not whole.startswith(text, start):
-                raise NotPrefixStableError(f"turn {k + 1} of the answer is written differently in the whole")
-            first = start if first is None else first
-            if reached is not None:
-                found.append(Segment(whole[reached:start], False))
-            found.append(Segment(text, True))
+            start, upto = begin, whole
+            if k > 0:
+                opened = self.template.render(known, add_generation_prompt=True, **options)
+                start = self._start(known, opened, whole, options)
+                segments.append(Segment(whole[reached:start], False))
+            last = k == len(turns) - 1
+            if not last:
+                upto = self.template.render([*known, turn], **options)
+            text = self._cut(upto[start:], last=last)
+            if not last and not (upto.startswith(whole[:start]) and whole.startswith(text, start)):
+                raise NotPrefixStableError(f"turn {k + 1} of the answer changes once others follow")
+            segments.append(Segment(text, True))
             reached = start + len(text)
-        return whole[:first], found
+        return whole[:begin], [s for s in segments if s.text]
 
-    def _start(self, known: Sequence[Message], whole: str, options: dict[str, Any]) -> int:
-        """Where in `whole` the assistant's turn behind `known` begins."""
-        start = self.template.render(known, add_generation_prompt=True, **options)
-        if whole.startswith(start):
-            return len(start)
+    def _start(self, known: Sequence[Message], opening: str, whole: str, options: dict[str, Any]) -> int:
+        """Where in `whole` the assistant's turn behind `known` begins.
+
+        Args:
+            opening: `known` with its generation prompt.
+        """
+        if whole.startswith(opening):
+            return len(opening)
         # The generation prompt may hold more than the template writes in front of a finished answer, such as
-        # an opened `<think>`: the answer then begins behind what is written in front of its content.
+        # an opened `<think>`: the answer then begins behind what both have in common. Only the template's own
+        # text is compared, since an answer may happen to begin like the generation prompt.
         frame = self.template.frame(known, **options)
-        if frame is not None and whole.startswith(frame[0] + frame[1]):
-            return len(frame[0]) + len(frame[1])
-        raise NotPrefixStableError("the template writes the prompt differently in front of an answer")
+        if frame is not None:
+            alone, header, _ = frame
+            if opening.startswith(alone):
+                header = _OPENED_MARKER.sub("", _common_prefix(opening[len(alone) :], header))
+            if whole.startswith(alone + header):
+                return len(alone) + len(header)
+        raise NotPrefixStableError("the prompt is written differently in front of an answer")
 
-    def _cut(self, text: str, prompt: Sequence[Message], options: dict[str, Any]) -> str:
+    def _cut(self, text: str, *, last: bool) -> str:
         """`text` up to the end of the assistant's turn."""
         if self.end is not None:
             at = text.rfind(self.end)
-            return text[: at + len(self.end)] if at >= 0 else text.rstrip() + self.end
-        frame = self.template.frame(prompt, **options)
-        return text.removesuffix(frame[2]) if frame is not None else text.rstrip()
+            if at >= 0:
+                return text[: at + len(self.end)]
+        text = text.rstrip()
+        matches = list(self.special.finditer(text))
+        # Some turns have an end of their own, such as `<|eom_id|>` behind a call of a built-in tool.
+        if not last or (matches and matches[-1].end() == len(text)):
+            return text
+        return text + (self.end or "")
 
 
-__all__ = ["AnswerRenderer", "NotPrefixStableError", "Segment", "TemplateRefusedError"]
+def _like(
+    first: Sequence[Message],
+    turns: Sequence[Message],
+    found: Sequence[tuple[str, list[Segment]]],
+    opening: str,
+) -> tuple[str, list[Segment]] | None:
+    """An answer rendered like the first one, without running the template again, if that is safe.
+
+    It is where the template writes the first answer as it is behind the generation prompt, and both are
+    words without markup, which no template looks into.
+    """
+    if not found or not (_is_words(first) and _is_words(turns)):
+        return None
+    start, segments = found[0]
+    written, content = segments[0].text, first[0]["content"]
+    if start != opening or len(segments) != 1 or not written.startswith(content):
+        return None
+    return start, [Segment(turns[0]["content"] + written[len(content) :], True)]
+
+
+def _is_words(turns: Sequence[Message]) -> bool:
+    """Whether an answer is one turn of text without markup and without white space around it."""
+    if len(turns) != 1 or len(turns[0]) != 2:
+        return False
+    content = turns[0]["content"]
+    return type(content) is str and _MARKUP.search(content) is None
+
+
+def _common_prefix(a: str, b: str) -> str:
+    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:size]
+
+
+__all__ = ["AnswerRenderer", "NotPrefixStableError", "RenderedAnswers", "Segment", "TemplateRefusedError"]

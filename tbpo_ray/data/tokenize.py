@@ -1,13 +1,16 @@
 """Tokenize preference pairs, with the boundary between prompt and answer found in token space.
 
-The prompt is rendered by the chat template (with its generation prompt) and tokenized separately from each
-answer, which ends in EOS. No token ever spans the boundary, so that training, evaluation and generation see
-exactly the same prompt tokens. These rules apply, and each use of one is counted:
+The chat template renders the prompt (with its generation prompt) and the conversations with each answer; an
+answer is what the template writes behind the prompt, up to and including the token that ends an assistant's
+turn (EOS where the template has none). No token ever spans the boundary, so that training, evaluation and
+generation see exactly the same prompt tokens. These rules apply, and each use of one is counted:
 
 - a prompt starts with exactly one BOS if the tokenizer or its template uses BOS;
-- an answer ends in exactly one EOS, unless it was truncated; text that spells a special token is plain text;
+- an answer ends in exactly one end token, unless it was truncated; text of an answer that spells a special
+  token is plain text;
 - a prompt longer than `data.max_prompt_length` is truncated at the front (BOS is kept), never at the end;
-- an answer is truncated at `data.max_length`, and always keeps at least one token.
+- an answer is truncated at `data.max_length`, and always keeps at least one token;
+- the turns of users and tools inside an answer are context: their tokens are masked.
 """
 
 from __future__ import annotations
@@ -17,17 +20,24 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tbpo_ray.config.schema import DataConfig
-from tbpo_ray.data.chat_template import render_prompt
-from tbpo_ray.data.messages import Message
+from tbpo_ray.data.answers import (
+    AnswerRenderer,
+    NotPrefixStableError,
+    RenderedAnswers,
+    Segment,
+    TemplateRefusedError,
+)
+from tbpo_ray.data.encoding import GUARD, Continuation, Encoder, guard, spells
 from tbpo_ray.data.records import Record
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
+from tbpo_ray.models.chat import ChatTemplate, Message, part_text, template_of
 from tbpo_ray.models.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,11 +46,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids: the prompt with its BOS, each answer with its EOS (without it if it was truncated)."""
+    """Token ids: the prompt with its BOS, each answer with its end token (without it if truncated)."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    chosen_mask: list[bool] | None = None
+    """False at the tokens that are context only: turns of users and tools inside the answer. None if all
+    tokens are trained."""
+    rejected_mask: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +73,19 @@ class TokenizerSpec:
     eos: int
     adds_bos: bool
     """Whether the tokenizer itself puts BOS in front of a text."""
+    tool_template: str | None = None
+    """Another template, for conversations with tools, where the tokenizer has one."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """`data.template_kwargs`"""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerSpec:
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+    ) -> TokenizerSpec:
         """The specification of a transformers tokenizer.
+
+        Args:
+            template_kwargs: arguments for the chat template, `data.template_kwargs`.
 
         Raises:
             InputError: when it has no fast backend or no EOS token.
@@ -75,12 +98,8 @@ class TokenizerSpec:
             raise InputError(
                 f"model.name_or_path={name}: its tokenizer has no EOS token, so answers cannot end"
             )
-        template: Any = tokenizer.chat_template
-        if template is not None and not isinstance(template, str):
-            template = tokenizer.get_chat_template()
-        special = {
-            key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-        }
+        template = template_of(tokenizer)
+        special = tokenizer.special_tokens_map.items()
         from tokenizers import Tokenizer
 
         # A saved tokenizer may keep truncation and padding switched on; here both are decided elsewhere.
@@ -89,20 +108,35 @@ class TokenizerSpec:
         copy.no_padding()
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and copy.encode("a").ids[:1] == [bos]
-        return cls(copy.to_str(), template, special, bos, tokenizer.eos_token_id, adds_bos)
+        return cls(
+            backend=copy.to_str(),
+            template=template.source if template is not None else None,
+            special_tokens={key: str(value) for key, value in special if isinstance(value, str)},
+            bos=bos,
+            eos=tokenizer.eos_token_id,
+            adds_bos=adds_bos,
+            tool_template=template.tool_source if template is not None else None,
+            template_kwargs=dict(template_kwargs or {}),
+        )
 
     @classmethod
-    def load(cls, path: str, chat_template: str | None = None) -> TokenizerSpec:
+    def load(
+        cls,
+        path: str,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> TokenizerSpec:
         """The tokenizer in a model folder or on the hub; remote code is never run.
 
         Args:
             path: a folder or a hub name.
             chat_template: a Jinja file that replaces the tokenizer's own template, or `none` for plain text.
+            template_kwargs: arguments for the chat template, `data.template_kwargs`.
 
         Raises:
             InputError: when the tokenizer or the template does not exist.
         """
-        return cls.of(load_tokenizer(path, chat_template=chat_template))
+        return cls.of(load_tokenizer(path, chat_template=chat_template), template_kwargs)
 
     @property
     def digest(self) -> str:
@@ -126,74 +160,208 @@ class PairTokenizer:
     """
 
     def __init__(self, spec: TokenizerSpec, max_length: int, prompt_limit: int):
-        from tokenizers import Tokenizer
-
         assert 1 <= prompt_limit < max_length
         self.spec, self.max_length, self.prompt_limit = spec, max_length, prompt_limit
         self.counts: Counter[str] = Counter()
         """How often each rule was applied."""
-        self._backend = Tokenizer.from_str(spec.backend)
-        # Texts of special tokens: a prompt that spells one is counted, since a template does not escape it.
-        texts = {token for token in spec.special_tokens.values() if token}
-        added = self._backend.get_added_tokens_decoder().values()
-        texts |= {token.content for token in added if token.special}
-        self._special = re.compile("|".join(map(re.escape, sorted(texts))) or r"(?!)")
+        self._encoder = Encoder(spec.backend, list(spec.special_tokens.values()))
+        self._renderer: AnswerRenderer | None = None
+        self.end = spec.eos
+        """The token that ends an answer."""
+        self._end_text = ""
+        if spec.template is not None:
+            self._use_template(ChatTemplate(spec.template, spec.special_tokens, spec.tool_template))
 
-    def prompts(self, conversations: Sequence[list[Message]]) -> list[list[int] | RecordError]:
-        """The prompt tokens of each conversation, or the reason why there are none."""
+    def _use_template(self, template: ChatTemplate) -> None:
         spec = self.spec
-        rendered = [render_prompt(messages, spec.template, spec.special_tokens) for messages in conversations]
-        texts = [text for text in rendered if isinstance(text, str)]
-        ids = iter(self._encode(texts, plain=spec.template is None))
+        added = {token.content: index for index, token in self._encoder.added.items()}
+        end = template.turn_end(added)
+        if end is not None:
+            self.end = added[end]
+            self._end_text = end
+            # An answer that spells its own end must not end there, whatever kind of token that is.
+            self._encoder = Encoder(spec.backend, [*spec.special_tokens.values(), end])
+        self._renderer = AnswerRenderer(template, end, self._encoder.special)
+
+    def prompts(
+        self,
+        conversations: Sequence[list[Message]],
+        *,
+        tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
+        template_kwargs: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[list[int] | RecordError]:
+        """The prompt tokens of each conversation, or the reason why there are none.
+
+        Args:
+            tools: the tools of each conversation.
+            template_kwargs: each conversation's own arguments for the chat template.
+        """
+        count = len(conversations)
+        texts = [
+            self._render_prompt(*item)
+            for item in zip(
+                conversations, tools or [None] * count, template_kwargs or [{}] * count, strict=True
+            )
+        ]
+        ids = iter(self._encode_prompts([text for text in texts if isinstance(text, str)]))
         out: list[list[int] | RecordError] = []
-        for text, messages in zip(rendered, conversations, strict=True):
+        for text, messages in zip(texts, conversations, strict=True):
             out.append(text if isinstance(text, RecordError) else self._normalize_prompt(next(ids)))
-            self.counts["special_text_in_prompt"] += any(self._special.search(m["content"]) for m in messages)
+            self.counts["special_text_in_prompt"] += spells(messages, self._encoder.special)
         return out
 
     def pairs(self, records: Sequence[Record]) -> list[TokenizedPair | RecordError]:
         """The tokens of each record, or the reason why it is rejected."""
-        prompts = self.prompts([record.prompt for record in records])
-        texts = [text for record in records for text in (record.chosen_text, record.rejected_text)]
-        answers = self._encode(texts, plain=True)
-        decoded = self._backend.decode_batch(answers, skip_special_tokens=False)
+        rendered = [self._render(record) for record in records]
+        good = [item for item in rendered if not isinstance(item, RecordError)]
+        raw_prompts = self._encode_prompts([item.prompt for item in good])
+        answers = iter(self._encode_answers(good, raw_prompts))
+        prompts = iter(raw_prompts)
         out: list[TokenizedPair | RecordError] = []
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, RecordError):
-                out.append(prompt)
+        for record, item in zip(records, rendered, strict=True):
+            self.counts["special_text_in_prompt"] += spells(record.prompt, self._encoder.special)
+            if isinstance(item, RecordError):
+                out.append(item)
                 continue
-            both = slice(2 * index, 2 * index + 2)
-            out.append(self._pair(prompt, answers[both], texts[both], decoded[both]))
+            self.counts.update(item.notes)
+            prompt, both = self._normalize_prompt(next(prompts)), (next(answers), next(answers))
+            out.append(prompt if isinstance(prompt, RecordError) else self._pair(prompt, item, both))
         return out
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of an answer's tokens without its EOS."""
+        """The text of an answer's tokens without its end token."""
         ids = list(ids)
-        return self._backend.decode(
-            ids[:-1] if ids[-1:] == [self.spec.eos] else ids, skip_special_tokens=False
+        ends = (self.end, self.spec.eos)
+        return str(
+            self._encoder.backend.decode(
+                ids[:-1] if ids[-1:] and ids[-1] in ends else ids, skip_special_tokens=False
+            )
         )
 
+    def _render_prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> str | RecordError:
+        if self._renderer is None:
+            return _plain_refusal([messages], tools) or _plain_text(messages)
+        try:
+            return self._renderer.template.render(
+                messages,
+                tools=tools,
+                template_kwargs={**self.spec.template_kwargs, **template_kwargs},
+                add_generation_prompt=True,
+            )
+        except TemplateRefusedError as error:
+            return RecordError("template_refused", str(error))
+
+    def _render(self, record: Record) -> RenderedAnswers | RecordError:
+        answers = [record.chosen, record.rejected]
+        if self._renderer is None:
+            refusal = _plain_refusal([record.prompt, *answers], record.tools)
+            if refusal is not None:
+                return refusal
+            return RenderedAnswers(_plain_text(record.prompt), [_plain_segments(turns) for turns in answers])
+        if any(spells(turns, self._encoder.special) for turns in answers):
+            answers = guard(answers, self._encoder.special)
+        try:
+            return self._renderer.render(
+                record.prompt,
+                answers,
+                tools=record.tools,
+                template_kwargs={**self.spec.template_kwargs, **record.template_kwargs},
+            )
+        except TemplateRefusedError as error:
+            return RecordError("template_refused", str(error))
+        except NotPrefixStableError as error:
+            return RecordError("template_not_prefix_stable", str(error))
+
+    def _encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encoder.encode(texts, plain=self._renderer is None)
+
+    def _encode_answers(
+        self, rendered: Sequence[RenderedAnswers], prompts: Sequence[list[int]]
+    ) -> list[_Answer]:
+        """The tokens of both answers of each pair, in one list."""
+        items: list[Continuation] = []
+        sides: list[list[Segment]] = []
+        for item, prompt in zip(rendered, prompts, strict=True):
+            for segments in item.answers:
+                text = segments[0].text
+                if len(segments) == 1:
+                    text = text.removesuffix(self._end_text)
+                items.append(Continuation(item.prompt, prompt, text))
+                sides.append(segments)
+        encoded = self._encode_behind(items)
+        # The last segment's end token is added below.
+        answers = [
+            _Answer(ids, [True] * len(ids)) if len(segments) == 1 else self._join(item, ids, segments)
+            for item, ids, segments in zip(items, encoded, sides, strict=True)
+        ]
+        decoded = self._encoder.backend.decode_batch([a.ids for a in answers], skip_special_tokens=False)
+        for answer, back, item, segments in zip(answers, decoded, items, sides, strict=True):
+            texts = [item.text, *(segment.text for segment in segments[1:])]
+            text = "".join(texts).removesuffix(self._end_text if segments[1:] else "")
+            if not self._same_text(text, back, item):
+                answer.text_differs = back[:80]
+            last = segments[-1].text
+            if last.endswith(self._end_text):
+                answer.ids.append(self.end)
+                answer.mask.append(True)
+        return answers
+
+    def _encode_behind(self, items: Sequence[Continuation]) -> list[list[int]]:
+        if self._renderer is None:
+            return self._encoder.encode([item.text for item in items], plain=True)
+        return self._encoder.encode_behind(items)
+
+    def _join(self, first: Continuation, ids: list[int], segments: Sequence[Segment]) -> _Answer:
+        """An answer of several segments, of which the first one is already encoded; without its end token."""
+        before, all_ids, mask = first.before + first.text, list(ids), [True] * len(ids)
+        for k, segment in enumerate(segments[1:], start=2):
+            text = segment.text.removesuffix(self._end_text) if k == len(segments) else segment.text
+            (more,) = self._encode_behind([Continuation(before, [*first.before_ids, *all_ids], text)])
+            all_ids += more
+            mask += [segment.trained] * len(more)
+            before += segment.text
+        return _Answer(all_ids, mask)
+
     def _pair(
-        self, prompt: list[int], answers: list[list[int]], texts: list[str], decoded: list[str]
+        self, prompt: list[int], rendered: RenderedAnswers, answers: Sequence[_Answer]
     ) -> TokenizedPair | RecordError:
-        for name, ids, text, back in zip(("chosen", "rejected"), answers, texts, decoded, strict=True):
-            if not ids:
+        masks: list[list[bool] | None] = []
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+            if not any(t != self.end for t in answer.ids):
                 return RecordError("answer_without_tokens", name)
-            if not _same_text(text, back):
-                return RecordError("answer_not_representable", f"{name} decodes to {back[:80]!r}")
+            if answer.text_differs is not None:
+                return RecordError("answer_not_representable", f"{name} decodes to {answer.text_differs!r}")
         room = self.max_length - len(prompt)
-        chosen = self._truncate_answer(answers[0], room, "chosen")
-        rejected = self._truncate_answer(answers[1], room, "rejected")
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+            self.counts[f"{name}_truncated"] += len(answer.ids) > room
+            answer.ids, answer.mask = answer.ids[:room], answer.mask[:room]
+            masks.append(None if all(answer.mask) else answer.mask)
+            self.counts["masked_answers"] += masks[-1] is not None
+        chosen, rejected = answers[0].ids, answers[1].ids
         if chosen == rejected:
             return RecordError("pair_same_tokens", f"{len(chosen)} tokens each")
-        return TokenizedPair(prompt, chosen, rejected)
+        return TokenizedPair(prompt, chosen, rejected, *masks)
 
-    def _truncate_answer(self, ids: list[int], room: int, name: str) -> list[int]:
-        """Append EOS if the answer fits into `room` tokens, otherwise truncate it."""
-        if len(ids) < room:
-            return [*ids, self.spec.eos]
-        self.counts[f"{name}_truncated"] += 1
-        return ids[:room]
+    def _same_text(self, text: str, back: str, first: Continuation) -> bool:
+        """Whether an answer's tokens say what its text says, up to what tokenizers do to white space.
+
+        That is Unicode composition, one space that some tokenizers prepend or take away at the beginning, and
+        the white space around special tokens, which some of them swallow.
+        """
+        if back == text or back == " " + text:
+            return True
+        text, back = (unicodedata.normalize("NFC", value) for value in (text.replace(GUARD, ""), back))
+        around = re.compile(rf"\s*({self._encoder.special.pattern})\s*")
+        text, back = (around.sub(r"\1", value) for value in (text, back))
+        token = self._encoder.added.get(first.before_ids[-1]) if first.before_ids else None
+        if token is not None and token.rstrip:
+            text, back = text.lstrip(), back.lstrip()
+        return back in (text, " " + text) or " " + back == text
 
     def _normalize_prompt(self, ids: list[int]) -> list[int] | RecordError:
         """Make sure of exactly one BOS and at most `prompt_limit` tokens."""
@@ -212,10 +380,15 @@ class PairTokenizer:
             body = body[len(body) - (self.prompt_limit - len(head)) :]
         return [*head, *body]
 
-    def _encode(self, texts: list[str], *, plain: bool) -> list[list[int]]:
-        """Token ids without BOS and EOS; with `plain`, special tokens spelled in a text stay text."""
-        self._backend.encode_special_tokens = plain
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+@dataclass
+class _Answer:
+    """The tokens of an answer with its end token, before truncation."""
+
+    ids: list[int]
+    mask: list[bool]
+    text_differs: str | None = None
+    """What the tokens decode to, where that is not the text."""
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[Message], data: DataConfig) -> list[int]:
@@ -224,7 +397,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[Message], d
     Raises:
         RecordError: when the template refuses the conversation or renders no tokens.
     """
-    template = json.dumps(tokenizer.chat_template)
+    template = json.dumps([tokenizer.chat_template, data.template_kwargs], sort_keys=True)
     pairs = _cached_tokenizer(tokenizer, template, data.max_length, data.prompt_limit)
     ids = pairs.prompts([messages])[0]
     if isinstance(ids, RecordError):
@@ -234,11 +407,37 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[Message], d
 
 @lru_cache(maxsize=8)
 def _cached_tokenizer(tokenizer: Any, template: str, max_length: int, prompt_limit: int) -> PairTokenizer:
-    return PairTokenizer(TokenizerSpec.of(tokenizer), max_length, prompt_limit)
+    spec = TokenizerSpec.of(tokenizer, json.loads(template)[1])
+    return PairTokenizer(spec, max_length, prompt_limit)
 
 
-def _same_text(text: str, back: str) -> bool:
-    """Whether two texts are equal up to Unicode composition and one space that some tokenizers prepend."""
-    if back == text or back == " " + text:
-        return True
-    return unicodedata.normalize("NFC", back) == unicodedata.normalize("NFC", text)
+def _plain_text(messages: Sequence[Message]) -> str:
+    """A conversation without a template: the contents of its messages with blank lines between them."""
+    return "\n\n".join(_content(message) for message in messages)
+
+
+def _plain_segments(turns: Sequence[Message]) -> list[Segment]:
+    """The turns of an answer without a template; those of users are context."""
+    segments = [Segment(_content(turns[0]), True)]
+    for turn in turns[1:]:
+        trained = turn["role"] == "assistant"
+        blank = Segment("\n\n", False)
+        segments += [blank, Segment(_content(turn), trained)]
+    return segments
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    return part_text(content) if isinstance(content, list) else content or ""
+
+
+def _plain_refusal(
+    conversations: Sequence[Sequence[Message]], tools: Sequence[Mapping[str, Any]] | None
+) -> RecordError | None:
+    """Why a conversation cannot be written without a template."""
+    messages = [message for conversation in conversations for message in conversation]
+    if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        return RecordError(
+            "template_missing", "the conversation has tools, and the tokenizer no chat template"
+        )
+    return None

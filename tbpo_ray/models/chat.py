@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,20 +70,26 @@ class ChatTemplate:
         Raises:
             TemplateRefusedError: with the template's own reason.
         """
+        values: dict[str, Any] = {
+            "tools": tools,
+            "template_kwargs": template_kwargs,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        if all(type(m.get("content")) is str and len(m) == 2 and m["role"] != "developer" for m in messages):
+            return self._run(list(messages), **values)
         turns = [self._adjust(message) for message in messages]
-        values = {**(template_kwargs or {}), "tools": tools, "add_generation_prompt": add_generation_prompt}
         if all(turn.get("content", "") is not None for turn in turns):
-            return self._run(turns, values)
+            return self._run(turns, **values)
         # Most templates test a null content for truth; some would print `None`, others fail on it.
         emptied = [turn | {"content": ""} if turn.get("content", "") is None else turn for turn in turns]
         try:
-            with_null = self._run(turns, values)
+            with_null = self._run(turns, **values)
         except TemplateRefusedError:
-            return self._run(emptied, values)
+            return self._run(emptied, **values)
         if "None" not in with_null:
             return with_null
         try:
-            without = self._run(emptied, values)
+            without = self._run(emptied, **values)
         except TemplateRefusedError:
             return with_null
         return without if with_null.count("None") > without.count("None") else with_null
@@ -128,23 +134,54 @@ class ChatTemplate:
         matches = [token for token in tokens if token.strip() and behind.startswith(token)]
         return max(matches, key=len) if found and matches else None
 
-    def _run(self, turns: list[Message], values: Mapping[str, Any]) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        tools = values["tools"]
-        context: dict[str, Any] = {
-            **self.special_tokens,
-            "date_string": FIXED_DATE.strftime("%d %b %Y"),
-            "strftime_now": FIXED_DATE.strftime,
-            **values,
-            "tools": [dict(tool) for tool in tools] if tools else None,
-        }
+    def _run(
+        self,
+        turns: list[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
         source = self.tool_source if tools and self.tool_source is not None else self.source
         try:
-            rendered = render_jinja_template(conversations=[turns], chat_template=source, **context)
+            run, new_context, defaults = self._compiled[source]
+            context = new_context(
+                {
+                    **defaults,
+                    **(template_kwargs or {}),
+                    "messages": turns,
+                    "tools": [dict(tool) for tool in tools] if tools else None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+            return "".join(run(context))
         except Exception as error:  # a template is a program of its own: whatever it raises is its refusal
             raise TemplateRefusedError(f"{type(error).__name__}: {error}"[:200]) from error
-        return str(rendered[0][0])
+
+    @cached_property
+    def _compiled(self) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
+        """For each template text: the function that runs it, and the class and defaults of its variables.
+
+        Jinja's own `render` copies all global variables in each call, which takes longer than most templates.
+        """
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        found = {}
+        for source in (self.source, self.tool_source):
+            if source is None:
+                continue
+            template = _compile_jinja_template(source)
+            defaults = {
+                **dict(template.globals),
+                **self.special_tokens,
+                "documents": None,
+                "date_string": FIXED_DATE.strftime("%d %b %Y"),
+                "strftime_now": FIXED_DATE.strftime,
+            }
+            new = template.environment.context_class
+            make = partial(_new_context, new, template.environment, template.name, template.blocks)
+            found[source] = (template.root_render_func, make, defaults)
+        return found
 
     def _adjust(self, message: Message) -> Message:
         """The message as this template accepts it; the same object if nothing has to change."""
@@ -198,10 +235,16 @@ class ChatTemplate:
     def _try(self, turns: list[Message]) -> str:
         """The text of a probe conversation; empty if the template refuses it or prints a list of parts."""
         try:
-            text = self._run(turns, {"tools": None, "add_generation_prompt": False})
+            text = self._run(turns)
         except TemplateRefusedError:
             return ""
         return "" if re.search(r"""['"]type['"]: ['"]text['"]""", text) else text
+
+
+def _new_context(
+    kind: Any, environment: Any, name: str | None, blocks: dict[str, Any], values: dict[str, Any]
+) -> Any:
+    return kind(environment, values, name, blocks)
 
 
 def part_text(parts: Sequence[Any]) -> str:

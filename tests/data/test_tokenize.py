@@ -110,7 +110,7 @@ def test_evaluation_prompts_are_tokenized_as_training_prompts():
 def test_the_date_does_not_enter_a_template():
     template = "{{ date_string }}{{ messages[0]['content'] }}"
     tokenizer = pairs_of(make_tokenizer(template=template))
-    assert "2024" in tokenizer._backend.decode(tokenizer.prompts([user("x")])[0])
+    assert "2024" in tokenizer._encoder.backend.decode(tokenizer.prompts([user("x")])[0])
 
 
 TOKENIZERS = {
@@ -179,6 +179,8 @@ def test_every_record_is_a_complete_pair_or_has_a_reason(raw, which):
         if ids[-1] == EOS:
             assert EOS not in ids[:-1]
             decoded = tokenizer.decode_answer(ids)
+            if which[1] == "strict":  # this template writes brackets around every turn
+                text = f"[{text}]"
             assert decoded in (text, " " + text) or (which[0] == "lower" and decoded == text.lower())
         else:
             assert EOS not in ids and len(pair.prompt_ids) + len(ids) == 48
