@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_ray.config.schema import Config
-from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.checker import Checker
 from tbpo_ray.evaluation.judge import ImplicitJudge, Judge, refuse_unknown
 from tbpo_ray.evaluation.llm_judge import LlmJudge
@@ -23,7 +22,7 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
         output: folder in which a judge may keep its cache.
 
     Raises:
-        InputError: an unknown kind, or settings that it does not accept.
+        InputError: settings that this kind of judge does not accept.
     """
     settings = dict(config.evaluation.judge)
     kind = settings.pop("kind", "checker")
@@ -33,9 +32,7 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
         "llm": lambda: _language_model(settings, config, output),
         "implicit": lambda: _implicit(settings),
     }
-    if kind not in builders:
-        raise InputError(f"evaluation.judge.kind={kind!r}: unknown; must be one of {', '.join(builders)}")
-    return builders[kind]()
+    return builders[kind]()  # the configuration accepts only these kinds
 
 
 def _language_model(settings: dict[str, Any], config: Config, output: Path) -> LlmJudge:

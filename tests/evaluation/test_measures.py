@@ -56,8 +56,8 @@ def test_an_error_of_a_checker_names_the_checker(make_sample, function, message)
     ],
 )
 def test_an_invalid_judge_is_rejected(judge, message, tmp_path):
-    config = load_config(None, [f"evaluation.judge={judge}"])
     with pytest.raises(InputError, match=message):
+        config = load_config(None, [f"evaluation.judge={judge}"])
         make_judge(config, source="prompts.jsonl", output=tmp_path)
 
 
