@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from benchmarks.page import check_markers, replace_table
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
+from tbpo_ray.storage.json_lines import dumps
 
 PARTS = (
     "objectives",
@@ -61,4 +61,4 @@ def run_parts(
         if page is not None:
             replace_table(page, part, text)
         if figures is not None:
-            figures.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            figures.write_text(dumps(results, indent=1), encoding="utf-8")

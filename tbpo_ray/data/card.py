@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tbpo_ray.data.rejection_reasons import rejection_counts
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.storage.files import atomic_file, write_atomic
+from tbpo_ray.storage.json_lines import dumps
 
 CARD, FIGURE = "data_card.json", "data_card.png"
 _SIDES = ("prompt", "chosen", "rejected")
@@ -85,7 +85,7 @@ def write_card(
     target = Path(folder or prepared.path)
     target.mkdir(parents=True, exist_ok=True)
     card = data_card(prepared, training)
-    write_atomic(target / CARD, json.dumps(card, indent=1))
+    write_atomic(target / CARD, dumps(card, indent=1))
     with atomic_file(target / FIGURE) as partial:
         _draw(card, prepared, partial)
     return card, target / CARD, target / FIGURE

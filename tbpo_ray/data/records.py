@@ -7,7 +7,6 @@ nor ray.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections import Counter
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+from tbpo_ray.config.schema import DataConfig
 from tbpo_ray.data.messages import (
     Message,
     answer_text,
@@ -30,6 +30,7 @@ from tbpo_ray.data.pair_split import prompt_before, split_pair, with_system
 from tbpo_ray.data.record_shapes import RawPair, RawShape, missing_columns, read_prompt, read_row
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.sources import RawRow, iter_raw
+from tbpo_ray.storage.json_lines import dumps
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,11 @@ class ReadOptions:
     seed: int = 0
     """Seed of `best_random`."""
 
+    @classmethod
+    def of(cls, data: DataConfig, seed: int = 0) -> ReadOptions:
+        """The options of a configuration."""
+        return cls(data.format, data.pairing, data.pairing_gap, seed)
+
 
 @dataclass(frozen=True)
 class BadRecord:
@@ -102,7 +108,7 @@ class BadRecord:
 
     def to_json(self) -> str:
         """One line of the quarantine file."""
-        return json.dumps(self.__dict__, default=str)
+        return dumps(self.__dict__, default=str)
 
 
 def parse_records(
@@ -153,8 +159,12 @@ def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
     check_media_columns(columns)
     found = read_row(columns)
     values = found[1] if found is not None else read_prompt(columns)
-    answer = values.chosen if isinstance(values, RawPair) else values.answers[0]
-    prompt = with_system(prompt_before(values.prompt, answer), values.system)
+    ranked = not isinstance(values, RawPair)
+    answers = list(values.answers[:2]) if ranked else [values.chosen, values.rejected]
+    try:
+        prompt = split_pair(values.prompt, values.system, *answers).prompt
+    except (RecordError, TypeError):  # not a pair, but the prompt of one answer or of none
+        prompt = with_system(prompt_before(values.prompt, answers[0]), values.system)
     if values.prompt is None or "prompt" not in columns:
         # A conversation to train on (`messages`) ends in its answer.
         while prompt and prompt[-1]["role"] == "assistant":

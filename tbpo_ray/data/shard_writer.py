@@ -23,6 +23,7 @@ from tbpo_ray.data.rejection_reasons import COUNT_PREFIX, RecordError
 from tbpo_ray.data.shards import file_digest, write_shard
 from tbpo_ray.data.sources import Chunk
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
+from tbpo_ray.storage.json_lines import dumps
 
 JOB, TOKENIZER = "job.json", "tokenizer.json"
 
@@ -82,6 +83,8 @@ class _Columns:
     prompt_ids: list[list[int]] = field(default_factory=list)
     chosen_ids: list[list[int]] = field(default_factory=list)
     rejected_ids: list[list[int]] = field(default_factory=list)
+    chosen_mask: list[list[bool] | None] = field(default_factory=list)
+    rejected_mask: list[list[bool] | None] = field(default_factory=list)
     source: list[str] = field(default_factory=list)
     row: list[int] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
@@ -90,9 +93,11 @@ class _Columns:
         self.prompt_ids += [pair.prompt_ids] * copies
         self.chosen_ids += [pair.chosen_ids] * copies
         self.rejected_ids += [pair.rejected_ids] * copies
+        self.chosen_mask += [pair.chosen_mask] * copies
+        self.rejected_mask += [pair.rejected_mask] * copies
         self.source += [record.source] * copies
         self.row += [record.row] * copies
-        self.metadata += [json.dumps(record.metadata, default=str)] * copies
+        self.metadata += [dumps(record.metadata, default=str)] * copies
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.columns import COLUMNS, Column
 from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.storage.files import write_atomic
+from tbpo_ray.storage.json_lines import dumps, with_nan
 
 VERDICT = "verdict.json"
 
@@ -60,7 +61,7 @@ class Verdict:
             ]
         }
         file = folder / VERDICT
-        write_atomic(file, json.dumps(tree, indent=2, ensure_ascii=False))
+        write_atomic(file, dumps(tree, indent=2, ensure_ascii=False))
         return file
 
     @classmethod
@@ -81,7 +82,8 @@ class Verdict:
                 )
                 for item in tree["policies"]
             ]
-            return cls(**(tree | {"policies": policies}))
+            ranking = [with_nan(item) for item in tree.get("ranking", [])]
+            return cls(**(tree | {"policies": policies, "ranking": ranking}))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a verdict ({type(error).__name__}: {error})") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.generation.samples import PromptTokens
+from tbpo_ray.storage.json_lines import dumps
 
 _CARRIED = ("index", "prompt_id", "sample", "prompt_text", "input_ids", "metadata_json")
 """Columns of an input row that a result keeps."""
@@ -40,7 +41,7 @@ def _input_row(
         "sample": sample,
         "prompt_text": prompt.text,
         "input_ids": list(prompt.token_ids),
-        "metadata_json": json.dumps(prompt.metadata, ensure_ascii=False, default=str),
+        "metadata_json": dumps(prompt.metadata, ensure_ascii=False, default=str),
         "seed": int.from_bytes(sample_seed[:4], "big") >> 1,
         "sampling": json.dumps(
             {

@@ -8,7 +8,6 @@ events.log        one sentence per event, such as a resumption or a failed worke
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbpo_ray.storage.json_lines import dumps, loads_numbers
 from tbpo_ray.storage.ownership import WriteLease
 from tbpo_ray.training.distributed import all_reduce_sum
 
@@ -72,8 +72,8 @@ class MetricsFile:
         if self.enabled:
             self.lease.check()
             # Timings first: a reader that follows the metrics then finds the timing of each of their lines.
-            append_line(self.timings_path, json.dumps(timing))
-            append_line(self.metrics_path, json.dumps(row))
+            append_line(self.timings_path, dumps(timing))
+            append_line(self.metrics_path, dumps(row))
 
     def log_event(self, sentence: str) -> None:
         if self.enabled:
@@ -91,12 +91,12 @@ class MetricsFile:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, without an incomplete last line."""
+    """The rows of a run's `metrics.jsonl`, without an incomplete last line; null is read as NaN."""
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [loads_numbers(line) for line in lines[:-1] if line]
 
 
 def append_line(file: Path, line: str) -> None:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
+from tbpo_ray.storage.json_lines import loads_numbers
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training.metrics_file import VALIDATION
 
@@ -89,7 +90,7 @@ class Follower:
             self.timing_rows[int(row["step"])] = row
         for row in self.metrics.rows():
             self._handle_row(row)
-        for row in self.validations.rows():
+        for row in self.validations.rows(json.loads):
             self._handle_validation(row)
         if self.last_row and (final or time.monotonic() - self.last_print > self.every_seconds):
             self._print_progress(final)
@@ -200,10 +201,10 @@ class _Tail:
         self.at += end
         return [line for line in data[:end].decode("utf-8", errors="replace").split("\n") if line]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The new lines, parsed as JSON."""
+    def rows(self, parse: Callable[[str], dict[str, Any]] = loads_numbers) -> list[dict[str, Any]]:
+        """The new lines, parsed as JSON; by default null is read as NaN."""
         try:
-            return [json.loads(line) for line in self.lines()]
+            return [parse(line) for line in self.lines()]
         except ValueError:
             # The file shrank and grew past the old position in between, so that reading began within a line.
             self.at = 0

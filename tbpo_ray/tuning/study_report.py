@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from tbpo_ray.config.schema import Config, TuneConfig
 from tbpo_ray.evaluation.charts import number
 from tbpo_ray.storage.files import write_atomic
+from tbpo_ray.storage.json_lines import dumps
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.tuning.figures import bars, format_value
 from tbpo_ray.tuning.importance import comparable_values, importances
@@ -46,7 +46,7 @@ def write_report(
     trials = [{k: v for k, v in asdict(t).items() if k != "reports"} | {"name": t.name} for t in state.trials]
     contents = {
         "report.html": render(page),
-        "trials.json": json.dumps(trials, indent=1),
+        "trials.json": dumps(trials, indent=1),
         "trials.csv": text.getvalue(),
         "trials.txt": plain_table(head, rows),
     }
@@ -81,7 +81,7 @@ def describe(
         "subtitle": _subtitle(tune, state),
         "best": f"Best: {best.name}, {metric} {_with_interval(best, metric)}, with {best_values}",
         "note": note,
-        "held_up": bool(confirmation and confirmation["gain"] > 0),
+        "held_up": bool(confirmation and (confirmation["gain"] or 0) > 0),
         "warnings": _warnings(tune.repeats, front),
         **_parameter_charts(space, trials, best, metric),
         "charts": charts(tune, trials, best, folder),

@@ -13,6 +13,7 @@ from scipy import stats
 
 from tbpo_ray.config.schema import TuneConfig
 from tbpo_ray.storage.files import write_atomic
+from tbpo_ray.storage.json_lines import dumps, with_nan
 
 ENDED = ("finished", "stopped", "failed")
 
@@ -73,17 +74,23 @@ class StudyState:
         if not file.is_file():
             return cls(file, {})
         tree = json.loads(file.read_text(encoding="utf-8"))
-        return cls(file, tree["facts"], [Trial(**trial) for trial in tree["trials"]])
+        return cls(file, tree["facts"], [_read_trial(trial) for trial in tree["trials"]])
 
     def save(self) -> None:
         tree = {"facts": self.facts, "trials": [asdict(trial) for trial in self.trials]}
-        write_atomic(self.file, json.dumps(tree, indent=1))
+        write_atomic(self.file, dumps(tree, indent=1))
 
     def unfinished(self) -> list[Trial]:
         return [trial for trial in self.trials if not trial.ended]
 
     def in_state(self, *states: str) -> list[Trial]:
         return [trial for trial in self.trials if trial.state in states]
+
+
+def _read_trial(tree: dict[str, Any]) -> Trial:
+    """A trial as it was stored; a metric that is null was not finite."""
+    rows = {name: [with_nan(row) for row in tree[name]] for name in ("reports", "repeats") if name in tree}
+    return Trial(**tree | rows | {"values": with_nan(tree.get("values", {}))})
 
 
 def metric_values(trial: Trial, tune: TuneConfig) -> list[float] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tbpo_ray.cluster.error_summary import error_summary
 from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
+from tbpo_ray.storage.json_lines import dumps
 from tbpo_ray.storage.ownership import LeaseLostError
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.metrics_file import VALIDATION, MetricsFile, append_line
@@ -51,7 +51,7 @@ def validate_checkpoint(
         return {}
     finally:
         (folder / ckpt.PENDING).unlink(missing_ok=True)
-    append_line(run / VALIDATION, json.dumps({"step": step, **metrics}))
+    append_line(run / VALIDATION, dumps({"step": step, **metrics}))
     return metrics
 
 
