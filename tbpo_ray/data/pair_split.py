@@ -49,7 +49,7 @@ def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPai
         RecordError: when they are not two answers to one prompt.
     """
     explicit, is_text = (None, False) if prompt is None else parse_prompt_value(prompt)
-    sides = [
+    sides: list[Turns] = [
         _answer_turns(value, explicit, name) for name, value in (("chosen", chosen), ("rejected", rejected))
     ]
     for name, turns in zip(("chosen", "rejected"), sides, strict=True):

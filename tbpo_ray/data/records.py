@@ -163,7 +163,7 @@ def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
     answers = list(values.answers[:2]) if ranked else [values.chosen, values.rejected]
     try:
         prompt = split_pair(values.prompt, values.system, *answers).prompt
-    except (RecordError, TypeError):  # not a pair, but the prompt of one answer or of none
+    except RecordError:  # not a pair, but the prompt of one answer or of none
         prompt = with_system(prompt_before(values.prompt, answers[0]), values.system)
     if values.prompt is None or "prompt" not in columns:
         # A conversation to train on (`messages`) ends in its answer.

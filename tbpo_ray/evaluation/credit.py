@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_ray.data.messages import content_text
 from tbpo_ray.data.tokenize import TokenizerSpec
 from tbpo_ray.evaluation.held_out_pairs import ScoredPair, damaged_tokens
 from tbpo_ray.evaluation.measures import Estimate
@@ -43,7 +44,7 @@ def write_credit_map(
     first = next(iter(scored.values()))
     shown = [
         {
-            "prompt": "\n".join(message["content"] for message in pair.record.prompt)[:2000],
+            "prompt": "\n".join(content_text(message) for message in pair.record.prompt)[:2000],
             "policies": [
                 {"name": name, "sides": _sides(group[i], spec, backend, scales[name])}
                 for name, group in scored.items()

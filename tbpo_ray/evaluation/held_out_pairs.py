@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.records import BadRecord, Record, iter_records
+from tbpo_ray.data.records import BadRecord, ReadOptions, Record, iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 from tbpo_ray.errors import InputError
@@ -57,7 +57,8 @@ def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutP
     tokenizer = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     bad: list[BadRecord] = []
     limit = limit or config.evaluation.max_prompts
-    records = [record for name in names for record in iter_records(name, limit, bad.append)][:limit]
+    reading = ReadOptions.of(config.data, config.run.seed)
+    records = [record for name in names for record in iter_records(name, limit, bad.append, reading)][:limit]
     encoded = list(zip(records, tokenizer.pairs(records), strict=True))
     kept = [(r, t) for r, t in encoded if not isinstance(t, RecordError)]
     if not kept:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
+from tbpo_ray.data.messages import content_text
 from tbpo_ray.data.records import BadRecord, Prompt, iter_prompts
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
@@ -126,8 +127,8 @@ def format_prompt(prompt: Prompt) -> str:
     """A conversation as readable text: a single message plain, several with their roles."""
     messages: Sequence[dict[str, Any]] = prompt.prompt
     if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return content_text(messages[0])
+    return "\n".join(f"{message['role']}: {content_text(message)}" for message in messages)
 
 
 def resolve_policy(name: str, where: str, config: Config) -> Policy:

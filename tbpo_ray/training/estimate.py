@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.records import iter_records
+from tbpo_ray.data.records import ReadOptions, iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
@@ -99,9 +99,11 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     sources = config.data.train
     mix = [(sources, 1.0)] if isinstance(sources, str) else [(s.source, s.weight) for s in sources]
     count, read, lengths, largest = 0.0, 0, [], 0
+    reading = ReadOptions.of(config.data, config.run.seed)
     for source, weight in mix:
         try:
-            records = list(islice(iter_records(source, config.data.max_pairs), READ_RECORDS - read))
+            rows = iter_records(source, config.data.max_pairs, options=reading)
+            records = list(islice(rows, READ_RECORDS - read))
         except InputError as error:
             raise InputError(*(f"data.train: {fault}" for fault in error.faults)) from error
         read += len(records)

@@ -85,12 +85,12 @@ def test_every_example_of_a_record_is_one():
     pairs = 0
     for line in lines:
         row = json.loads(line)
-        if "chosen" in row:
-            (record,) = parse_records(row)
-            assert record.prompt and record.chosen != record.rejected
-            pairs += 1
-        else:
+        if "topic" in row:
             assert parse_prompt(row).metadata == {"topic": "weather"}
+        else:
+            (record,) = parse_records(row)
+            assert record.prompt == parse_prompt(row).prompt and record.chosen != record.rejected
+            pairs += 1
     assert pairs == len(lines) - 1
 
 
