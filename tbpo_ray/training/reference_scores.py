@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import pair_tokens
-from tbpo_ray.data.shards import PreparedPairs
-from tbpo_ray.errors import RunFailedError
+from tbpo_ray.data.shards import MASK_COLUMNS, PreparedPairs
+from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.storage.files import atomic_file, file_lock, write_atomic
 from tbpo_ray.training.run_plan import RunPlan, resolve_run
 
@@ -149,14 +149,26 @@ def _compute(
     )
     rows = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         ReferenceScorer,
-        fn_constructor_args=(plan.config.model_dump(mode="json"), model, list(prefix), actors),
+        fn_constructor_args=(
+            plan.config.model_dump(mode="json"),
+            model,
+            list(prefix),
+            prepared.path,
+            actors,
+        ),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
         label_selector=cluster.labels.train if cluster.gpus else cluster.labels.prepare,
         **resources,
     )
     done, total = 0, sum(job["stop"] - job["start"] for job in jobs)
+    notes: set[str] = set()
     for row in rows.iter_rows():
+        if row["refusal"]:
+            raise InputError(*row["refusal"].splitlines())
+        for note in set(row["note"].splitlines()) - notes:
+            notes.add(note)
+            progress(f"reference scores: {note}")
         done += row["pairs"]
         progress(f"reference scores: {done}/{total} pairs")
     if done != total:
@@ -170,43 +182,61 @@ class ReferenceScorer:
         tree: the run's configuration.
         model: the reference, as transformers loads it.
         prefix: token ids inserted before each prompt but after its BOS.
+        prepared: folder of the prepared pairs, some of which the self-check scores.
         actors: how many share this machine's cores.
     """
 
-    def __init__(self, tree: dict[str, Any], model: str, prefix: Sequence[int], actors: int):
+    def __init__(self, tree: dict[str, Any], model: str, prefix: Sequence[int], prepared: str, actors: int):
         import torch
 
         from tbpo_ray.models.load import load_tokenizer, quiet_transformers
-        from tbpo_ray.training.components import batch_layout, load_frozen
+        from tbpo_ray.training.components import load_checked
+        from tbpo_ray.training.scorer import PairScorer
+        from tbpo_ray.training.self_check import select_pairs
 
         quiet_transformers()
         self.plan = resolve_run(Config.model_validate(tree))
         self.prefix = np.asarray(prefix, dtype=np.int64)
         self.device = torch.device("cuda" if self.plan.config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
-        self.scorer = load_frozen(self.plan, model, self.device)
-        self.layout = batch_layout(self.plan, model)
+        key = "model.reference" if self.plan.config.model.reference else "model.name_or_path"
+        # Ray Data would wrap an error and restart the actor: the caller raises it from the results.
+        self.refusal, self.note = "", ""
+        try:
+            loaded = load_checked(
+                self.plan, model, self.device, select_pairs([PreparedPairs.load(prepared)]), key=key
+            )
+        except InputError as error:
+            self.refusal = str(error)
+        else:
+            self.scorer = PairScorer(loaded.network.requires_grad_(False)).eval()
+            self.layout, self.note = loaded.layout, "\n".join(loaded.sentences)
         self.bos = load_tokenizer(model).bos_token_id
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the parts that the rows of `batch` describe, and write each to a file of its own."""
+        jobs = len(batch["shard"])
+        if self.refusal:
+            return {"pairs": [0] * jobs, "refusal": [self.refusal] * jobs, "note": [""] * jobs}
         counts = []
         for shard, start, stop, out in zip(
             batch["shard"], batch["start"], batch["stop"], batch["out"], strict=True
         ):
-            table = pq.read_table(shard, columns=list(_COLUMNS)).slice(int(start), int(stop - start))
-            columns = {n: [np.asarray(v, dtype=np.int64) for v in table[n].to_pylist()] for n in _COLUMNS}
+            names = [n for n in (*_COLUMNS, *MASK_COLUMNS) if n in pq.read_schema(shard).names]
+            table = pq.read_table(shard, columns=names).slice(int(start), int(stop - start))
+            # A mask that is null, since all tokens are trained, becomes empty.
+            columns = {n: [np.asarray(v or [], dtype=np.int64) for v in table[n].to_pylist()] for n in names}
             columns["prompt_ids"] = [self._with_prefix(ids) for ids in columns["prompt_ids"]]
             _write_scores(Path(str(out)), *self.score(columns))
             counts.append(table.num_rows)
-        return {"pairs": counts}
+        return {"pairs": counts, "refusal": [""] * jobs, "note": [self.note] * jobs}
 
     def _with_prefix(self, prompt: np.ndarray) -> np.ndarray:
         at = 1 if len(prompt) and prompt[0] == self.bos else 0
         return np.concatenate([prompt[:at], self.prefix, prompt[at:]])
 
     def score(self, columns: dict[str, list[np.ndarray]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Log-probs of the chosen and of the rejected tokens of each pair, float32, in the given order."""
+        """Log-probs of the trained tokens of both answers of each pair, float32, in the given order."""
         from tbpo_ray.training.batch import collate_columns
 
         pairs = len(columns["prompt_ids"])

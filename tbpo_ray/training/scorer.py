@@ -65,7 +65,7 @@ class PairScorer(nn.Module):
             mask = masks["full_attention"] if set(masks) == {"full_attention"} else masks
         else:
             mask = (batch.segment >= 0).long()
-        out = _causal(self.model).get_decoder()(
+        out = _decoder(_causal(self.model))(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         )
         states: Tensor = out.last_hidden_state
@@ -222,6 +222,13 @@ def to_scores(
 def _causal(model: nn.Module) -> Any:
     """The transformers causal model, unwrapped from peft if need be."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _decoder(model: Any) -> Any:
+    """The model without its output layer."""
+    decoder = model.get_decoder()
+    # Llama 4's text model does not find its own decoder and returns itself.
+    return model.model if decoder is model and hasattr(model, "model") else decoder
 
 
 def _layer_windows(config: Any) -> dict[str, int | None]:

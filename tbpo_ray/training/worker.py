@@ -17,7 +17,7 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import ORDER_VERSION, Schedule
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.stream import MicroBatch, MicroBatchIterator, local_micro_batches
-from tbpo_ray.errors import first_line
+from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.models.load import quiet_transformers
 from tbpo_ray.storage.ownership import LeaseLostError, WriteLease
 from tbpo_ray.training import checkpoint as ckpt
@@ -50,6 +50,9 @@ def train_loop(payload: dict[str, Any]) -> dict[str, Any]:
         # Raised on all ranks together. Returned instead of raised: Ray Train would restart the workers, and
         # a lost lease does not come back.
         return {"failed": str(error)}
+    except InputError as error:
+        # Likewise on all ranks: the model or a combination of settings is at fault, not the workers.
+        return {"refused": str(error)}
     return worker.run()
 
 
@@ -114,6 +117,8 @@ class Worker:
         self.preemption = Cadence(PREEMPTION_SECONDS, self.device)
         self.notice: Any = None
         self.metrics = MetricsFile(Path(run_paths.run_dir), lease, enabled=self.rank == 0)
+        for sentence in self.components.sentences:
+            self._log_once(sentence)
         # From here on dropout draws differently on each rank; the weights above were drawn alike.
         torch.manual_seed(config.run.seed * 1_000_003 + self.rank)
 
@@ -338,6 +343,12 @@ class Worker:
         self.metrics.log_event(
             f"continuing from {newest.folder.name} ({newest.state['world']} -> {self.world} workers)"
         )
+
+    def _log_once(self, sentence: str) -> None:
+        """Log an event that every start of the workers repeats, unless the log has it."""
+        log = self.metrics.events_path
+        if not log.is_file() or sentence not in log.read_text(encoding="utf-8").splitlines():
+            self.metrics.log_event(sentence)
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
         load_fragments(self.engine, sorted(folder.glob("optimizer-*.safetensors")))

@@ -12,7 +12,7 @@ from tbpo_ray.cluster.error_summary import error_summary
 from tbpo_ray.config.loading import to_tree
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.shards import PreparedPairs
-from tbpo_ray.errors import RunFailedError
+from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
@@ -41,6 +41,7 @@ def run_workers(
         What rank 0 returned: `step` and `pairs_seen`.
 
     Raises:
+        InputError: the workers found a model that cannot train with this configuration.
         RunFailedError: the workers failed, or ended before the last step.
     """
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -63,6 +64,8 @@ def run_workers(
                 out.write("".join(traceback.format_exception(error)))
             raise RunFailedError(f"run {name}: {error_summary(error)}; the traceback is in {log}") from error
     value: dict[str, Any] = outcome.return_value or {}
+    if "refused" in value:
+        raise InputError(*value["refused"].splitlines())
     if "failed" in value:
         raise RunFailedError(f"run {name}: {value['failed']}")
     if value.get("step") != total:
