@@ -118,8 +118,8 @@ class AnswerRenderer:
             if not segments or not segments[0].text.removesuffix(self.end or "").strip():
                 notes.append("answer_rendered_plain")
                 return opening, [Segment(content + (self.end or ""), True)]
-            if content.strip() not in segments[0].text:
-                notes.append("answer_altered_by_template")
+        if _altered(turns[-1], segments[-1].text):
+            notes.append("answer_altered_by_template")
         if start != opening:
             notes.append("generation_prompt_differs")
         return start, segments
@@ -144,7 +144,7 @@ class AnswerRenderer:
                 upto = self.template.render([*known, turn], **options)
             text = self._cut(upto[start:], last=last)
             if not last and not (upto.startswith(whole[:start]) and whole.startswith(text, start)):
-                raise NotPrefixStableError(f"turn {k + 1} of the answer changes once others follow")
+                text = self._cut_within(whole[start:], turn)
             segments.append(Segment(text, True))
             reached = start + len(text)
         return whole[:begin], [s for s in segments if s.text]
@@ -168,6 +168,16 @@ class AnswerRenderer:
             if whole.startswith(alone + header):
                 return len(alone) + len(header)
         raise NotPrefixStableError("the prompt is written differently in front of an answer")
+
+    def _cut_within(self, text: str, turn: Message) -> str:
+        """`text` up to the end of its first turn, which the template writes differently as the last one.
+
+        Some templates put an empty thought in front of the last turn only.
+        """
+        match = self.special.search(text)
+        if match is None or match.group() != self.end or _altered(turn, text[: match.start()]):
+            raise NotPrefixStableError("a turn of the answer changes once others follow")
+        return text[: match.end()]
 
     def _cut(self, text: str, *, last: bool) -> str:
         """`text` up to the end of the assistant's turn."""
@@ -201,6 +211,12 @@ def _like(
     if start != opening or len(segments) != 1 or not written.startswith(content):
         return None
     return start, [Segment(turns[0]["content"] + written[len(content) :], True)]
+
+
+def _altered(turn: Message, text: str) -> bool:
+    """Whether the template does not write the words of a turn as they are, such as without its thoughts."""
+    values = (turn.get(key) for key in ("content", "reasoning_content", "reasoning", "thinking"))
+    return any(isinstance(value, str) and value.strip() not in text for value in values)
 
 
 def _is_words(turns: Sequence[Message]) -> bool:

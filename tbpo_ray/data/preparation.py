@@ -33,7 +33,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import atomic_folder
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Increment it when the same input would give other pairs, so that existing shards are rebuilt."""
 _STALE_SECONDS = 24 * 3600
 """A build folder without a new shard for this long was left behind by a killed process."""
@@ -133,7 +133,7 @@ class _BuildPlan:
     def __init__(self, spec: PairsSpec, cache_dir: Path):
         self.spec = spec
         self.files, self.weights = find_sources(spec.source, spec.key)
-        self.tokenizer = TokenizerSpec.load(spec.tokenizer, spec.chat_template)
+        self.tokenizer = TokenizerSpec.load(spec.tokenizer, spec.chat_template, spec.data.template_kwargs)
         self.folder = cache_dir / f"pairs-{self.fingerprint}"
 
     @cached_property

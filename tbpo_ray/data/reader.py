@@ -27,7 +27,8 @@ class MicroBatch:
 
     `index` runs from 0 to `count - 1` within `step`, on every rank alike, and `pairs_in_step` is the number
     of pairs over all ranks. Token columns are `n` arrays [tokens] int32; `extras` maps each joined column to
-    `n` arrays [tokens] float32.
+    `n` arrays [tokens] float32. Among them are the masks of answers with tokens that are context only, where
+    there are any; the mask of an answer without such tokens is empty.
     """
 
     step: int
@@ -72,6 +73,7 @@ class PairReader:
         self._folders = [Path(prepared.path), *map(Path, extra_dirs)]
         self._shards = prepared.shards
         self._starts = prepared.starts()
+        self._own_columns = (*TOKEN_COLUMNS, *prepared.mask_columns)
         self._files: dict[tuple[int, int], _File] = {}
         self._groups: OrderedDict[tuple[int, int, int], dict[str, tuple[np.ndarray, np.ndarray]]] = (
             OrderedDict()
@@ -80,6 +82,7 @@ class PairReader:
         self.extra_columns = tuple(
             name for index in range(1, len(self._folders)) for name in self._file(index, 0).columns
         )
+        self.extra_columns = (*prepared.mask_columns, *self.extra_columns)
 
     def fetch(self, pair_ids: np.ndarray) -> dict[str, list[np.ndarray]]:
         """The columns of these pairs by name, each with one array per pair in the order of `pair_ids`."""
@@ -133,7 +136,7 @@ class PairReader:
             import pyarrow as pa
 
             lists = tuple(item.name for item in parquet.schema_arrow if pa.types.is_list(item.type))
-            columns = TOKEN_COLUMNS if folder == 0 else lists
+            columns = self._own_columns if folder == 0 else lists
             self._files[folder, shard] = _File(parquet, columns, np.cumsum([0, *sizes]))
         return self._files[folder, shard]
 

@@ -303,7 +303,7 @@ class PairTokenizer:
         for answer, back, item, segments in zip(answers, decoded, items, sides, strict=True):
             texts = [item.text, *(segment.text for segment in segments[1:])]
             text = "".join(texts).removesuffix(self._end_text if segments[1:] else "")
-            if not self._same_text(text, back, item):
+            if not self._same_text(text, back, item, answer.ids):
                 answer.text_differs = back[:80]
             last = segments[-1].text
             if last.endswith(self._end_text):
@@ -347,17 +347,19 @@ class PairTokenizer:
             return RecordError("pair_same_tokens", f"{len(chosen)} tokens each")
         return TokenizedPair(prompt, chosen, rejected, *masks)
 
-    def _same_text(self, text: str, back: str, first: Continuation) -> bool:
+    def _same_text(self, text: str, back: str, first: Continuation, ids: Sequence[int]) -> bool:
         """Whether an answer's tokens say what its text says, up to what tokenizers do to white space.
 
         That is Unicode composition, one space that some tokenizers prepend or take away at the beginning, and
-        the white space around special tokens, which some of them swallow.
+        the white space around added tokens, which some of them swallow and others get.
         """
         if back == text or back == " " + text:
             return True
         text, back = (unicodedata.normalize("NFC", value) for value in (text.replace(GUARD, ""), back))
-        around = re.compile(rf"\s*({self._encoder.special.pattern})\s*")
-        text, back = (around.sub(r"\1", value) for value in (text, back))
+        added = {self._encoder.added[token].content for token in ids if token in self._encoder.added}
+        if added:
+            around = re.compile(rf"\s*({'|'.join(map(re.escape, added))})\s*")
+            text, back = (around.sub(r"\1", value) for value in (text, back))
         token = self._encoder.added.get(first.before_ids[-1]) if first.before_ids else None
         if token is not None and token.rstrip:
             text, back = text.lstrip(), back.lstrip()

@@ -95,7 +95,8 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     """
     options = {"revision": config.model.revision, "gguf_file": config.model.gguf_file}
     tokenizer = load_tokenizer(model, chat_template=config.model.chat_template, **options)
-    pairs = PairTokenizer(TokenizerSpec.of(tokenizer), config.data.max_length, config.data.prompt_limit)
+    spec = TokenizerSpec.of(tokenizer, config.data.template_kwargs)
+    pairs = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     sources = config.data.train
     mix = [(sources, 1.0)] if isinstance(sources, str) else [(s.source, s.weight) for s in sources]
     count, read, lengths, largest = 0.0, 0, [], 0
