@@ -4,10 +4,11 @@ separate  each answer has its own row:            [prompt][chosen]  /  [prompt][
 shared    both answers follow one prompt:         [prompt][chosen][rejected]
 
 In either layout the model's hidden states are gathered at the positions that predict answer tokens, so
-everything after the model sees the same `[S, B, T]` tensors.
+everything after the model sees the same `[S, B, T]` tensors. Tokens of an answer that are context only, such
+as the results of tools, are in the rows but not among the T.
 
-Shapes: B pairs, S sides (chosen, rejected; one for SFT), T answer tokens, R rows of length L, K length of a
-row with a single answer.
+Shapes: B pairs, S sides (chosen, rejected; one for SFT), T trained answer tokens, R rows of length L, K
+length of a row with a single answer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PairBatch:
     labels: Tensor
     """[S, B, T] int64"""
     mask: Tensor
-    """[S, B, T] bool: True where the answer has a token"""
+    """[S, B, T] bool: True where the answer has a trained token"""
     ref_logps: Tensor | None
     """[S, B, T] float32, from the cache"""
     weights: Tensor | None
@@ -88,6 +89,7 @@ def collate(
     truncate_to_shorter: bool,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
     weights: Sequence[Sequence[np.ndarray]] | None = None,
+    trained: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> PairBatch:
     """Pad pairs to a batch.
 
@@ -95,19 +97,28 @@ def collate(
         prompts: B arrays of token ids, BOS included, never empty.
         answers: for each side B arrays of token ids; one side for SFT, otherwise chosen and rejected.
         shared: whether both answers follow one prompt in one row.
-        truncate_to_shorter: truncate both answers of a pair to the length of the shorter one, for objectives
-            that compare the answers token by token and do not read beyond it.
-        ref_logps: for each side B arrays as long as the answers before truncation.
+        truncate_to_shorter: truncate both answers of a pair to the number of trained tokens of the shorter
+            one, for objectives that compare the answers token by token and do not read beyond it.
+        ref_logps: for each side B arrays with a value for each trained token before truncation.
         weights: token weights, in the same form.
+        trained: for each side B arrays as long as the answers, False at tokens that are context only; an
+            empty array if all tokens are trained.
     """
     sides, pairs = len(answers), len(prompts)
-    sizes = np.array([[len(a) for a in side] for side in answers], dtype=np.int64).reshape(sides, pairs)
+    indices = [
+        [_trained_indices(answers[s][b], None if trained is None else trained[s][b]) for b in range(pairs)]
+        for s in range(sides)
+    ]
+    sizes = np.array([[len(i) for i in side] for side in indices], dtype=np.int64).reshape(sides, pairs)
     if truncate_to_shorter and sides == 2:
         sizes = np.broadcast_to(sizes.min(axis=0), sizes.shape)
-    rows = _Rows(prompts, sizes, pad_id=pad_id, shared=shared)
+    indices = [[indices[s][b][: sizes[s, b]] for b in range(pairs)] for s in range(sides)]
+    # Nothing is predicted behind the last trained token, so rows end there.
+    spans = np.array([[i[-1] + 1 if len(i) else 0 for i in side] for side in indices], dtype=np.int64)
+    rows = _Rows(prompts, sizes, spans.reshape(sides, pairs), pad_id=pad_id, shared=shared)
     for b, prompt in enumerate(prompts):
         for s in range(sides):
-            rows.place(s, b, prompt, answers[s][b][: sizes[s, b]])
+            rows.place(s, b, prompt, answers[s][b][: rows.spans[s, b]], indices[s][b])
     mask = np.arange(rows.labels.shape[-1]) < sizes[:, :, None]
     return PairBatch(
         input_ids=torch.from_numpy(rows.input_ids),
@@ -127,12 +138,21 @@ def collate(
 class _Rows:
     """The arrays of a :class:`PairBatch` while they are filled, answer by answer."""
 
-    def __init__(self, prompts: Sequence[np.ndarray], sizes: np.ndarray, *, pad_id: int, shared: bool):
+    def __init__(
+        self,
+        prompts: Sequence[np.ndarray],
+        sizes: np.ndarray,
+        spans: np.ndarray,
+        *,
+        pad_id: int,
+        shared: bool,
+    ):
+        """Reserve rows for answers of which `spans` [S, B] tokens are placed and `sizes` [S, B] trained."""
         sides, self.pairs = sizes.shape
-        self.shared = shared
+        self.shared, self.spans = shared, spans
         prompt_sizes = np.array([len(p) for p in prompts], dtype=np.int64)
         # The last token of an answer predicts nothing, so it is a label but not an input.
-        inputs = np.maximum(sizes - 1, 0)
+        inputs = np.maximum(spans - 1, 0)
         row_sizes = prompt_sizes + (inputs.sum(axis=0) if shared else inputs)
         self.length = _align(int(row_sizes.max(initial=1)))
         self.single = _align(int((prompt_sizes + inputs).max(initial=1)))
@@ -147,8 +167,14 @@ class _Rows:
         self.filled = np.zeros(rows, dtype=np.int64)
         """[R] columns used so far"""
 
-    def place(self, side: int, pair: int, prompt: np.ndarray, answer: np.ndarray) -> None:
-        """Append an answer to its row, after the prompt that the row needs once."""
+    def place(
+        self, side: int, pair: int, prompt: np.ndarray, answer: np.ndarray, trained: np.ndarray
+    ) -> None:
+        """Append an answer to its row, after the prompt that the row needs once.
+
+        Args:
+            trained: the indices of the answer's trained tokens, the last of which is its last token.
+        """
         single_row = side * self.pairs + pair
         row, p, n = pair if self.shared else single_row, len(prompt), len(answer)
         if not self.filled[row]:
@@ -160,10 +186,10 @@ class _Rows:
         self._fill(row, single_row, slice(start, start + n - 1), answer[:-1], position=p, segment=side + 1)
         columns = row * self.length + np.arange(start, start + n - 1)
         self.gather_index[single_row, p : p + n - 1] = columns
-        self.labels[side, pair, :n] = answer
         # The first answer token is predicted by the last position of the prompt.
-        self.predict[side, pair, 0] = row * self.length + p - 1
-        self.predict[side, pair, 1:n] = columns
+        predicting = np.concatenate([[row * self.length + p - 1], columns])
+        self.labels[side, pair, : len(trained)] = answer[trained]
+        self.predict[side, pair, : len(trained)] = predicting[trained]
 
     def _fill(
         self, row: int, single_row: int, where: slice, ids: np.ndarray, *, position: int, segment: int
@@ -187,7 +213,8 @@ class BatchLayout:
 
 def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLayout) -> PairBatch:
     """Collate the columns of prepared data: `prompt_ids`, `chosen_ids`, `rejected_ids`, and where present
-    `chosen_ref_logps`, `rejected_ref_logps`, `chosen_weights`, `rejected_weights`."""
+    `chosen_mask`, `rejected_mask`, `chosen_ref_logps`, `rejected_ref_logps`, `chosen_weights`,
+    `rejected_weights`."""
     names = ("chosen", "rejected")[: layout.sides]
 
     def each_side(suffix: str) -> list[Sequence[np.ndarray]] | None:
@@ -204,7 +231,16 @@ def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLa
         truncate_to_shorter=layout.truncate_to_shorter,
         ref_logps=each_side("ref_logps"),
         weights=each_side("weights"),
+        trained=each_side("mask"),
     )
+
+
+def _trained_indices(answer: np.ndarray, trained: np.ndarray | None) -> np.ndarray:
+    if trained is None or not len(trained):
+        return np.arange(len(answer))
+    if len(trained) != len(answer):
+        raise ValueError(f"an answer has a mask of {len(trained)} values for {len(answer)} tokens")
+    return np.flatnonzero(trained)
 
 
 def _align(n: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.shards import ROWS_PER_GROUP, PreparedPairs
+from tbpo_ray.data.shards import MASK_COLUMNS, ROWS_PER_GROUP, PreparedPairs
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer
 from tbpo_ray.models.resolve import local_model, policy_folder
@@ -162,7 +162,9 @@ def _estimate(objective: str, positive: Tensor, negative: Tensor, *, chosen: boo
 
 def _from_records(prepared: PreparedPairs, file: str) -> Iterator[Columns]:
     """Weights that the records bring along, in their columns `chosen_weights` and `rejected_weights`."""
-    names = ["chosen_ids", "rejected_ids", "source", "row", "metadata"]
+    names = ["chosen_ids", "rejected_ids", *MASK_COLUMNS, "source", "row", "metadata"]
+    file_names = pq.read_schema(Path(prepared.path) / file).names
+    names = [name for name in names if name in file_names]
     for batch in pq.ParquetFile(Path(prepared.path) / file).iter_batches(ROWS_PER_GROUP, columns=names):
         out: Columns = {f"{side}_weights": [] for side in SIDES}
         for row in batch.to_pylist():
@@ -181,7 +183,9 @@ def _record_weights(row: dict[str, Any], metadata: dict[str, Any], side: str) ->
         except (TypeError, ValueError):
             values = np.full(1, np.nan)
         if np.isfinite(values).all():
-            return values
+            # Tokens that are context only have a number in the record, but no weight in training.
+            mask = row.get(f"{side}_mask")
+            return values[np.asarray(mask, dtype=bool)] if mask else values
         fault = "not finite numbers"
     raise InputError(
         f"objective.token_weights.source=columns: {row['source']} row {row['row']}: {side}_weights: {fault} "
