@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbpo_ray.cluster.error_summary import error_summary
+from tbpo_ray.cluster.worker_logs import keep_dead_workers_logs
 from tbpo_ray.config.loading import digest, to_tree
 from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.errors import InputError, RunFailedError
@@ -27,12 +28,12 @@ from tbpo_ray.generation.samples import (
 from tbpo_ray.generation.vllm_engine import (
     TASK_CPUS,
     check_model,
-    end_tokens,
     engine_arguments,
     engine_resources,
     environment,
     pool_size,
 )
+from tbpo_ray.models.chat import stop_token_ids
 from tbpo_ray.progress import log_progress
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 ENGINE_RESTARTS = 3
 """How often an engine that died is restarted."""
+SAMPLING_VERSION = 2
+"""Changes when the same settings give other samples. Since 2, an answer ends at any stop token."""
+ENGINE_LOG = "engine.log"
+"""In the folder of the samples: what the engines printed that died in the last call."""
 
 
 def generate(
@@ -92,7 +97,7 @@ def generate(
     manifest |= {"model": model, "adapter": adapter, "seed": seed, "generation": to_tree(generation)}
     write_manifest(folder, manifest)
 
-    rows = input_rows(prompts, generation, seed, adapter)
+    rows = input_rows(prompts, generation, seed, adapter, stop_token_ids(model))
     done = done_indices(folder)
     todo = [row for row in rows if row["index"] not in done]
     started = time.monotonic()
@@ -111,12 +116,16 @@ def sampling_fingerprint(
     seed: int,
     adapter: str | Path | None = None,
 ) -> str:
-    """Digest of everything that samples depend on: model files, prompts, sampling parameters and seed."""
+    """Digest of everything that samples depend on: model files, prompts, sampling parameters and seed.
+
+    The model files include those that the stop tokens come from.
+    """
     settings = to_tree(generation)
     for key in ("engines", "batch_size", "tensor_parallel"):  # change the speed, not the samples
         settings.pop(key)
     contents = [(p.id, p.token_ids, p.metadata) for p in prompts]
-    return digest([_files(model), _files(adapter) if adapter else None, digest(contents), settings, seed])
+    files = [_files(model), _files(adapter) if adapter else None]
+    return digest([*files, digest(contents), settings, seed, SAMPLING_VERSION])
 
 
 def _files(folder: str | Path) -> list[tuple[str, int, int]]:
@@ -168,7 +177,7 @@ def _run(
                 detokenize_stage=False,
             ),
             preprocess=to_request,
-            postprocess=partial(to_result, ends=end_tokens(model)),
+            postprocess=to_result,
             preprocess_map_kwargs={"num_cpus": TASK_CPUS},
             postprocess_map_kwargs={"num_cpus": TASK_CPUS},
         )
@@ -180,11 +189,13 @@ def _run(
         written = processor(ray.data.from_blocks(blocks)).map_batches(
             partial(_write_block, folder=folder), batch_size=None, batch_format="pandas", num_cpus=TASK_CPUS
         )
+        began = time.time()
         try:
             _follow(written, total - len(rows), total)
         except (ray.exceptions.RayError, RuntimeError) as error:
+            log = keep_dead_workers_logs(folder / ENGINE_LOG, since=began)
             raise RunFailedError(
-                f"sampling from {model} failed, finished samples are kept in {folder}: {_failure(error)}"
+                f"sampling from {model} failed, finished samples are kept in {folder}: {_failure(error, log)}"
             ) from error
         finally:
             # The pool's actors end with the iteration, unless a frame of the exception still refers to it.
@@ -248,12 +259,11 @@ def _engine_count(smallest: int, largest: int) -> str:
     return f"{smallest} engine(s)" if smallest == largest else f"{smallest} to {largest} engines"
 
 
-def _failure(error: Exception) -> str:
-    """One sentence about an error of the pipeline."""
+def _failure(error: Exception, log: str) -> str:
+    """One sentence about an error of the pipeline, and `log`, what the engines printed about it."""
     from ray.exceptions import ActorDiedError
 
-    if isinstance(error, ActorDiedError) and not error.actor_init_failed:
-        return f"an engine died {ENGINE_RESTARTS + 1} times; its error is in Ray's worker logs"
     summary = error_summary(error)
-    hint = "; the engine's error is in Ray's worker logs" if "initialization failed" in summary else ""
-    return summary + hint
+    if isinstance(error, ActorDiedError) and not error.actor_init_failed:
+        summary = f"an engine died {ENGINE_RESTARTS + 1} times"
+    return f"{summary}; {log}" if log else summary

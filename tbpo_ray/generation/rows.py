@@ -9,50 +9,44 @@ from typing import Any
 
 from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.generation.samples import PromptTokens
-from tbpo_ray.storage.json_lines import dumps
 
 _CARRIED = ("index", "prompt_id", "sample", "prompt_text", "input_ids", "metadata_json")
 """Columns of an input row that a result keeps."""
 
 
 def input_rows(
-    prompts: Sequence[PromptTokens], generation: GenerationConfig, seed: int, adapter: str | None
-) -> list[dict[str, Any]]:
-    """One row per sample of each prompt, numbered by `index`."""
-    numbered = enumerate((prompt, sample) for prompt in prompts for sample in range(generation.samples))
-    return [
-        _input_row(index, prompt, sample, generation, seed, adapter) for index, (prompt, sample) in numbered
-    ]
-
-
-def _input_row(
-    index: int,
-    prompt: PromptTokens,
-    sample: int,
+    prompts: Sequence[PromptTokens],
     generation: GenerationConfig,
     seed: int,
     adapter: str | None,
-) -> dict[str, Any]:
+    stop_ids: Sequence[int],
+) -> list[dict[str, Any]]:
+    """One row per sample of each prompt, numbered by `index`."""
+    sampling = {
+        "max_tokens": generation.max_tokens,
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "logprobs": 0,
+        # Without these, vLLM stops only at the ids of `generation_config.json`, or `config.json` without it.
+        "stop_token_ids": list(stop_ids),
+    }
+    common = {"sampling": json.dumps(sampling)} | ({"model": adapter} if adapter else {})
+    numbered = enumerate((prompt, sample) for prompt in prompts for sample in range(generation.samples))
+    return [_input_row(index, prompt, sample, seed) | common for index, (prompt, sample) in numbered]
+
+
+def _input_row(index: int, prompt: PromptTokens, sample: int, seed: int) -> dict[str, Any]:
     # Derived from ids instead of positions: a sample does not change when prompts are added or removed.
     sample_seed = hashlib.sha256(f"{seed}/{prompt.id}/{sample}".encode()).digest()
-    row = {
+    return {
         "index": index,
         "prompt_id": prompt.id,
         "sample": sample,
         "prompt_text": prompt.text,
         "input_ids": list(prompt.token_ids),
-        "metadata_json": dumps(prompt.metadata, ensure_ascii=False, default=str),
+        "metadata_json": json.dumps(prompt.metadata, ensure_ascii=False, default=str),
         "seed": int.from_bytes(sample_seed[:4], "big") >> 1,
-        "sampling": json.dumps(
-            {
-                "max_tokens": generation.max_tokens,
-                "temperature": generation.temperature,
-                "top_p": generation.top_p,
-                "logprobs": 0,
-            }
-        ),
     }
-    return row | ({"model": adapter} if adapter else {})
 
 
 def to_request(row: dict[str, Any]) -> dict[str, Any]:
@@ -63,16 +57,17 @@ def to_request(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_result(row: dict[str, Any], ends: set[int]) -> dict[str, Any]:
+def to_result(row: dict[str, Any]) -> dict[str, Any]:
     """Postprocessing of an answered row; Ray passes failed rows through unchanged."""
     tokens = [int(token) for token in row["generated_tokens"]]
+    stop_ids = json.loads(row["sampling"])["stop_token_ids"]
     return {key: row[key] for key in _CARRIED} | {
         "answer": row["generated_text"],
         "token_ids": tokens,
         "logprobs": [
             float(choices[token]["logprob"]) for token, choices in zip(tokens, row["logprobs"], strict=True)
         ],
-        "finish_reason": "stop" if tokens and tokens[-1] in ends else "length",
+        "finish_reason": "stop" if tokens and tokens[-1] in stop_ids else "length",
     }
 
 

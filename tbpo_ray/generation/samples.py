@@ -43,11 +43,11 @@ class Sample:
     answer: str
     """Decoded without special tokens."""
     token_ids: list[int]
-    """Sampled tokens, including the final EOS."""
+    """Sampled tokens, including the final stop token."""
     logprobs: list[float]
     """log pi of each sampled token, in nats, before temperature and top-p are applied."""
     finish_reason: str
-    """`stop` (EOS or a stop string), `length`, or `error`."""
+    """`stop` (a stop token), `length`, or `error`."""
     metadata: dict[str, Any]
     error: str
     """The engine's error if it gave no answer, otherwise empty."""

@@ -79,16 +79,6 @@ def pool_size(generation: GenerationConfig) -> tuple[int, int]:
     return (engines[0], engines[1]) if isinstance(engines, list) else (engines, engines)
 
 
-def end_tokens(model: str) -> set[int]:
-    """Token ids that end an answer, from `generation_config.json` or `config.json` of the model folder."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(model) / name
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        if ids is not None:
-            return set(ids) if isinstance(ids, list) else {int(ids)}
-    return set()
-
-
 def check_model(model: str, adapter: str | None = None) -> None:
     """Check a model folder, and an adapter folder if there is one, before an engine loads them.
 

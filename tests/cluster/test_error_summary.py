@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.exceptions import ActorDiedError
 
-from tbpo_ray.cluster.error_summary import error_summary
+from tbpo_ray.cluster.error_summary import error_summary, last_error
 
 
 def test_the_summary_of_a_dead_actor_is_the_reason_and_not_its_id():
@@ -19,3 +19,20 @@ def test_the_summary_of_a_dead_actor_is_the_reason_and_not_its_id():
 def test_the_innermost_named_error_comes_before_its_wrappers():
     text = "ray.exceptions.RayTaskError(ValueError): ray::f()\n  File x\nValueError: no such key\n  pid: 3\n"
     assert error_summary(RuntimeError(text)) == "ValueError: no such key"
+
+
+def test_the_last_error_of_a_log_is_the_cause_and_has_no_logger_prefix():
+    prefix = "(EngineCore_DP0 pid=31) ERROR 11-26 18:40:12 [core.py:800]"
+    log = f"""
+{prefix} Traceback (most recent call last):
+{prefix}   File "model.py", line 1, in forward
+{prefix} ValueError: Head size 8 is not supported
+INFO 11-26 18:40:12 [core.py:801] shutting down
+RuntimeError: Engine core initialization failed. See root cause above.
+vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.
+"""
+    assert last_error(log) == "ValueError: Head size 8 is not supported"
+    assert last_error("line\nFatal Python error: Segmentation fault\n\nThread 1\n") == (
+        "Fatal Python error: Segmentation fault"
+    )
+    assert last_error("all is well\n") is None

@@ -140,6 +140,10 @@ def test_an_engine_that_keeps_dying_is_given_up(ray_session, engines_left, tiny_
     monkeypatch.setattr(pool, "ENGINE_RESTARTS", 1)
     engine = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}
     long = [PromptTokens("long", [1, *[5] * 150, 4], "")]
-    with pytest.raises(RunFailedError, match="an engine died 2 times"):
+    with pytest.raises(RunFailedError, match="an engine died 2 times") as caught:
         generate(tiny_model, long, GenerationConfig(max_tokens=2, engine=engine), output=tmp_path / "out")
+    assert "its last error: " in str(caught.value) and str(tmp_path / "out" / "engine.log") in str(
+        caught.value
+    )
+    assert (tmp_path / "out" / "engine.log").stat().st_size > 0
     assert engines_left() == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.errors import InputError
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
+from tbpo_ray.generation.rows import input_rows, to_request, to_result
 from tbpo_ray.generation.samples import (
     PromptTokens,
     done_indices,
@@ -19,12 +21,12 @@ from tbpo_ray.generation.samples import (
 )
 from tbpo_ray.generation.vllm_engine import (
     check_model,
-    end_tokens,
     engine_arguments,
     engine_resources,
     environment,
     pool_size,
 )
+from tbpo_ray.models.chat import stop_token_ids
 
 
 def row(index: int, answer: str = "a") -> dict:
@@ -132,4 +134,24 @@ def test_engine_arguments(tiny_model, tmp_path):
     lora = engine_arguments(GenerationConfig(), use_gpu=True, adapter=adapter_for(192, tmp_path / "a"))
     assert lora["enable_lora"] and lora["max_lora_rank"] == 8
     assert "VLLM_CPU_KVCACHE_SPACE" in environment(use_gpu=False, engines=1)
-    assert end_tokens(tiny_model) == {2}
+
+
+def test_an_answer_ends_at_every_stop_token_of_the_model(tiny_model, prompts, tmp_path):
+    """Also where `generation_config.json` names another token than the tokenizer."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = model / "generation_config.json"
+    tree = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(tree | {"eos_token_id": [7]}))
+    stops = stop_token_ids(str(model))
+    assert {2, 7} <= set(stops)
+    generated = input_rows(prompts[:1], GenerationConfig(max_tokens=3), 0, None, stops)[0]
+    assert to_request(generated)["sampling_params"]["stop_token_ids"] == stops
+    reasons = {}
+    for tokens in ([5, 2], [5, 7], [5, 6, 8], [2], []):
+        answered = {
+            "generated_tokens": tokens,
+            "generated_text": "",
+            "logprobs": [{token: {"logprob": -1.0}} for token in tokens],
+        }
+        reasons[tuple(tokens)] = to_result(generated | answered)["finish_reason"]
+    assert reasons == {(5, 2): "stop", (5, 7): "stop", (5, 6, 8): "length", (2,): "stop", (): "length"}
