@@ -227,7 +227,7 @@ def _policy_verdict(
     metrics |= compared.metrics() if compared is not None else {}
     metrics |= describe(group) | dict(model_metrics.get(policy.name, {}))
     log_progress(f"{policy.name}: computing the KL from the reference on its samples")
-    metrics["kl_k1"] = _kl_estimate(group, inputs.reference, use_gpu=config.cluster.gpus)
+    metrics["kl_k1"] = _kl_estimate(group, inputs.reference, config)
     return PolicyVerdict(
         name=policy.name,
         model=policy.folder,
@@ -239,9 +239,12 @@ def _policy_verdict(
     )
 
 
-def _kl_estimate(group: Groups, reference: str, *, use_gpu: bool) -> Estimate:
+def _kl_estimate(group: Groups, reference: str, config: Config) -> Estimate:
     answers = flatten(group)
-    values = kl_k1(answers, reference_logprobs(answers, reference, use_gpu=use_gpu))
+    logprobs = reference_logprobs(
+        answers, reference, attention=config.model.attention, use_gpu=config.cluster.gpus
+    )
+    values = kl_k1(answers, logprobs)
     return mean_estimate([float(np.mean(v)) for v in per_prompt(answers, values).values()])
 
 
@@ -264,7 +267,13 @@ def _pair_metrics(inputs: EvaluationInputs, config: Config, folder: Path) -> dic
     log_progress("scoring held-out preference pairs under every policy")
     pairs = read_pairs(config, inputs.baseline.model)
     scored: dict[str, list[ScoredPair]] = {
-        policy.name: score_pairs(pairs, policy.model, inputs.reference, use_gpu=config.cluster.gpus)
+        policy.name: score_pairs(
+            pairs,
+            policy.model,
+            inputs.reference,
+            attention=config.model.attention,
+            use_gpu=config.cluster.gpus,
+        )
         for policy in inputs.policies
     }
     truncate = config.objective.name.startswith("tbpo")

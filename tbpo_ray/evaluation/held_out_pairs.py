@@ -53,7 +53,7 @@ def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutP
         InputError: no source is configured, or it contains no pair.
     """
     names = prompt_sources(config)
-    spec = TokenizerSpec.load(model, config.model.chat_template)
+    spec = TokenizerSpec.load(model, config.model.chat_template, config.data.template_kwargs)
     tokenizer = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     bad: list[BadRecord] = []
     limit = limit or config.evaluation.max_prompts
@@ -68,7 +68,7 @@ def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutP
 
 
 def score_pairs(
-    pairs: HeldOutPairs, policy: str, reference: str, *, use_gpu: bool = False
+    pairs: HeldOutPairs, policy: str, reference: str, *, attention: str = "sdpa", use_gpu: bool = False
 ) -> list[ScoredPair]:
     """Token credit of both answers under `policy` (see :func:`token_credit`)."""
     if use_gpu:
@@ -76,9 +76,9 @@ def score_pairs(
 
         # max_calls=1: the process ends with the task, which is what returns its GPU memory.
         remote = ray.remote(num_gpus=1, max_calls=1)(token_credit)
-        credits = ray.get(remote.remote(pairs.tokens, policy, reference, "cuda"))
+        credits = ray.get(remote.remote(pairs.tokens, policy, reference, "cuda", attention))
     else:
-        credits = token_credit(pairs.tokens, policy, reference, "cpu")
+        credits = token_credit(pairs.tokens, policy, reference, "cpu", attention)
     return [
         ScoredPair(record, tokens, chosen, rejected)
         for record, tokens, (chosen, rejected) in zip(pairs.records, pairs.tokens, credits, strict=True)

@@ -28,7 +28,9 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
     kind = settings.pop("kind", "checker")
     builders: dict[str, Callable[[], Judge]] = {
         "checker": lambda: Checker.from_settings(settings, source),
-        "reward_model": lambda: RewardModelJudge.from_settings(settings, use_gpu=config.cluster.gpus),
+        "reward_model": lambda: RewardModelJudge.from_settings(
+            settings, attention=config.model.attention, use_gpu=config.cluster.gpus
+        ),
         "llm": lambda: _language_model(settings, config, output),
         "implicit": lambda: _implicit(settings),
     }

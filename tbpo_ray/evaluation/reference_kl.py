@@ -9,30 +9,33 @@ from tbpo_ray.evaluation.scoring import length_batches, load_scorer
 from tbpo_ray.generation.samples import Sample
 
 
-def reference_logprobs(samples: Sequence[Sample], model: str, *, use_gpu: bool = False) -> list[list[float]]:
+def reference_logprobs(
+    samples: Sequence[Sample], model: str, *, attention: str = "sdpa", use_gpu: bool = False
+) -> list[list[float]]:
     """Score samples under the reference.
 
     With `use_gpu` the model runs in a Ray task that holds a GPU, otherwise in this process.
 
     Args:
         model: the reference's folder; it must share the policy's token ids.
+        attention: `model.attention`.
 
     Returns:
         For each sample log pi_ref of its tokens, in nats.
     """
     pairs = [(list(s.prompt_token_ids), list(s.token_ids)) for s in samples]
     if not use_gpu:
-        return answer_logprobs(model, pairs, "cpu")
+        return answer_logprobs(model, pairs, "cpu", attention)
     import ray
 
     # max_calls=1: the process ends with the task, which is what returns its GPU memory.
     remote = ray.remote(num_gpus=1, max_calls=1)(answer_logprobs)
-    scores: list[list[float]] = ray.get(remote.remote(model, pairs, "cuda"))
+    scores: list[list[float]] = ray.get(remote.remote(model, pairs, "cuda", attention))
     return scores
 
 
 def answer_logprobs(
-    model: str, pairs: Sequence[tuple[list[int], list[int]]], device: str
+    model: str, pairs: Sequence[tuple[list[int], list[int]]], device: str, attention: str = "sdpa"
 ) -> list[list[float]]:
     """Log-probs of the answer's tokens for each (prompt, answer), under the model in folder `model`."""
     import numpy as np
@@ -40,7 +43,7 @@ def answer_logprobs(
 
     from tbpo_ray.training.batch import collate
 
-    scorer = load_scorer(model, device)
+    scorer = load_scorer(model, device, attention)
     scores: list[list[float]] = [[] for _ in pairs]
     with torch.inference_mode():
         for indices in length_batches([len(prompt) + len(answer) for prompt, answer in pairs]):

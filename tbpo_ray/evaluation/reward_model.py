@@ -20,13 +20,19 @@ class RewardModelJudge(ScoringJudge):
 
     kind = "reward_model"
 
-    def __init__(self, model: str, *, batch_size: int, use_gpu: bool):
+    def __init__(self, model: str, *, batch_size: int, use_gpu: bool, attention: str = "sdpa"):
         self.model, self.batch_size, self.use_gpu = model, batch_size, use_gpu
+        self.attention = attention
         self.truncated = 0
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], *, use_gpu: bool) -> RewardModelJudge:
+    def from_settings(
+        cls, settings: Mapping[str, Any], *, use_gpu: bool, attention: str = "sdpa"
+    ) -> RewardModelJudge:
         """Validate `evaluation.judge` without `kind` and build the judge.
+
+        Args:
+            attention: `model.attention`.
 
         Raises:
             InputError: invalid settings, or a model that is not such a classifier.
@@ -40,7 +46,7 @@ class RewardModelJudge(ScoringJudge):
         size = settings.get("batch_size", 16)
         if not isinstance(size, int) or size < 1:
             raise InputError(f"evaluation.judge.batch_size={size}: must be an integer of at least 1")
-        judge = cls(str(model), batch_size=size, use_gpu=use_gpu)
+        judge = cls(str(model), batch_size=size, use_gpu=use_gpu, attention=attention)
         judge.check()
         return judge
 
@@ -66,13 +72,15 @@ class RewardModelJudge(ScoringJudge):
     def scores(self, samples: Sequence[Sample]) -> list[float]:
         texts = [(sample.prompt_text, sample.answer) for sample in samples]
         if not self.use_gpu:
-            values, truncated = classify(self.model, texts, self.batch_size, "cpu")
+            values, truncated = classify(self.model, texts, self.batch_size, "cpu", self.attention)
         else:
             import ray
 
             # max_calls=1: the process ends with the task, which is what returns its GPU memory.
             remote = ray.remote(num_gpus=1, max_calls=1)(classify)
-            values, truncated = ray.get(remote.remote(self.model, texts, self.batch_size, "cuda"))
+            values, truncated = ray.get(
+                remote.remote(self.model, texts, self.batch_size, "cuda", self.attention)
+            )
         self.truncated += truncated
         return values
 
@@ -81,18 +89,27 @@ class RewardModelJudge(ScoringJudge):
 
 
 def classify(
-    model: str, texts: Sequence[tuple[str, str]], batch_size: int, device: str
+    model: str, texts: Sequence[tuple[str, str]], batch_size: int, device: str, attention: str = "sdpa"
 ) -> tuple[list[float], int]:
     """Return the classifier's logit for each (prompt, answer), and how many of them had to be truncated."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    from tbpo_ray.models.attention import choose_attention, cpu_attention
     from tbpo_ray.models.load import inference_dtype, quiet_transformers
 
     quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, truncation_side="left")
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    known: Any = AutoModelForSequenceClassification._model_mapping
+    if device == "cpu":
+        attention = cpu_attention(attention)
     classifier = AutoModelForSequenceClassification.from_pretrained(
-        model, dtype=inference_dtype(device), trust_remote_code=False, use_safetensors=True
+        model,
+        dtype=inference_dtype(device),
+        attn_implementation=choose_attention(config, attention, known[type(config)]).implementation,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     classifier.to(torch.device(device)).eval()
     if tokenizer.pad_token is None:

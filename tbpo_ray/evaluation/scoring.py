@@ -12,15 +12,22 @@ MAX_BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; whole logits are never in memory, so the vocabulary does not matter."""
 
 
-def load_scorer(model: str, device: str) -> PairScorer:
-    """Load a model folder in float32 on a CPU, in bfloat16 on a GPU."""
+def load_scorer(model: str, device: str, attention: str = "sdpa") -> PairScorer:
+    """Load a model folder in float32 on a CPU, in bfloat16 on a GPU.
+
+    Args:
+        attention: `model.attention`; see :func:`tbpo_ray.models.attention.choose_attention`.
+    """
     import torch
 
+    from tbpo_ray.models.attention import cpu_attention
     from tbpo_ray.models.load import inference_dtype, load_model, quiet_transformers
     from tbpo_ray.training.scorer import PairScorer
 
     quiet_transformers()
-    network = load_model(model, dtype=inference_dtype(device))
+    if device == "cpu":
+        attention = cpu_attention(attention)
+    network = load_model(model, dtype=inference_dtype(device), attention=attention)
     network.to(torch.device(device))  # type: ignore[arg-type]
     return PairScorer(network).eval()
 

@@ -43,7 +43,7 @@ class TokenCredit:
 
 
 def token_credit(
-    pairs: Sequence[TokenizedPair], policy: str, reference: str, device: str
+    pairs: Sequence[TokenizedPair], policy: str, reference: str, device: str, attention: str = "sdpa"
 ) -> list[tuple[TokenCredit, TokenCredit]]:
     """Score the tokens of both answers, chosen and rejected, of each pair.
 
@@ -52,10 +52,11 @@ def token_credit(
 
     Args:
         policy, reference: model folders that share their token ids.
+        attention: `model.attention`.
     """
     import torch
 
-    models = _CreditModels(policy, reference, device)
+    models = _CreditModels(policy, reference, device, attention)
     sizes = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
     credits: list[tuple[TokenCredit, TokenCredit]] = [(TokenCredit([], []),) * 2] * len(pairs)
     with torch.inference_mode():
@@ -78,10 +79,11 @@ def token_credit(
 class _CreditModels:
     """A policy with its learned state baseline, if it has one, and the reference."""
 
-    def __init__(self, policy: str, reference: str, device: str):
+    def __init__(self, policy: str, reference: str, device: str, attention: str):
         from tbpo_ray.models.baseline_head import load_state_baseline
 
-        self.policy, self.reference = load_scorer(policy, device), load_scorer(reference, device)
+        self.policy = load_scorer(policy, device, attention)
+        self.reference = load_scorer(reference, device, attention)
         self.head: Any = load_state_baseline(policy)
         if self.head is not None:
             self.head.to(device).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ def export_policy(
     dtype: Any,
     card: Mapping[str, Any],
     baseline: tuple[Mapping[str, Any], str, int] | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> Path:
     """Save weights (safetensors), tokenizer, chat template and a model card, replacing `folder` atomically.
 
@@ -30,20 +31,57 @@ def export_policy(
         dtype: the torch dtype of the saved weights.
         card: entries of the model card, name to value.
         baseline: weights, kind and width of a learned state baseline, saved under `state_baseline/`.
+        stop_ids: the token ids that end an answer, for `generation_config.json`; default: those it has.
     """
     target = Path(folder)
     with atomic_folder(target, replace=True) as partial:
         if hasattr(model, "merge_and_unload"):
             # The adapter first: merging removes it from the model.
             model.save_pretrained(partial / "adapter", safe_serialization=True)
+            _untie_adapted_embeddings(model.get_base_model())
             model = model.merge_and_unload()
         model.config.use_cache = True  # training switches it off, and generation needs it
+        _complete_generation_config(model, stop_ids)
         model.to(dtype).save_pretrained(partial, safe_serialization=True)
         tokenizer.save_pretrained(partial)
         if baseline is not None:
             save_state_baseline(partial, *baseline)
         (partial / "README.md").write_text(_card(card), encoding="utf-8")
     return target
+
+
+def _untie_adapted_embeddings(model: Any) -> None:
+    """Give the output layer a weight of its own if an adapter changes it or the embedding, but not both alike.
+
+    Merging would otherwise add the update of one to the other, since both share one tensor.
+    """
+    import torch
+
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not any(hasattr(layer, "base_layer") for layer in (output, embedding)):
+        return
+    head, table = (getattr(layer, "base_layer", layer) for layer in (output, embedding))
+    if head.weight.data_ptr() != table.weight.data_ptr():
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _complete_generation_config(model: Any, stop_ids: Sequence[int]) -> None:
+    """Enter the stop tokens, and make the settings consistent: transformers refuses to save them otherwise."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    present = settings.eos_token_id
+    known = set(present) if isinstance(present, list) else {present}
+    if stop_ids and known != set(stop_ids):
+        settings.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        # Public checkpoints often set a temperature without saying that they sample.
+        settings.do_sample = True
 
 
 def _card(facts: Mapping[str, Any]) -> str:

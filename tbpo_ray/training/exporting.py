@@ -32,6 +32,8 @@ def export_checkpoint(
     """
     import torch
 
+    from tbpo_ray.models.attention import cpu_attention
+    from tbpo_ray.models.chat import stop_token_ids
     from tbpo_ray.models.export import export_policy
     from tbpo_ray.models.load import add_lora, load_model, load_tokenizer, quiet_transformers, training_dtype
     from tbpo_ray.training.scorer import PairScorer
@@ -41,7 +43,8 @@ def export_checkpoint(
     config, at = Config.model_validate(tree), RunPaths(**run_paths)
     source = Path(folder) if folder else _select_checkpoint(config, Path(at.checkpoints))
     # The master weights are float32, whatever the dtype of the exported ones.
-    model: Any = load_model(at.model, dtype=torch.float32)
+    attention = cpu_attention(config.model.attention)
+    model: Any = load_model(at.model, dtype=torch.float32, attention=attention)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora)
     fill_module(PairScorer(model), sorted(source.glob("optimizer-*.safetensors")))
@@ -54,6 +57,7 @@ def export_checkpoint(
         dtype=training_dtype(config.training.precision),
         card=card,
         baseline=_saved_baseline(config, source),
+        stop_ids=stop_token_ids(at.model, chat_template=config.model.chat_template),
     )
     return str(out)
 
