@@ -85,7 +85,7 @@ class AnswerRenderer:
         notes: list[str] = []
         found: list[tuple[str, list[Segment]]] = []
         for turns in answers:
-            like = _like(answers[0], turns, found, opening)
+            like = None if notes else _like(answers[0], turns, found, opening)
             found.append(like or self._split(prompt, turns, opening, options, notes))
         # If only one answer follows the generation prompt, the prompt that both share is the shorter one.
         shortest = min((start for start, _ in found), key=len)

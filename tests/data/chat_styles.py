@@ -4,6 +4,7 @@ Each style uses what makes its family hard: tools as JSON, thoughts that earlier
 date, a merged or refused system turn, turns without a special token at their beginning, a token that swallows
 white space.
 """
+# ruff: noqa: E501 - a line of a template is hard to read in parts
 
 from __future__ import annotations
 

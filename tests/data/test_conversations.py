@@ -98,9 +98,8 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_conversation(style, kind)
             continue
         assert not isinstance(pair, RecordError), (name, pair)
         want = expected(tokenizer, style, [*prompt, *answer], tools)
-        assert pair.prompt_ids + pair.chosen_ids == want, (
-            name, tokenizer.convert_ids_to_tokens(pair.prompt_ids + pair.chosen_ids), tokenizer.convert_ids_to_tokens(want),
-        )  # fmt: skip
+        got = pair.prompt_ids + pair.chosen_ids
+        assert got == want, (name, *map(tokenizer.convert_ids_to_tokens, (got, want)))
         assert not pairs.counts["answer_rendered_plain"]
 
 

@@ -184,3 +184,100 @@ def test_every_record_is_a_complete_pair_or_has_a_reason(raw, which):
             assert decoded in (text, " " + text) or (which[0] == "lower" and decoded == text.lower())
         else:
             assert EOS not in ids and len(pair.prompt_ids) + len(ids) == 48
+
+
+def answer_of(text):
+    return [{"role": "assistant", "content": text}]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}\n"
+    "{{ m.content }}<unk>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_an_answer_ends_in_what_the_template_puts_behind_a_turn():
+    tokenizer = pairs_of(make_tokenizer(template=CHATML))
+    (pair,) = tokenizer.pairs([pair_of(user("the cat"), "sat", "mat </s> <unk>")])
+    unknown = tokenizer._encoder.backend.token_to_id("<unk>")
+    assert pair.chosen_ids[-1] == unknown and EOS not in pair.chosen_ids
+    assert pair.rejected_ids.count(unknown) == 1 and EOS not in pair.rejected_ids
+    assert tokenizer.decode_answer(pair.rejected_ids) == "mat </s> <unk>"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_special_tokens_of_the_template_are_told_from_those_that_an_answer_spells(kind):
+    turns = "{% for m in messages %}<|user|>{{ m.content }}</s>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<|user|>{% endif %}"
+    tokenizer = pairs_of(make_tokenizer(kind, template))
+    answer = [*answer_of("a </s> b"), *user("c"), *answer_of("d <|user|></s>")]
+    (pair,) = tokenizer.pairs([Record(user("the </s> cat"), answer, answer_of("x"))])
+    assert pair.chosen_ids.count(EOS) == 3 and pair.prompt_ids.count(EOS) == 2
+    trained = [t for t, mask in zip(pair.chosen_ids, pair.chosen_mask, strict=True) if mask]
+    assert trained.count(EOS) == 2
+    assert tokenizer._encoder.backend.decode(trained, skip_special_tokens=False).replace(" ", "") == (
+        "a</s>b</s>d<|user|></s></s>"
+    )
+
+
+def test_a_generation_prompt_that_finished_answers_lack_is_not_part_of_the_prompt():
+    template = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    (pair,) = tokenizer.pairs([pair_of(user("the cat"), "<this is it", "mat")])
+    plain = pairs_of(make_tokenizer(template=CHAT))
+    assert [pair] == plain.pairs([pair_of(user("the cat"), "<this is it", "mat")])
+    assert (
+        tokenizer.counts["generation_prompt_differs"] == 2 and not plain.counts["generation_prompt_differs"]
+    )
+    assert "<think>" in tokenizer._encoder.backend.decode(tokenizer.prompts([user("the cat")])[0])
+
+
+def test_an_answer_that_the_template_refuses_or_hides_is_its_text():
+    refuses = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    for template in (refuses + "{{ messages[0].content }}", "{{ messages[0].content }}"):
+        tokenizer = pairs_of(make_tokenizer(template=template))
+        (pair,) = tokenizer.pairs([pair_of(user("the cat"), "sat", "mat")])
+        assert tokenizer.decode_answer(pair.chosen_ids) == "sat" and pair.chosen_ids[-1] == EOS
+        assert tokenizer.counts["answer_rendered_plain"] == 2
+
+
+def test_thoughts_that_a_template_drops_are_counted():
+    template = CHAT.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    tokenizer.pairs([pair_of(user("the cat"), "<think>hello</think>sat", "mat")])
+    assert tokenizer.counts["answer_altered_by_template"] == 1
+
+
+def test_turns_that_change_once_others_follow_are_quarantined():
+    template = "{% for m in messages %}{{ m.role ~ loop.revindex ~ m.content }}</s>{% endfor %}"
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    answer = [*answer_of("a"), *user("b"), *answer_of("c")]
+    (error,) = tokenizer.pairs([Record(user("x"), answer, answer_of("y"))])
+    assert error.reason == "template_not_prefix_stable"
+
+
+def test_tools_need_a_template():
+    tokenizer = pairs_of(make_tokenizer())
+    tools = [{"type": "function", "function": {"name": "x"}}]
+    (error,) = tokenizer.pairs([Record(user("x"), answer_of("a"), answer_of("b"), tools=tools)])
+    assert error.reason == "template_missing"
+    assert tokenizer.prompts([user("x")], tools=[tools])[0].reason == "template_missing"
+    several = [*answer_of("sat"), *user("on"), *answer_of("mat")]
+    (pair,) = tokenizer.pairs([Record(user("the cat"), several, answer_of("end"))])
+    trained = [t for t, mask in zip(pair.chosen_ids, pair.chosen_mask, strict=True) if mask]
+    assert tokenizer._encoder.backend.decode(trained) == "satmat" and trained[-1] == EOS
+
+
+def test_arguments_for_the_template_are_part_of_the_tokens_and_of_the_digest():
+    template = CHAT + "{% if add_generation_prompt and quiet %}hello{% endif %}"
+    tokenizer = make_tokenizer(template=template)
+    plain, quiet = TokenizerSpec.of(tokenizer), TokenizerSpec.of(tokenizer, {"quiet": True})
+    assert plain.digest != quiet.digest and TokenizerSpec.from_json(quiet.to_json()) == quiet
+    prompts = [PairTokenizer(spec, 64, 32).prompts([user("x")])[0] for spec in (plain, quiet)]
+    assert prompts[0] != prompts[1]
+    loud = PairTokenizer(quiet, 64, 32).prompts([user("x")], template_kwargs=[{"quiet": False}])
+    assert loud == [prompts[0]]
+    data = DataConfig(max_length=64, template_kwargs={"quiet": True})
+    assert prompt_tokens(tokenizer, user("x"), data) == prompts[1]
+    assert prompt_tokens(tokenizer, user("x"), DataConfig(max_length=64)) == prompts[0]
