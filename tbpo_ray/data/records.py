@@ -144,8 +144,8 @@ def parse_records(
         _check_prompt(split.prompt)
         check_unicode(split.chosen, "chosen")
         check_unicode(split.rejected, "rejected")
-        sides = {"prompt": split.prompt, "chosen": split.chosen, "rejected": split.rejected}
-        records.append(Record(**sides, **extras, metadata=metadata, source=source, row=row))
+        sides = (split.prompt, split.chosen, split.rejected)
+        records.append(Record(*sides, **extras, metadata=metadata, source=source, row=row))
     return records
 
 
@@ -159,8 +159,8 @@ def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
     check_media_columns(columns)
     found = read_row(columns)
     values = found[1] if found is not None else read_prompt(columns)
-    ranked = not isinstance(values, RawPair)
-    answers = list(values.answers[:2]) if ranked else [values.chosen, values.rejected]
+    two = (values.chosen, values.rejected) if isinstance(values, RawPair) else values.answers[:2]
+    answers = list(two)
     try:
         prompt = split_pair(values.prompt, values.system, *answers).prompt
     except RecordError:  # not a pair, but the prompt of one answer or of none
