@@ -13,6 +13,7 @@ from typing import Any
 from tbpo_ray.config.loading import load_config, to_yaml
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError, TbpoError
+from tbpo_ray.tracking.environment import with_environment
 
 
 def run_job(
@@ -44,7 +45,7 @@ def run_job(
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override keys of the file")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = with_environment(load_config(arguments.config, arguments.overrides))
         if prepare is not None:
             config = prepare(config, arguments)
         if arguments.dry_run:

@@ -31,7 +31,8 @@ def keep_dead_workers_logs(target: Path, *, since: float) -> str:
         for actor in _dead_actors(since):
             text = _read(actor)
             if text:
-                logs[f"{actor['ActorClassName']}, process {actor['Pid']}"] = text
+                name = str(actor["ActorClassName"]).rsplit(".", 1)[-1]
+                logs[f"{name}, process {actor['Pid']}"] = text
     if not logs:
         return ""
     try:

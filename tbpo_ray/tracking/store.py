@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tbpo_ray.config.schema import TrackingConfig
+from tbpo_ray.config.schema import Config, TrackingConfig
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.redaction import redact_text, strip_credentials
+from tbpo_ray.storage import paths
 from tbpo_ray.storage.files import file_lock
+from tbpo_ray.tracking.environment import from_environment
+from tbpo_ray.tracking.reachability import SERVER_SCHEMES, check_reachable, is_server
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,7 +27,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Without this tag MLflow's UI opens an experiment as one of prompts and agents, without metrics."""
 
-_SERVER_SCHEMES = ("http", "https")
 _NOISY_LOGGERS = ("alembic", "mlflow.store", "mlflow.store.db.utils")
 
 
@@ -40,7 +42,7 @@ class Store:
     @property
     def is_server(self) -> bool:
         """Whether the store is an MLflow server, and not a database or a folder."""
-        return urlsplit(self.uri).scheme in _SERVER_SCHEMES
+        return is_server(self.uri)
 
     def run_url(self, run_id: str) -> str:
         """URL of a run of this experiment; empty if the store is not a server."""
@@ -62,19 +64,29 @@ class Store:
 
 
 def store_uri(tracking: TrackingConfig, output_dir: str | Path) -> str:
-    """Return `tracking.uri`, by default a SQLite database in `output_dir`.
+    """Return `tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite database in `output_dir`.
 
     Raises:
         InputError: `output_dir` is not a local path and no `tracking.uri` is given.
     """
-    if tracking.uri:
-        return tracking.uri
+    uri = from_environment(tracking).get("uri", tracking.uri)
+    if uri:
+        return uri
     if "://" in str(output_dir):
         raise InputError(
             f"tracking.uri: run.output_dir={output_dir} cannot hold a SQLite database; give the address of "
             "an MLflow server"
         )
     return f"sqlite:///{Path(output_dir).resolve()}/mlflow.db"
+
+
+def check_store(config: Config) -> None:
+    """Check that the MLflow server of a configuration, if it has one, answers.
+
+    Raises:
+        InputError: it does not, within half a minute.
+    """
+    check_reachable(store_uri(config.tracking, paths.output_dir(config)))
 
 
 def open_store(tracking: TrackingConfig, output_dir: str | Path) -> Store:
@@ -89,15 +101,17 @@ def open_store(tracking: TrackingConfig, output_dir: str | Path) -> Store:
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = store_uri(tracking, output_dir)
-    is_server = urlsplit(uri).scheme in (*_SERVER_SCHEMES, "databricks")
-    artifacts = None if is_server else (Path(output_dir).resolve() / "mlartifacts").as_uri()
+    check_reachable(uri)
+    experiment = from_environment(tracking).get("experiment", tracking.experiment)
+    is_remote = urlsplit(uri).scheme in (*SERVER_SCHEMES, "databricks")
+    artifacts = None if is_remote else (Path(output_dir).resolve() / "mlartifacts").as_uri()
     # Two processes must not migrate one SQLite file at the same time.
     lock_file = Path(output_dir) / ".mlflow.lock"
-    lock: AbstractContextManager[None] = nullcontext() if is_server else file_lock(lock_file)
+    lock: AbstractContextManager[None] = nullcontext() if is_remote else file_lock(lock_file)
     try:
         with lock:
             client = MlflowClient(tracking_uri=uri)
-            return Store(client, uri, _experiment(client, tracking.experiment, artifacts))
+            return Store(client, uri, _experiment(client, experiment, artifacts))
     except (MlflowException, OSError) as error:
         raise InputError(f"tracking.uri={redact_text(uri)}: {redact_text(first_line(error))}") from error
 

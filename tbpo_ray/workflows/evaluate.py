@@ -15,6 +15,7 @@ from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import file_lock, write_atomic
 from tbpo_ray.storage.paths import run_dir
 from tbpo_ray.tracking.run_note import RUN_NOTE
+from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
 
 
@@ -51,6 +52,7 @@ def evaluate(config: Config, *, parent_run_id: str | None = None) -> Verdict:
         InputError: invalid configuration or input; raised before any engine starts.
         RunFailedError: the engines or the judge returned nothing.
     """
+    check_store(config)
     policies = configured_policies(config)
     check_evaluation(config, policies)
     folder = run_dir(config) / "evaluation"

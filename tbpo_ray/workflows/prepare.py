@@ -29,8 +29,10 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
     """
     from tbpo_ray.cluster.session import start_ray
     from tbpo_ray.models.resolve import policy_folder
+    from tbpo_ray.tracking.store import check_store
     from tbpo_ray.tracking.tracker import Tracker
 
+    check_store(config)
     folder, cache = run_dir(config), cache_dir(config)
     roles: dict[str, Sources] = {"train": config.data.train}
     if config.data.eval is not None:

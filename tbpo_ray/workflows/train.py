@@ -25,6 +25,7 @@ from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.storage.ownership import RunLock, WriteLease
 from tbpo_ray.storage.paths import shared_folders
 from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
+from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.metrics_file import read_metrics
@@ -180,6 +181,7 @@ def _train(
 ) -> RunResult:
     """Everything that a run needs once its folder is ours."""
     folder = plan.run_dir
+    check_store(plan.config)
     _check_sources(plan.config)
     models = resolve_models(plan)
     start_ray()

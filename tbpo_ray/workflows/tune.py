@@ -18,7 +18,7 @@ from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import file_lock, write_atomic
 from tbpo_ray.storage.paths import STUDY_STATE, cache_dir, output_dir, run_dir
 from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
-from tbpo_ray.tracking.store import store_uri
+from tbpo_ray.tracking.store import check_store, store_uri
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training.estimate import plan_text
 from tbpo_ray.training.metrics_file import read_metrics
@@ -124,6 +124,7 @@ def tune(config: Config, space: Space) -> StudyResult:
             log_progress(f"study {config.run.name} is finished: {folder}")
             front = pareto_front(state.trials, config.tune)
             return StudyResult(folder, front[0], front, state.facts["note"], already_finished=True)
+        check_store(config)
         start_ray()
         fitted = fit_to_cluster(config)
         gpus = fitted.cluster.use_gpu
