@@ -51,7 +51,7 @@ def export_policy(
 
 
 def _untie_adapted_embeddings(model: Any) -> None:
-    """Give the output layer a weight of its own if an adapter changes it or the embedding, but not both alike.
+    """Give the output layer a weight of its own if an adapter changes it or the embedding.
 
     Merging would otherwise add the update of one to the other, since both share one tensor.
     """
@@ -69,7 +69,7 @@ def _untie_adapted_embeddings(model: Any) -> None:
 
 
 def _complete_generation_config(model: Any, stop_ids: Sequence[int]) -> None:
-    """Enter the stop tokens, and make the settings consistent: transformers refuses to save them otherwise."""
+    """Enter the stop tokens, and make the settings consistent: otherwise transformers refuses to save them."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
@@ -77,6 +77,7 @@ def _complete_generation_config(model: Any, stop_ids: Sequence[int]) -> None:
     known = set(present) if isinstance(present, list) else {present}
     if stop_ids and known != set(stop_ids):
         settings.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+        settings._from_model_config = False  # the model's own configuration still names one token
     try:
         settings.validate(strict=True)
     except ValueError:
