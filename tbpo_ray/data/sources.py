@@ -306,10 +306,13 @@ def _first_rows(chunk: Chunk, rows: int) -> Chunk:
 
 def _source_file(address: str) -> SourceFile:
     name = address.lower()
+    compressed = name.endswith(_COMPRESSED)
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
     for ending, kind in _FORMATS.items():
         if name.endswith(ending):
+            if compressed and kind in ("parquet", "arrow"):
+                raise InputError(f"{address}: compressed as a whole; {ending} files are compressed inside")
             return SourceFile(address, kind)
     raise InputError(
         f"{address}: unknown format; must be one of {', '.join(_FORMATS)} (text files also with "

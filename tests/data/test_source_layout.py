@@ -255,3 +255,9 @@ def test_an_empty_source_is_not_the_working_directory(tmp_path, monkeypatch, sou
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="is empty"):
         resolve_source(source)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet.gz", "rows.arrow.zst"])
+def test_a_columnar_file_that_is_compressed_as_a_whole(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    assert "compressed as a whole" in refusal(str(tmp_path / name))
