@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tbpo_ray.cluster.error_summary import error_summary
+from tbpo_ray.cluster.session import is_private
+from tbpo_ray.cluster.worker_logs import keep_dead_workers_logs
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import pair_tokens
 from tbpo_ray.data.shards import MASK_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError, RunFailedError
+from tbpo_ray.models.attention import choose_attention
+from tbpo_ray.models.load import model_config
 from tbpo_ray.storage.files import atomic_file, file_lock, write_atomic
 from tbpo_ray.training.run_plan import RunPlan, resolve_run
 
-VERSION = 1
+VERSION = 2
 PART_PAIRS = 512
 MANIFEST = "manifest.json"
 SCORINGS = "scorings.jsonl"
 """Log, in the cache, of the computations that took place."""
+SCORER_LOG = "reference_scores.log"
+"""In the folder of the run: what scorers printed that died."""
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -78,7 +86,7 @@ def reference_scores(
         RunFailedError: some pairs were not scored.
     """
     cache = plan.cache_dir
-    identity = _identity(plan, prepared, model, prefix)
+    identity = _identity(plan, prepared, model, prefix, scoring_machine(plan.config))
     folder = cache / f"reference-{digest(identity)}"
     with file_lock(cache / f".{folder.name}.lock"):
         if (folder / MANIFEST).is_file():
@@ -99,17 +107,58 @@ def reference_scores(
     return folder
 
 
-def _identity(plan: RunPlan, prepared: PreparedPairs, model: str, prefix: Sequence[int]) -> dict[str, Any]:
+def _identity(
+    plan: RunPlan, prepared: PreparedPairs, model: str, prefix: Sequence[int], machine: dict[str, str]
+) -> dict[str, Any]:
     """Everything that the scores depend on. Its digest names the folder, so keys and order are fixed."""
+    # `model` is resolved: a revision or a GGUF file has become a folder by now.
+    resolved = plan.config.model.model_copy(update={"revision": None, "gguf_file": None})
+    attention = choose_attention(model_config(model, resolved), plan.config.model.attention)
     identity = {
         "version": VERSION,
         "pairs": prepared.fingerprint,
         "model": model_digest(model),
         "cut": plan.truncate_to_shorter,
         "precision": plan.config.training.precision,
-        "attention": plan.config.model.attention,
+        "attention": attention.implementation,
+        "shared_prompt": plan.shared_prompt,
+        **machine,
     }
     return identity | ({"prefix": list(prefix)} if prefix else {})
+
+
+def scoring_machine(config: Config) -> dict[str, str]:
+    """The kind of machine that scores: other kernels round differently, and log-ratios near 0 show it."""
+    if is_private() and not config.cluster.gpus:
+        return describe_machine(gpu=False)
+    import ray
+
+    cluster = config.cluster
+    # A small share of a GPU suffices to read its name, and fits next to whatever else uses it.
+    task = ray.remote(
+        num_cpus=0,
+        num_gpus=0.01 if cluster.gpus else 0,
+        label_selector=cluster.labels.train if cluster.gpus else cluster.labels.prepare,
+    )(describe_machine)
+    try:
+        machine: dict[str, str] = ray.get(task.remote(gpu=cluster.gpus))
+    except ray.exceptions.RayError as error:
+        raise RunFailedError(
+            f"reference scores: no node for scoring answers: {error_summary(error)}"
+        ) from error
+    return machine
+
+
+def describe_machine(*, gpu: bool) -> dict[str, str]:
+    """Device type, kind of processor and version of torch of this machine."""
+    import torch
+
+    if gpu:
+        major, minor = torch.cuda.get_device_capability()
+        kind = f"{torch.cuda.get_device_name()} sm_{major}{minor}"
+    else:
+        kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # type: ignore[no-untyped-call]
+    return {"device": "cuda" if gpu else "cpu", "kernel": kind, "torch": torch.__version__}
 
 
 def scorings(cache: Path) -> list[dict[str, Any]]:
@@ -161,9 +210,26 @@ def _compute(
         label_selector=cluster.labels.train if cluster.gpus else cluster.labels.prepare,
         **resources,
     )
-    done, total = 0, sum(job["stop"] - job["start"] for job in jobs)
+    began = time.time()
+    try:
+        _follow(rows.iter_rows(), sum(job["stop"] - job["start"] for job in jobs), progress)
+    except ray.exceptions.RayError as error:
+        log = keep_dead_workers_logs(plan.run_dir / SCORER_LOG, since=began)
+        raise RunFailedError(
+            "; ".join(filter(None, (f"reference scores: {error_summary(error)}", log)))
+        ) from error
+
+
+def _follow(rows: Iterable[dict[str, Any]], total: int, progress: Callable[[str], None]) -> None:
+    """Report the progress of the scorers.
+
+    Raises:
+        InputError: the reference cannot be scored correctly.
+        RunFailedError: some pairs were not scored.
+    """
+    done = 0
     notes: set[str] = set()
-    for row in rows.iter_rows():
+    for row in rows:
         if row["refusal"]:
             raise InputError(*row["refusal"].splitlines())
         for note in set(row["note"].splitlines()) - notes:
