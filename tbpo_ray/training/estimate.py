@@ -130,11 +130,17 @@ def estimate_memory(plan: RunPlan, model: str, longest_pair: float) -> dict[str,
     return {
         "weights": weights * width / (workers if stage == 3 else 1),
         "reference": weights * width if has_reference else 0,
-        "gradients": trained * width / (workers if stage >= 2 else 1),
+        "gradients": trained * _gradient_width(training.precision, stage) / (workers if stage >= 2 else 1),
         "master and optimizer": trained * master_and_states / (workers if stage >= 1 else 1),
         "activations": _activation_bytes(config, facts.config, width, longest_pair),
         "output layer blocks": OUTPUT_BLOCK_BYTES,
     }
+
+
+def _gradient_width(precision: str, stage: int) -> int:
+    """Bytes of gradient per parameter, see `deepspeed_engine.FP32_GRADIENTS`."""
+    # Up to stage 1, a bf16 gradient of the micro-batch exists next to the fp32 sum; then only in buckets.
+    return 6 if precision == "bf16" and stage < 2 else 4
 
 
 def _count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_ray.cluster.error_summary import error_summary
+from tbpo_ray.cluster.worker_logs import keep_dead_workers_logs
 from tbpo_ray.config.loading import to_tree
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.shards import PreparedPairs
@@ -21,6 +23,9 @@ from tbpo_ray.training.run_paths import RunPaths
 from tbpo_ray.training.run_plan import RunPlan, make_schedule
 
 OnRow = Callable[[dict[str, Any]], None]
+
+WORKER_LOG = "worker.log"
+"""In the folder of the run: what workers printed that died."""
 
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
@@ -55,6 +60,7 @@ def run_workers(
         f"{plan.objective.name}, {plan.config.cluster.max_workers} worker(s)"
     )
     trainer = _build_trainer(plan, run_paths, data)
+    began = time.time()
     with Follower(Path(run_paths.run_dir), tracker, label=name, on_row=on_row):
         try:
             outcome = trainer.fit()
@@ -62,7 +68,10 @@ def run_workers(
             log = Path(run_paths.run_dir) / "failure.log"
             with log.open("a", encoding="utf-8") as out:
                 out.write("".join(traceback.format_exception(error)))
-            raise RunFailedError(f"run {name}: {error_summary(error)}; the traceback is in {log}") from error
+            # A process that was killed or crashed left no exception, only what it printed.
+            printed = keep_dead_workers_logs(Path(run_paths.run_dir) / WORKER_LOG, since=began)
+            parts = (error_summary(error), printed, f"the traceback is in {log}")
+            raise RunFailedError(f"run {name}: {'; '.join(filter(None, parts))}") from error
     value: dict[str, Any] = outcome.return_value or {}
     if "refused" in value:
         raise InputError(*value["refused"].splitlines())
