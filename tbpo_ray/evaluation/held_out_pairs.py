@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -97,11 +98,17 @@ def implicit_rewards(
     """
     margins = []
     for pair in scored:
-        chosen, rejected = pair.chosen.log_ratio, pair.rejected.log_ratio
+        chosen = _trained(pair.chosen.log_ratio, pair.tokens.chosen_mask)
+        rejected = _trained(pair.rejected.log_ratio, pair.tokens.rejected_mask)
         n = min(len(chosen), len(rejected)) if truncate_to_shorter else None
         margins.append(beta * (math.fsum(chosen[:n]) - math.fsum(rejected[:n])))
     wins = [0.5 if margin == 0 else float(margin > 0) for margin in margins]
     return {"implicit_accuracy": Estimate.of_rate(win_rate(wins)), "implicit_margin": mean_estimate(margins)}
+
+
+def _trained(values: Sequence[float], mask: Sequence[bool] | None) -> Sequence[float]:
+    """The values of the tokens that are not context only."""
+    return values if mask is None else [value for value, kept in zip(values, mask, strict=True) if kept]
 
 
 def has_known_damage(pairs: HeldOutPairs) -> bool:
@@ -120,11 +127,27 @@ def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -
     spans: Any = record.metadata.get("damage")
     if spans is None:
         raise InputError("evaluation.credit_pairs: these pairs have no known damage; use builtin:copyedit")
-    offsets = _backend(spec.backend).encode(record.rejected_text, add_special_tokens=False).offsets
-    end = len(record.rejected_text)
+    backend, text = _backend(spec.backend), record.rejected_text
+    encoded = backend.encode(text, add_special_tokens=False)
+    offsets = list(encoded.offsets)
+    if encoded.ids[: len(tokens.rejected_ids)] != tokens.rejected_ids[: len(encoded.ids)]:
+        # The chat template writes more than the text, such as a space in front of it.
+        offsets = _decoded_offsets(tokens.rejected_ids[:-1], text, backend)
+    end = len(text)
     marks = [any(start < e and stop > s for s, e in spans) for start, stop in offsets]
-    marks.append(any(s == e == end for s, e in spans))  # EOS
+    marks.append(any(s == e == end for s, e in spans))  # the end token
     return marks[: len(tokens.rejected_ids)]
+
+
+def _decoded_offsets(ids: Sequence[int], text: str, backend: Any) -> list[tuple[int, int]]:
+    """For each token the part of `text` that it decodes to; (-1, -1) for tokens before and behind it."""
+    bounds = [
+        len(backend.decode(list(ids[:count]), skip_special_tokens=False)) for count in range(len(ids) + 1)
+    ]
+    decoded = backend.decode(list(ids), skip_special_tokens=False)
+    first = max(decoded.find(text), 0)
+    spans = [(start - first, stop - first) for start, stop in pairwise(bounds)]
+    return [(a, b) if b > 0 and a < len(text) else (-1, -1) for a, b in spans]
 
 
 @lru_cache(maxsize=2)

@@ -38,7 +38,7 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        return digest([(prompt.prompt, prompt.metadata) for prompt in self.prompts])
+        return digest([_identity(prompt) for prompt in self.prompts])
 
     def summary(self) -> dict[str, Any]:
         """The entry `prompts` of the verdict."""
@@ -61,6 +61,12 @@ class Policy:
     @property
     def folder(self) -> str:
         return self.adapter or self.model
+
+
+def _identity(prompt: Prompt) -> tuple[Any, ...]:
+    """What a prompt's tokens and checks depend on."""
+    more = (prompt.tools, prompt.template_kwargs) if prompt.tools or prompt.template_kwargs else ()
+    return (prompt.prompt, prompt.metadata, *more)
 
 
 def prompt_sources(config: Config) -> list[str]:
@@ -107,9 +113,11 @@ def tokenize_prompts(prompts: PromptSet, model: str, config: Config) -> list[Pro
     """
     from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 
-    spec = TokenizerSpec.load(model, config.model.chat_template)
+    spec = TokenizerSpec.load(model, config.model.chat_template, config.data.template_kwargs)
     encoded = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit).prompts(
-        [prompt.prompt for prompt in prompts.prompts]
+        [prompt.prompt for prompt in prompts.prompts],
+        tools=[prompt.tools for prompt in prompts.prompts],
+        template_kwargs=[prompt.template_kwargs for prompt in prompts.prompts],
     )
     rejected = [item for item in encoded if isinstance(item, RecordError)]
     if len(rejected) == len(encoded):
