@@ -11,7 +11,7 @@ import numpy as np
 
 from tbpo_ray.errors import RunFailedError
 from tbpo_ray.evaluation.diversity import distinct_n, predictive_entropy, self_bleu
-from tbpo_ray.evaluation.win_rates import Rate, Z, length_controlled_win_rate, win_rate
+from tbpo_ray.evaluation.win_rates import Rate, length_controlled_win_rate, t_interval, win_rate
 from tbpo_ray.generation.samples import Sample
 
 Groups = Mapping[str, Sequence[Sample]]
@@ -39,13 +39,9 @@ class Estimate:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """Mean with a normal 95 % interval; a single value has no interval."""
-    x = np.asarray(values, dtype=np.float64)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return Estimate(mean)
-    half = Z * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return Estimate(mean, mean - half, mean + half)
+    """Mean with a 95 % interval by Student's t; a single value has no interval."""
+    mean, low, high = t_interval(values)
+    return Estimate(mean) if math.isnan(low) else Estimate(mean, low, high)
 
 
 def share_estimate(per_prompt: Mapping[str, Sequence[float]]) -> Estimate:

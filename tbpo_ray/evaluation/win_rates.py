@@ -5,6 +5,7 @@ All rates are shares in [0, 1]; all intervals cover 95 %.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -214,3 +215,19 @@ def _column(name: str, values: ArrayLike, like: Floats) -> Floats:
             f"{name}: must be {len(like)} finite numbers, one per preference, got shape {x.shape}"
         )
     return x
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and two-sided 95 % confidence interval (Student's t, n - 1 degrees of freedom).
+
+    The bounds of a single value are NaN.
+    """
+    from scipy import stats
+
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return mean, math.nan, math.nan
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(variance / count)
+    return mean, mean - half, mean + half

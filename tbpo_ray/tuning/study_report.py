@@ -11,6 +11,7 @@ from typing import Any
 
 from tbpo_ray.config.schema import Config, TuneConfig
 from tbpo_ray.evaluation.charts import number
+from tbpo_ray.evaluation.win_rates import t_interval
 from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.storage.json_lines import dumps
 from tbpo_ray.tracking.tracker import Tracker
@@ -18,7 +19,7 @@ from tbpo_ray.tuning.figures import bars, format_value
 from tbpo_ray.tuning.importance import comparable_values, importances
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_charts import charts, trial_paths
-from tbpo_ray.tuning.study_state import ENDED, StudyState, Trial, t_interval
+from tbpo_ray.tuning.study_state import ENDED, StudyState, Trial
 
 
 def write_report(

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from tbpo_ray.config.schema import TuneConfig
 from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.storage.json_lines import dumps, with_nan
@@ -117,17 +115,3 @@ def pareto_front(trials: Sequence[Trial], tune: TuneConfig) -> list[Trial]:
 
 def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     return one != other and all(a >= b for a, b in zip(one, other, strict=True))
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and two-sided 95 % confidence interval (Student's t, n - 1 degrees of freedom).
-
-    The bounds of a single value are NaN.
-    """
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return mean, math.nan, math.nan
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(variance / count)
-    return mean, mean - half, mean + half

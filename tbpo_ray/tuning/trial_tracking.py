@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tbpo_ray.evaluation.win_rates import t_interval
 from tbpo_ray.tracking.tracker import Tracker
-from tbpo_ray.tuning.study_state import Trial, t_interval
+from tbpo_ray.tuning.study_state import Trial
 
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 

@@ -16,7 +16,7 @@ from typing import Any
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import TbpoError
-from tbpo_ray.tuning.study_state import t_interval
+from tbpo_ray.evaluation.win_rates import t_interval
 from tbpo_ray.tuning.trial import EVALUATION, final_metrics, trial_config
 from tbpo_ray.workflows.evaluate import evaluate
 from tbpo_ray.workflows.train import train

@@ -74,6 +74,8 @@ def test_metrics_of_a_worked_example(make_sample):
     assert got["self_bleu"].value == pytest.approx(1.0)
     assert "self_bleu" not in describe({"000001": groups["000001"]})
     assert mean_estimate([1.0]) == Estimate(1.0)
+    few = mean_estimate([1.0, 2.0, 3.0])  # t with 2 degrees of freedom: 4.3027; s / sqrt(3) = 0.57735
+    assert (few.low, few.high) == (pytest.approx(2 - 2.48414, abs=1e-4), pytest.approx(2 + 2.48414, abs=1e-4))
     assert share_estimate({"a": [1, 0], "b": [1]}).value == 0.75
 
 

@@ -11,13 +11,14 @@ import pytest
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.config.schema import TuneConfig
 from tbpo_ray.errors import InputError, RunFailedError
+from tbpo_ray.evaluation.win_rates import t_interval
 from tbpo_ray.training.run_result import RunResult
 from tbpo_ray.tuning.check import refuse_other_study, share_cores, trial_base_config
 from tbpo_ray.tuning.metrics import check_metrics, logged_metrics
 from tbpo_ray.tuning.ray_tune import Asha, Proposals, make_scheduler
 from tbpo_ray.tuning.searchers import propose, trial_count
 from tbpo_ray.tuning.space import Space
-from tbpo_ray.tuning.study_state import StudyState, Trial, pareto_front, t_interval
+from tbpo_ray.tuning.study_state import StudyState, Trial, pareto_front
 from tbpo_ray.workflows.tune import _Study, check_study
 
 X, KIND = "objective.beta", "objective.bregman.generator"
