@@ -245,3 +245,48 @@ def test_real_pairs(run, real_data):
     assert (prepared.records, prepared.pairs, prepared.quarantined) == (2312, 2303, 9)
     lengths = prepared.lengths()
     assert prepared.counts["tail_tokens"] == np.abs(lengths[:, 1] - lengths[:, 2]).sum()
+
+
+def test_context_inside_of_answers_is_masked_from_shard_to_batch(write_rows, tmp_path, tokenizer_folder):
+    from tbpo_ray.data.schedule import Schedule
+    from tbpo_ray.data.stream import local_micro_batches
+    from tbpo_ray.data.window import decode, encode
+
+    def turn(role, content):
+        return {"role": role, "content": content}
+
+    prompt = [turn("user", "the cat")]
+    several = [turn("assistant", "sat"), turn("user", "friend"), turn("assistant", "on the mat")]
+    rows = [
+        {"prompt": prompt, "chosen": several, "rejected": [turn("assistant", "end")]},
+        {"prompt": "hello", "chosen": "the mat", "rejected": "a friend"},
+    ]
+    spec = PairsSpec(write_rows(rows), DataConfig(max_length=64), tokenizer_folder)
+    prepared = prepare(spec, tmp_path / "cache", progress=False, distributed=False)
+    assert prepared.counts["masked_answers"] == 1 and prepared.mask_columns
+    masked, plain = prepared.rows()
+    assert len(masked["chosen_mask"]) == len(masked["chosen_ids"]) and not all(masked["chosen_mask"])
+    assert masked["rejected_mask"] is plain["chosen_mask"] is plain["rejected_mask"] is None
+    schedule = Schedule(prepared.lengths(), seed=0, pairs_per_step=2, micro_batch_pairs=2)
+    (micro,) = local_micro_batches(prepared, schedule)
+    for batch in (micro, *decode(encode([micro]))):
+        columns = batch.columns()
+        at = int(np.flatnonzero(batch.pair_ids == 0)[0])
+        assert columns["chosen_mask"][at].astype(bool).tolist() == masked["chosen_mask"]
+        assert not len(columns["chosen_mask"][1 - at]) and not len(columns["rejected_mask"][at])
+    unmasked = PairsSpec(write_rows(rows[1:], "plain.jsonl"), DataConfig(max_length=64), tokenizer_folder)
+    assert not prepare(unmasked, tmp_path / "cache", progress=False, distributed=False).mask_columns
+
+
+def test_template_arguments_are_part_of_the_fingerprint(write_rows, tmp_path, tokenizer_folder):
+    source = write_rows([pair(i) for i in range(3)])
+    fingerprints = {
+        prepare(
+            PairsSpec(source, DataConfig(template_kwargs=kwargs), tokenizer_folder),
+            tmp_path / "cache",
+            progress=False,
+            distributed=False,
+        ).fingerprint
+        for kwargs in ({}, {"enable_thinking": False}, {"enable_thinking": True})
+    }
+    assert len(fingerprints) == 3
