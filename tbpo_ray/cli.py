@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from tbpo_ray.cluster.session import stop_ray
 from tbpo_ray.config.loading import load_config, to_yaml
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError, TbpoError
+from tbpo_ray.signals import interruptible
 from tbpo_ray.tracking.environment import with_environment
 
 
@@ -35,7 +39,7 @@ def run_job(
 
     Returns:
         The exit status: 0 success, 2 invalid configuration or input (one line per fault on stderr), 1 any
-        other failure.
+        other failure; 130 after Ctrl-C and 143 after SIGTERM.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="configuration of the run")
@@ -44,19 +48,45 @@ def run_job(
         options(parser)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override keys of the file")
     arguments = parser.parse_intermixed_args(argv)
+    with interruptible() as received:
+        try:
+            return _run(arguments, Job(work, plan, options is not None, prepare))
+        except (KeyboardInterrupt, SystemExit) as end:
+            # While Ray starts, a handler of its own raises SystemExit(SIGTERM).
+            if isinstance(end, SystemExit) and end.code != signal.SIGTERM:
+                raise
+            received.number = received.number or (signal.SIGTERM if isinstance(end, SystemExit) else None)
+            stop_ray()  # first: what it prints must not follow the last line
+            print(received.last_words, file=sys.stderr, flush=True)
+            return received.exit_status
+
+
+@dataclass(frozen=True)
+class Job:
+    """The functions of one job, as `run_job` takes them."""
+
+    work: Callable[..., Any]
+    plan: Callable[[Config], str] | None
+    takes_arguments: bool
+    """Whether `work` is called with the parsed arguments too."""
+    prepare: Callable[[Config, argparse.Namespace], Config] | None
+
+
+def _run(arguments: argparse.Namespace, job: Job) -> int:
+    """Run the job; turn its errors into an exit status."""
     try:
         config = with_environment(load_config(arguments.config, arguments.overrides))
-        if prepare is not None:
-            config = prepare(config, arguments)
+        if job.prepare is not None:
+            config = job.prepare(config, arguments)
         if arguments.dry_run:
             print(to_yaml(config), end="")
-            if plan is not None:
-                print(plan(config), end="")
+            if job.plan is not None:
+                print(job.plan(config), end="")
             return 0
-        if options is not None:
-            work(config, arguments)
+        if job.takes_arguments:
+            job.work(config, arguments)
         else:
-            work(config)
+            job.work(config)
         return 0
     except InputError as error:
         for fault in error.faults:
@@ -64,9 +94,6 @@ def run_job(
         return 2
     except TbpoError as error:
         print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume from the latest checkpoint", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of stdout has exited, e.g. `| head`. Without this redirection the interpreter reports

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "progress", "redaction"),
+    ("errors", "progress", "redaction", "signals"),
     ("config",),
     ("storage", "objectives"),
     ("models", "tracking", "cluster"),

@@ -7,8 +7,11 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from typing import Any
+
+from tbpo_ray.signals import keep_handlers
 
 QUIET = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve", "ray._private")
 _PRIVATE = "TBPO_PRIVATE_CLUSTER"
@@ -34,33 +37,47 @@ def start_ray(**options: Any) -> None:
     from ray.data import DataContext
 
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-            if os.environ.pop(_PRIVATE, None):  # inherited from the process that started this one
-                os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, **options)
-        else:
-            os.environ[_PRIVATE] = "1"
-            folder = tempfile.mkdtemp(prefix="tbpo-ray-")
-            os.environ["RAY_TMPDIR"] = folder
-            port = free_port()
-            # Ray frees the resources of a killed trainer after asking the dashboard whether its job is alive.
-            # Without this address it searches the machine for a cluster, and gives up if it finds two.
-            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-            ray.init(
-                address="local",
-                dashboard_port=port,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _temp_dir=folder,
-                dashboard_host="127.0.0.1",
-                **options,
-            )
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            atexit.register(ray.shutdown)
+        with keep_handlers():
+            _connect(options)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _connect(options: dict[str, Any]) -> None:
+    import ray
+
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        if os.environ.pop(_PRIVATE, None):  # inherited from the process that started this one
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, **options)
+    else:
+        os.environ[_PRIVATE] = "1"
+        folder = tempfile.mkdtemp(prefix="tbpo-ray-")
+        os.environ["RAY_TMPDIR"] = folder
+        port = free_port()
+        # Ray frees the resources of a killed trainer after asking the dashboard whether its job is alive.
+        # Without this address it searches the machine for a cluster, and gives up if it finds two.
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        ray.init(
+            address="local",
+            dashboard_port=port,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+            dashboard_host="127.0.0.1",
+            **options,
+        )
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        atexit.register(ray.shutdown)
+
+
+def stop_ray() -> None:
+    """Disconnect from Ray, and shut a private cluster down; nothing if this process has no connection."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
 
 
 def free_port() -> int:

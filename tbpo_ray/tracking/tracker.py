@@ -345,7 +345,7 @@ class Tracker:
             self.finish()
             return
         try:
-            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED")
         except Exception as tracking_error:  # must not replace the error that ended the run
             log.warning("the MLflow run could not be ended (%s)", type(tracking_error).__name__)
 

@@ -60,6 +60,8 @@ def run_workers(
         f"{plan.objective.name}, {plan.config.cluster.max_workers} worker(s)"
     )
     trainer = _build_trainer(plan, run_paths, data)
+    # Ray Train's own handler of Ctrl-C waits for its controller, then exits with status 0.
+    trainer._register_sigint_handler = lambda controller: None
     began = time.time()
     with Follower(Path(run_paths.run_dir), tracker, label=name, on_row=on_row):
         try:
