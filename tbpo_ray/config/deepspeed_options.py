@@ -84,12 +84,16 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
         raise ValueError("\n".join(faults))
 
 
-def _type_faults(options: Mapping[str, Any]) -> Iterator[str]:
+def _misplaced_faults(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if name in _SET_ELSEWHERE:
             yield f"{KEY}.{name}={value!r}: set by the job itself; remove it, and set {_SET_ELSEWHERE[name]}"
         elif name in _ZERO_KEYS and name != "stage":
             yield f"{KEY}.{name}={value!r}: must be {KEY}.zero_optimization.{name}"
+
+
+def _type_faults(options: Mapping[str, Any]) -> Iterator[str]:
+    yield from _misplaced_faults(options)
     # Integers may be written as 5e8 elsewhere, but not a stage.
     for key, part in (("stage", options), ("zero_optimization.stage", options.get("zero_optimization"))):
         if isinstance(part, Mapping) and isinstance(part.get("stage"), float):
