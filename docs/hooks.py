@@ -2,16 +2,19 @@
 
 `<!-- include FILE -->` is replaced by the file without its title, and `<!-- configuration -->` by the
 sections of the reference that the configuration generates from its own types and docstrings.
+`<!-- architectures -->` becomes the table of `docs/architectures.json`, each line of which is a test.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = "<!-- configuration -->"
+ARCHITECTURES = "<!-- architectures -->"
 _INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
 
 
@@ -26,7 +29,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         text = reference_markdown()
         # The page has an introduction of its own; the sections start at the first second-level heading.
         markdown = markdown.replace(CONFIGURATION, text[text.index("\n## ") :])
-    return markdown
+    return markdown.replace(ARCHITECTURES, architectures_table())
+
+
+def architectures_table() -> str:
+    """What is used for a tiny model of each architecture under the default configuration, as Markdown."""
+    rows = json.loads(read("docs/architectures.json"))
+    lines = ["| `model_type` | Features of the tested model | Attention | Rows |", "|---|---|---|---|"]
+    lines += [
+        f"| `{row['model_type']}` | {row['features']} | `{row['attention']}` | {row['rows']} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def read(name: str) -> str:
