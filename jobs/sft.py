@@ -6,12 +6,12 @@ The `sft` section overrides the rest of the configuration, and the objective is 
 import sys
 
 from tbpo_ray.cli import run_job
-from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.loading import sft_config
 from tbpo_ray.config.schema import Config
 
 
 def prepare(config: Config, arguments: object) -> Config:
-    return stage_config(config, config.sft, objective__name="sft")
+    return sft_config(config)
 
 
 def work(config: Config) -> None:

@@ -283,6 +283,15 @@ def stage_config(config: Config, stage: Mapping[str, Any], **fixed: Any) -> Conf
     return validate(merge(tree, rename_deprecated_keys(last)))
 
 
+def sft_config(config: Config, **fixed: Any) -> Config:
+    """The configuration of supervised fine-tuning: the `sft` section, then `fixed` as :func:`stage_config`.
+
+    What describes preferences alone, label smoothing, is not inherited.
+    """
+    own = stage_config(config, {}, objective__label_smoothing=0.0)
+    return stage_config(own, config.sft, objective__name="sft", **fixed)
+
+
 def to_tree(config: BaseModel) -> dict[str, Any]:
     """Return a configuration as a plain nested mapping with every default written out."""
     return config.model_dump(mode="json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tbpo_ray.config.loading import expand_dotted, stage_config
+from tbpo_ray.config.loading import expand_dotted, sft_config, stage_config
 from tbpo_ray.config.schema import Config
 from tbpo_ray.evaluation.evaluator import check_settings
 from tbpo_ray.evaluation.report import compare_runs
@@ -30,7 +30,7 @@ def stages(config: Config) -> tuple[Config | None, Config]:
     """
     if not config.sft:
         return None, config
-    sft = stage_config(config, config.sft, objective__name="sft", run__name=_sft_name(config))
+    sft = sft_config(config, run__name=_sft_name(config))
     start = str(run_dir(sft) / "export")
     return sft, stage_config(config, {}, model__name_or_path=start, model__gguf_file=None)
 
@@ -50,7 +50,7 @@ def pipeline_plan(config: Config) -> str:
     prompts = check_settings(config)
     text = ""
     if config.sft:
-        text = "\n# stage 1: sft" + plan_text(stage_config(config, config.sft, objective__name="sft"))
+        text = "\n# stage 1: sft" + plan_text(sft_config(config))
     # Preference training is planned on the base model, because SFT's export does not exist yet.
     text += f"\n# stage 2: {config.objective.name}" + plan_text(config)
     return text + f"\n# stage 3: evaluation on {len(prompts.prompts)} prompts of {prompts.source}\n"

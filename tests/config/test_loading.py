@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbpo_ray.config.loading import flatten, known_keys, load_config, stage_config, to_tree, to_yaml, validate
+from tbpo_ray.config.loading import (
+    flatten,
+    known_keys,
+    load_config,
+    sft_config,
+    stage_config,
+    to_tree,
+    to_yaml,
+    validate,
+)
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 
@@ -114,7 +123,7 @@ def test_every_field_has_a_docstring():
 def test_shipped_configurations_parse(file):
     config = load_config(file)
     if config.sft:
-        stage_config(config, config.sft, objective__name="sft")
+        sft_config(config)
 
 
 def test_importing_the_configuration_pulls_in_neither_torch_nor_ray():
@@ -134,3 +143,10 @@ def test_an_empty_mapping_clears_and_a_judge_of_another_kind_replaces(tmp_path):
     assert stage_config(load_config(file), {}, sft={}).sft == {}
     kept = load_config(file, ["evaluation.judge.function=c:d"])
     assert kept.evaluation.judge == {"kind": "checker", "function": "c:d"}
+
+
+def test_the_sft_stage_does_not_inherit_label_smoothing():
+    config = load_config(None, ["objective.label_smoothing=0.1", "sft={training.max_steps: 3}"])
+    stage = sft_config(config, run__name="first")
+    assert (stage.objective.name, stage.objective.label_smoothing) == ("sft", 0.0)
+    assert (stage.training.max_steps, stage.run.name) == (3, "first")
