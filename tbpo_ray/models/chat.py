@@ -202,7 +202,7 @@ class ChatTemplate:
         parts = [{"type": "text", "text": _PROBE}]
         user = {"role": "user", "content": "Hello"}
         call = {"role": "assistant", "content": "Hello", "tool_calls": [_probe_call({})]}
-        conversations = {
+        conversations: dict[str, list[Message]] = {
             "system": [{"role": "system", "content": parts}, user],
             "user": [{"role": "user", "content": parts}],
             "assistant": [user, {"role": "assistant", "content": parts}],
@@ -220,7 +220,7 @@ class ChatTemplate:
         arguments = {"qkey": _PROBE}
         found = {}
         for kind, value in ((dict, arguments), (str, json.dumps(arguments))):
-            turns = [
+            turns: list[Message] = [
                 {"role": "user", "content": "Hello"},
                 {"role": "assistant", "content": "", "tool_calls": [_probe_call(value)]},
             ]

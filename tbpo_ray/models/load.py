@@ -140,13 +140,17 @@ def load_model(
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     config = model_config(path, ModelConfig(gguf_file=gguf_file))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=choose_attention(config, attention).implementation,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **extra,
+        # `output_loading_info` turns the result into a tuple, which transformers' annotation does not say.
+        model, info = cast(
+            "tuple[PreTrainedModel, dict[str, Any]]",
+            AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=choose_attention(config, attention).implementation,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            ),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(
@@ -160,7 +164,7 @@ def load_model(
             f"({', '.join(missing[:3])}, ...); must be a complete checkpoint of {config.model_type}"
         )
     model.config.use_cache = False
-    return cast("PreTrainedModel", model.eval())
+    return model.eval()
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
