@@ -69,7 +69,7 @@ def _untie_adapted_embeddings(model: Any) -> None:
 
 
 def _complete_generation_config(model: Any, stop_ids: Sequence[int]) -> None:
-    """Enter the stop tokens, and make the settings consistent: otherwise transformers refuses to save them."""
+    """Enter the stop tokens and make the settings consistent, or transformers refuses to save them."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
