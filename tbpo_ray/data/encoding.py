@@ -94,17 +94,19 @@ class Encoder:
         Those that are meant become placeholders: added tokens that the tokenizer splits at, as it would
         split at the special tokens themselves, while it reads all other special tokens as text.
         """
-        backend, ids = self._plain_backend, {}
+        backend = self._plain_backend
+        ids: dict[int, int] = {}
 
         def placeholder(match: re.Match[str]) -> str:
             token = match.group()
-            if self.backend.token_to_id(token) is None:
+            meant = self.backend.token_to_id(token)
+            if meant is None:
                 return token
             if token not in self._placeholders:
                 self._placeholders[token] = chr(_FIRST_PLACEHOLDER + len(self._placeholders))
                 backend.add_tokens([self._like(token, self._placeholders[token])])
             character = self._placeholders[token]
-            ids[backend.token_to_id(character)] = self.backend.token_to_id(token)
+            ids[backend.token_to_id(character)] = meant
             return character
 
         replaced = self.special.sub(placeholder, text).replace(GUARD, "")

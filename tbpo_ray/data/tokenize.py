@@ -286,12 +286,12 @@ class PairTokenizer:
         """The tokens of both answers of each pair, in one list."""
         items: list[Continuation] = []
         sides: list[list[Segment]] = []
-        for item, prompt in zip(rendered, prompts, strict=True):
-            for segments in item.answers:
+        for pair, prompt in zip(rendered, prompts, strict=True):
+            for segments in pair.answers:
                 text = segments[0].text
                 if len(segments) == 1:
                     text = text.removesuffix(self._end_text)
-                items.append(Continuation(item.prompt, prompt, text))
+                items.append(Continuation(pair.prompt, prompt, text))
                 sides.append(segments)
         encoded = self._encode_behind(items)
         # The last segment's end token is added below.
