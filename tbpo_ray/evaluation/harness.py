@@ -47,7 +47,7 @@ class BenchmarkSettings(BaseModel):
     """Few-shot examples by task; default: the suite's number, else the task's own."""
     include_path: str | None = None
     """A folder with additional lm-eval task files, for machines without access to the hub."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use at most this many examples of a task; for trial runs."""
 
     def plan(self) -> dict[str, int | None]:
