@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import yaml
 
@@ -38,7 +40,7 @@ def test_a_run_name_is_taken_as_typed(tmp_path, name):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_kind_of_text_is_taken_as_typed(tmp_path, text):
-    tree = {
+    tree: dict[str, Any] = {
         "tracking": {"experiment": text},
         "model": {"lora": {"target_modules": [text]}},
         "runs": [text],

@@ -169,8 +169,8 @@ def style_tokenizer(style: str, kind: str):
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1, right=0)])
         if kind == "prepend":
-            steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-            backend.normalizer = normalizers.Sequence(steps)
+            spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            backend.normalizer = normalizers.Sequence(spaces)
         else:
             scheme = "always" if kind == "metaspace_always" else "first"
             backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)

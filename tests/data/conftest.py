@@ -9,6 +9,7 @@ def make_tokenizer(kind="bytes", template=None, adds_bos=False, size=400):
     from transformers import PreTrainedTokenizerFast
 
     texts = ["the cat sat on the mat and Human: said hello to the Assistant: friend"] * 20
+    trainer: trainers.Trainer
     special = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
     if kind == "words":
         backend = Tokenizer(models.WordLevel(unk_token="<unk>"))

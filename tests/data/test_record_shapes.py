@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -17,7 +17,7 @@ U, A, S = (
     lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system")
 )
 Q, GOOD, BAD = "Which sea is salty?", "All of them.", "None."
-PUBLIC = {
+PUBLIC: dict[str, tuple[str, dict[str, Any]]] = {
     "orca": ("pairs", {"system": "Be brief.", "question": Q, "chosen": GOOD, "rejected": BAD}),
     "distilabel orca": (
         "pairs",
@@ -123,7 +123,7 @@ PUBLIC = {
 @pytest.mark.parametrize("explicit", [False, True])
 def test_the_shape_of_a_public_set_gives_its_pair(name, explicit):
     form, row = PUBLIC[name]
-    counts = Counter()
+    counts: Counter[str] = Counter()
     (record,) = parse_records(
         {**row, "language": "en"}, "s", 5, ReadOptions(form if explicit else "auto"), counts
     )
@@ -168,7 +168,7 @@ def test_arena_conversations_of_several_turns_are_answers_of_several_turns():
     assert (record.prompt, record.chosen, record.rejected) == ([U("x")], a[1:], b[1:])
 
 
-TIES = {
+TIES: dict[str, dict[str, Any]] = {
     "helpsteer": {"context": [U(Q)], "response1": GOOD, "response2": BAD, "overall_preference": 0},
     "arena": {"conversation_a": [U(Q), A("a")], "conversation_b": [U(Q), A("b")], "winner": "tie"},
     "arena, both bad": {
@@ -221,7 +221,7 @@ def test_a_gap_applies_to_labeled_pairs_with_scores_but_not_to_labels():
     assert parse_records(PUBLIC["shp a"][1], options=wide)  # 0 and 1 are labels, not scores
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unpaired": ({"prompt": Q, "completion": GOOD, "label": True}, "chosen_missing"),
     "text": ({"text": Q}, "chosen_missing"),
     "two questions": ({"question": Q, "context": "c", "chosen": "a", "rejected": "b"}, "prompt_ambiguous"),

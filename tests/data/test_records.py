@@ -5,7 +5,7 @@ import pytest
 
 from tbpo_ray.data import record_shapes
 from tbpo_ray.data.record_shapes import RawPair
-from tbpo_ray.data.records import iter_prompts, iter_records, parse_prompt, parse_records
+from tbpo_ray.data.records import BadRecord, iter_prompts, iter_records, parse_prompt, parse_records
 from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 
 U, A, S = (
@@ -102,7 +102,7 @@ def test_every_malformed_kind_has_its_reason(reason):
 
 def test_unreadable_lines_are_quarantined_with_their_row(write_rows):
     rows = [SHAPES["plain"], b"{not json", b"\xff\xfe", b"", b'"text"', b"[" * 100_000, SHAPES["messages"]]
-    bad = []
+    bad: list[BadRecord] = []
     good = list(iter_records(write_rows(rows), on_bad=bad.append))
     assert [r.row for r in good] == [0, 6]
     assert [(b.row, b.reason) for b in bad] == [
@@ -116,7 +116,7 @@ def test_unreadable_lines_are_quarantined_with_their_row(write_rows):
 
 def test_prompts_are_read_from_prompts_alone_or_from_pairs(write_rows):
     file = write_rows([{"prompt": "Q", "language": "fr"}, SHAPES["transcript"], SHAPES["implicit"], {"x": 1}])
-    bad = []
+    bad: list[BadRecord] = []
     prompts = list(iter_prompts(file, on_bad=bad.append))
     assert [p.prompt for p in prompts] == [[U("Q")]] * 3 and prompts[0].metadata == {"language": "fr"}
     assert [b.reason for b in bad] == ["prompt_missing"]
@@ -126,7 +126,7 @@ def test_prompts_are_read_from_prompts_alone_or_from_pairs(write_rows):
 
 @pytest.mark.shared
 def test_real_transcripts(real_data):
-    bad = []
+    bad: list[BadRecord] = []
     records = list(iter_records(str(real_data), on_bad=bad.append))
     assert len(records) == 2303
     assert sorted(b.reason for b in bad) == ["chosen_empty"] * 4 + ["prompts_differ"] * 5

@@ -19,8 +19,6 @@ def schedule(n=103, per_step=16, micro=4, **more):
     return Schedule(lengths(n), **{"seed": 5, "pairs_per_step": per_step, "micro_batch_pairs": micro, **more})
 
 
-SMALL = {"seed": 0, "pairs_per_step": 8, "micro_batch_pairs": 1}
-
 SIZES = st.tuples(
     st.integers(1, 150), st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.booleans()
 )
@@ -118,7 +116,8 @@ def test_ranks_have_nearly_equal_work(world, least):
 
 def test_the_rank_with_the_fewest_tokens_takes_the_longest_pairs():
     tokens = np.array([10, 11, 12, 13, 20, 21, 40, 100])
-    order = Schedule(np.stack([tokens - 2, tokens * 0 + 1, tokens * 0 + 1], 1), **SMALL)
+    sizes = np.stack([tokens - 2, tokens * 0 + 1, tokens * 0 + 1], 1)
+    order = Schedule(sizes, seed=0, pairs_per_step=8, micro_batch_pairs=1)
     distributed = [[tokens[part].tolist() for part in order.micro_batches(0, rank, 2)] for rank in range(2)]
     # 100 | 40; then the second rank takes the longer of each two until it has as much: 40 + 21 + 13 + 11.
     assert distributed == [[[10], [12], [20], [100]], [[11], [13], [21], [40]]]

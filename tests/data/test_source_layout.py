@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from tbpo_ray.data.records import iter_records
+from tbpo_ray.data.records import BadRecord, iter_records
 from tbpo_ray.data.sources import iter_raw, resolve_source
 from tbpo_ray.errors import InputError
 
@@ -108,7 +108,7 @@ def test_keys_that_occur_twice_and_numbers_that_are_not_json(tmp_path):
         '{"prompt": "p", "chosen": "a", "rejected": "c", "score": NaN, "other": [-Infinity]}',
     ]
     for name, text in (("a.jsonl", "\n".join(lines)), ("a.json", "[" + ",\n".join(lines) + "]")):
-        bad = []
+        bad: list[BadRecord] = []
         (tmp_path / name).write_text(text)
         good = list(iter_records(str(tmp_path / name), on_bad=bad.append))
         assert [(b.row, b.reason) for b in bad] == [

@@ -1,3 +1,8 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +16,9 @@ from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.stream import MicroBatchIterator, StreamConfig, local_micro_batches
 from tbpo_ray.data.window import decode, encode
 from tbpo_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +132,7 @@ def test_the_stream_through_ray_equals_the_local_one_at_any_start_and_size(prepa
     # Two ranks that hold every core of the cluster: reading must not need one.
     task = ray.remote(num_cpus=ray.cluster_resources()["CPU"] / 2)(consume)
     for world, start in ((1, 0), (2, 31), (2, schedule.steps_total)):
-        config = StreamConfig(prepared, schedule, lambda start=start: start, [scores])
+        config = StreamConfig(prepared, schedule, partial(int, start), [scores])
         shards = config.configure({"train": None}, world, None, None)
         got = ray.get([task.remote(shard["train"]) for shard in shards], timeout=120)
         for rank in range(world):
@@ -137,7 +145,7 @@ def test_an_error_in_the_stream_is_raised_in_the_reader():
         def iter_batches(self, **_):
             raise RuntimeError("disk gone")
 
-    stream = MicroBatchIterator(Broken())
+    stream = MicroBatchIterator(cast("DataIterator", Broken()))
     with pytest.raises(RuntimeError, match="disk gone"):
         next(stream)
     with pytest.raises(StopIteration):

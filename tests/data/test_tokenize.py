@@ -16,13 +16,17 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
 def pairs_of(tokenizer, max_length=512, prompt_limit=256):
     return PairTokenizer(TokenizerSpec.of(tokenizer), max_length, prompt_limit)
 
 
 def pair_of(prompt, chosen, rejected):
     """A record whose answers are one turn each."""
-    return Record(prompt, *([{"role": "assistant", "content": text}] for text in (chosen, rejected)))
+    return Record(prompt, assistant(chosen), assistant(rejected))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
@@ -139,7 +143,9 @@ MESSAGE = st.fixed_dictionaries(
         "content": st.one_of(TEXT, st.none()),
     }
 )
-VALUE = st.one_of(TEXT, st.lists(MESSAGE, max_size=3), st.none(), st.integers(), st.just({}))
+VALUE: st.SearchStrategy[object] = st.one_of(
+    TEXT, st.lists(MESSAGE, max_size=3), st.none(), st.integers(), st.just({})
+)
 RECORD = st.one_of(
     st.fixed_dictionaries(
         {}, optional={"prompt": VALUE, "chosen": VALUE, "rejected": VALUE, "messages": VALUE}

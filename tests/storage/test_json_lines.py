@@ -9,6 +9,7 @@ import pytest
 
 from tbpo_ray.data.records import BadRecord
 from tbpo_ray.storage.json_lines import dumps, loads_numbers
+from tbpo_ray.storage.ownership import WriteLease
 from tbpo_ray.training.metrics_file import MetricsFile, read_metrics
 from tbpo_ray.tuning.study_state import StudyState, Trial
 
@@ -38,13 +39,15 @@ def test_finite_values_are_written_as_before():
     assert dumps({"a": object}, default=lambda x: "object") == '{"a": "object"}'
 
 
-class _Lease:
-    def check(self):
+class _Lease(WriteLease):
+    """A lease that always holds."""
+
+    def check(self) -> None:
         pass
 
 
 def test_a_metrics_file_with_a_value_that_is_not_finite(tmp_path):
-    file = MetricsFile(tmp_path, _Lease())
+    file = MetricsFile(tmp_path, _Lease(str(tmp_path), "token"))
     file.write({"step": 1, "loss": math.nan, "x": 1.0}, {"step": 1, "seconds": math.inf})
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "x": 1.0}
     assert strict((tmp_path / "timings.jsonl").read_text()) == {"step": 1, "seconds": None}
