@@ -16,6 +16,7 @@ from tbpo_ray.data.records import BadRecord, ReadOptions, Record, iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.measures import Estimate, mean_estimate
 from tbpo_ray.evaluation.prompts import prompt_sources
 from tbpo_ray.evaluation.token_credit import TokenCredit, token_credit
@@ -73,11 +74,7 @@ def score_pairs(
 ) -> list[ScoredPair]:
     """Token credit of both answers under `policy` (see :func:`token_credit`)."""
     if use_gpu:
-        import ray
-
-        # max_calls=1: the process ends with the task, which is what returns its GPU memory.
-        remote = ray.remote(num_gpus=1, max_calls=1)(token_credit)
-        credits = ray.get(remote.remote(pairs.tokens, policy, reference, "cuda", attention))
+        credits = run_on_gpu(token_credit, pairs.tokens, policy, reference, "cuda", attention)
     else:
         credits = token_credit(pairs.tokens, policy, reference, "cpu", attention)
     return [

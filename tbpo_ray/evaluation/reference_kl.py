@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.scoring import length_batches, load_scorer
 from tbpo_ray.generation.samples import Sample
 
@@ -26,12 +27,7 @@ def reference_logprobs(
     pairs = [(list(s.prompt_token_ids), list(s.token_ids)) for s in samples]
     if not use_gpu:
         return answer_logprobs(model, pairs, "cpu", attention)
-    import ray
-
-    # max_calls=1: the process ends with the task, which is what returns its GPU memory.
-    remote = ray.remote(num_gpus=1, max_calls=1)(answer_logprobs)
-    scores: list[list[float]] = ray.get(remote.remote(model, pairs, "cuda", attention))
-    return scores
+    return run_on_gpu(answer_logprobs, model, pairs, "cuda", attention)
 
 
 def answer_logprobs(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.judge import ScoringJudge, refuse_unknown
 from tbpo_ray.generation.samples import Sample
 
@@ -74,12 +75,8 @@ class RewardModelJudge(ScoringJudge):
         if not self.use_gpu:
             values, truncated = classify(self.model, texts, self.batch_size, "cpu", self.attention)
         else:
-            import ray
-
-            # max_calls=1: the process ends with the task, which is what returns its GPU memory.
-            remote = ray.remote(num_gpus=1, max_calls=1)(classify)
-            values, truncated = ray.get(
-                remote.remote(self.model, texts, self.batch_size, "cuda", self.attention)
+            values, truncated = run_on_gpu(
+                classify, self.model, texts, self.batch_size, "cuda", self.attention
             )
         self.truncated += truncated
         return values
