@@ -16,13 +16,13 @@ pytestmark = pytest.mark.e2e
 def test_the_log_of_an_actor_that_died_is_kept_and_its_last_error_quoted(ray_session, tmp_path):
     import ray
 
-    @ray.remote(num_cpus=0)
     class Engine:
         def fail(self, reason):
             print(f"ERROR 11-26 18:40:12 [core.py:800] ValueError: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
 
-    earlier, killed, engine = Engine.remote(), Engine.remote(), Engine.remote()
+    actor = ray.remote(num_cpus=0)(Engine)
+    earlier, killed, engine = actor.remote(), actor.remote(), actor.remote()
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(earlier.fail.remote("an older error"))
     began = time.time()

@@ -79,7 +79,8 @@ def test_two_policies_get_a_verdict_that_is_tracked(ray_session, tmp_path):
         verdict = evaluate_policies(config, policies, output=tmp_path / "out", tracker=tracker)
     base, other = verdict["seed0"].metrics, verdict["seed1"].metrics
     assert base["exact_match"].value == 0.0 and other["win_rate"].value == 0.5
-    assert abs(base["kl_k1"].value) < 1e-3 < other["kl_k1"].low
+    least = other["kl_k1"].low
+    assert least is not None and abs(base["kl_k1"].value) < 1e-3 < least
     assert 0 <= base["self_bleu"].value < 1 and base["length_tokens"].value <= 8
     assert sum(value["prompts"].value for value in verdict["seed1"].slices["task"].values()) == 20
     assert base["implicit_accuracy"].value == 0.5 and base["credit_auc"].value == 0.5
@@ -88,6 +89,7 @@ def test_two_policies_get_a_verdict_that_is_tracked(ray_session, tmp_path):
     assert "seed1" in (tmp_path / "out" / "verdict.txt").read_text()
     run = tracker._client.get_run(tracker.run_id)
     assert run.data.metrics["seed1/kl_k1"] == pytest.approx(other["kl_k1"].value)
+    assert run.inputs is not None
     assert run.inputs.dataset_inputs[0].dataset.name == "held-out prompts"
     names = {item.path for item in tracker._client.list_artifacts(tracker.run_id)}
     assert {"verdict.json", "verdict.txt", "credit.html", "samples", "config.yaml"} <= names

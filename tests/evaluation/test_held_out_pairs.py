@@ -73,6 +73,7 @@ def test_credit_is_scored_against_known_damage(pairs):
     assert credit_auc(with_signal(pairs, lambda m: 1.0 if m else 0.1), pairs.spec).value == 0.0
     rng = np.random.default_rng(0)
     chance = credit_auc(with_signal(pairs, lambda m: rng.normal()), pairs.spec)
+    assert chance.low is not None and chance.high is not None
     assert chance.low <= 0.5 <= chance.high
 
 
@@ -101,7 +102,7 @@ def other_model(tiny_model, tmp_path_factory):
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(5)
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return str(folder)
@@ -137,9 +138,10 @@ def test_a_learned_baseline_is_loaded_with_the_policy(pairs, tiny_model, other_m
     shutil.copytree(other_model, tmp_path / "policy")
     hidden = AutoModelForCausalLM.from_pretrained(tiny_model).config.hidden_size
     head = build_state_baseline({"kind": kind, "hidden": width}, hidden)
-    torch.nn.init.constant_(head.head[-1].bias, 0.75)
+    assert head is not None
+    torch.nn.init.constant_(head.get_parameter(f"head.{2 if width else 0}.bias"), 0.75)
     if kind == "mixed":
-        torch.nn.init.constant_(head.gate[-1].bias, 50.0)  # all learned
+        torch.nn.init.constant_(head.get_parameter("gate.0.bias"), 50.0)  # all learned
     save_state_baseline(tmp_path / "policy", head.state_dict(), kind, width)
     assert set(load_file(tmp_path / "policy" / "state_baseline" / "model.safetensors")) == set(
         head.state_dict()

@@ -136,6 +136,7 @@ def test_a_policy_is_promoted_only_if_it_passes_the_gate(runs):
     opened = config_for(runs, "compare.promote.model_name=best", "compare.promote.at_least=0.55")
     assert "registered as best version 1" in compare_runs(opened).read_text()
     version = client.get_model_version_by_alias("best", "champion")
+    assert version.source is not None and version.run_id is not None
     assert version.source.endswith("/tbpo/export")
     tags = client.get_run(version.run_id).data.tags
     assert tags["compared.tbpo"] == "id-of-tbpo" and tags["promoted"] == "best version 1"

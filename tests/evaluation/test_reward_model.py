@@ -26,9 +26,9 @@ def classifier(tmp_path_factory) -> str:
         num_hidden_layers=1,
         num_attention_heads=1,
         max_position_embeddings=64,
-        num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config.num_labels = 1
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

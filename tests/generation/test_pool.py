@@ -78,11 +78,10 @@ def test_a_fraction_of_a_cpu_is_enough_and_an_adapter_is_served_unmerged(
 
     cpus = ray.available_resources()["CPU"] - 0.6
 
-    @ray.remote(num_cpus=cpus)
     class Busy:
         def ready(self) -> None: ...
 
-    busy = Busy.remote()
+    busy = ray.remote(num_cpus=cpus)(Busy).remote()
     ray.get(busy.ready.remote())
     try:
         samples = generate(

@@ -149,6 +149,7 @@ def test_lora_of_modules_without_weights_is_refused(small_model):
     from tbpo_ray.models.load import add_lora
 
     config = load_config(None, ["model.lora.target_modules=[self_attn]"])
+    assert config.model.lora is not None
     with pytest.raises(InputError, match=r"model\.lora\.target_modules=.*self_attn"):
         add_lora(load_model(small_model, dtype=torch.float32), config.model.lora)
 
@@ -156,7 +157,8 @@ def test_lora_of_modules_without_weights_is_refused(small_model):
 def test_attention_keeps_every_feature_of_the_model():
     capped = Gemma2Config(attn_logit_softcapping=50.0)
     choice = choose_attention(capped, "sdpa")
-    assert choice.implementation == "eager" and "model.attention=sdpa" in choice.reason
+    assert choice.implementation == "eager" and choice.reason is not None
+    assert "model.attention=sdpa" in choice.reason
     assert choose_attention(Gemma2Config(attn_logit_softcapping=None), "sdpa").implementation == "sdpa"
     assert choose_attention(capped, "flash_attention_2").implementation == "flash_attention_2"
     assert choose_attention(capped, "eager").reason is None

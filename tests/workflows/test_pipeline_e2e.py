@@ -71,6 +71,7 @@ def test_mlflow_tree(done):
         assert kinds[kind].info.status == "FINISHED"
     trained = kinds["train"]
     assert trained.data.params["objective.name"] == "tbpo_q"
+    assert trained.inputs is not None
     assert [d.dataset.name for d in trained.inputs.dataset_inputs] == ["train", "eval"]
     assert any(tag.startswith("version.") or "torch" in tag for tag in trained.data.tags)
     assert {a.path for a in client.list_artifacts(parent)} >= {"config.yaml", "verdict.txt", "report.html"}

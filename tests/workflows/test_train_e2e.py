@@ -142,10 +142,15 @@ def test_a_killed_driver_is_resumed_by_the_same_command(out, small_model, whole)
     command += ["run.name=driver"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     folder = out / "driver"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     keeper = subprocess.Popen(
-        [sys.executable, "-c", KEEPER, *command], env=environment, start_new_session=True, text=True, **pipes
+        [sys.executable, "-c", KEEPER, *command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
     )
+    assert keeper.stdout is not None
     cluster: list[psutil.Process] = []
     first = psutil.Process(int(keeper.stdout.readline()))
     try:
@@ -203,6 +208,7 @@ def test_the_export_keeps_the_learned_baseline_separately(whole):
     from tbpo_ray.models.baseline_head import load_state_baseline
 
     head = load_state_baseline(whole / "export")
+    assert head is not None
     stored = load_file(sorted(whole.glob("checkpoints/step-*"))[-1] / "head.safetensors")
     for name, value in head.state_dict().items():
         assert torch.equal(value, stored[f"head.{name}"]), name
@@ -220,7 +226,7 @@ def test_mlflow_records_the_run(out, whole):
     history = client.get_metric_history(run_id, "loss")
     assert [point.step for point in sorted(history, key=lambda p: p.step)] == list(range(1, STEPS + 1))
     assert logged.data.params["objective.name"] == "tbpo_q"
-    assert logged.inputs.dataset_inputs
+    assert logged.inputs is not None and logged.inputs.dataset_inputs
     assert logged.info.status == "FINISHED"
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -22,6 +23,10 @@ from tbpo_ray.training.reference_scores import scorings
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_state import StudyState, Trial
 from tbpo_ray.workflows.tune import tune
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from torch import Tensor
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,7 +47,7 @@ def overrides(out: Path, model: str, name: str, **more: object) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def children(out: Path, folder: Path) -> tuple[list, dict[str, object]]:
+def children(out: Path, folder: Path) -> tuple[list[Run], dict[str, Run]]:
     """All runs of kind `tune`, and the study's direct children by name."""
     from mlflow import MlflowClient
 
@@ -217,7 +222,7 @@ def test_pbt_takes_over_the_weights_of_the_better_trial(out, small_model):
     first = trials[1].lineage[0]
     assert (first["donor"], first["step"]) == (0, 4)
 
-    def weights(run: str, step: int) -> dict[str, object]:
+    def weights(run: str, step: int) -> dict[str, Tensor]:
         folder = result.folder / "trials" / run / "checkpoints" / f"step-{step:08d}"
         tensors = load_file(folder / "optimizer-0000.safetensors")
         return {name: value for name, value in tensors.items() if name.endswith("@master")}
