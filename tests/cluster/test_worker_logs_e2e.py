@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_the_log_of_an_actor_that_died_is_kept_and_its_last_error_quoted(ray_ses
             print(f"ERROR 11-26 18:40:12 [core.py:800] ValueError: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
 
-    actor = ray.remote(num_cpus=0)(Engine)
+    actor: Any = ray.remote(num_cpus=0)(Engine)  # Ray types the methods of a handle as plain methods
     earlier, killed, engine = actor.remote(), actor.remote(), actor.remote()
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(earlier.fail.remote("an older error"))

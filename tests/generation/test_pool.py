@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_a_fraction_of_a_cpu_is_enough_and_an_adapter_is_served_unmerged(
     class Busy:
         def ready(self) -> None: ...
 
-    busy = ray.remote(num_cpus=cpus)(Busy).remote()
+    busy: Any = ray.remote(num_cpus=cpus)(Busy).remote()  # Ray types its methods as plain methods
     ray.get(busy.ready.remote())
     try:
         samples = generate(
