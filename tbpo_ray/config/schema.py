@@ -166,9 +166,9 @@ class TrackingConfig(Section):
     """Where MLflow stores parameters, metrics and artifacts."""
 
     uri: str | None = None
-    """MLflow tracking address; default: SQLite in `<run.output_dir>/mlflow.db`."""
+    """MLflow tracking address; default: MLFLOW_TRACKING_URI, else SQLite in `<run.output_dir>/mlflow.db`."""
     experiment: str = "tbpo"
-    """MLflow experiment."""
+    """MLflow experiment; if it is not set, MLFLOW_EXPERIMENT_NAME is used where the environment has it."""
 
 
 class GenerationConfig(Section):
