@@ -75,7 +75,8 @@ def read_log(pid: int) -> str:
     """The end of what a worker process of this node printed, its errors last."""
     from ray._private import worker
 
-    folder = Path(worker._global_node.get_logs_dir_path())
+    node: Any = worker._global_node
+    folder = Path(node.get_logs_dir_path())
     texts = []
     for suffix in ("out", "err"):
         for file in folder.glob(f"worker-*-{pid}.{suffix}"):

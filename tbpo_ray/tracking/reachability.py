@@ -63,12 +63,13 @@ def _attempt(uri: str, faults: list[str]) -> None:
 
 def _request(uri: str) -> tuple[str, bool]:
     """What is wrong with the server, and whether another attempt is pointless."""
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
+    from mlflow.utils import credentials, rest_utils
 
+    creds: Any = credentials.get_default_host_creds
+    request: Any = rest_utils.http_request
     try:
-        response: Any = http_request(
-            get_default_host_creds(uri),
+        response = request(
+            creds(uri),
             _SEARCH,
             "POST",
             json={"max_results": 1},

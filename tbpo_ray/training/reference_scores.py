@@ -141,7 +141,7 @@ def scoring_machine(config: Config) -> dict[str, str]:
         label_selector=cluster.labels.train if cluster.gpus else cluster.labels.prepare,
     )(describe_machine)
     try:
-        machine: dict[str, str] = ray.get(task.remote(gpu=cluster.gpus))
+        machine: dict[str, str] = ray.get(task.remote(cluster.gpus))
     except ray.exceptions.RayError as error:
         raise RunFailedError(
             f"reference scores: no node for scoring answers: {error_summary(error)}"
@@ -149,7 +149,7 @@ def scoring_machine(config: Config) -> dict[str, str]:
     return machine
 
 
-def describe_machine(*, gpu: bool) -> dict[str, str]:
+def describe_machine(gpu: bool) -> dict[str, str]:
     """Device type, kind of processor and version of torch of this machine."""
     import torch
 
@@ -157,7 +157,7 @@ def describe_machine(*, gpu: bool) -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         kind = f"{torch.cuda.get_device_name()} sm_{major}{minor}"
     else:
-        kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # type: ignore[no-untyped-call]
+        kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": "cuda" if gpu else "cpu", "kernel": kind, "torch": torch.__version__}
 
 
