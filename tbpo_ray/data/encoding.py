@@ -62,29 +62,34 @@ class Encoder:
 
     def encode_behind(self, items: Sequence[Continuation]) -> list[list[int]]:
         """Token ids of each text behind the one before it; a text with :data:`GUARD` is encoded by parts."""
-        leads, texts = [], []
+        texts: list[str] = []
         for item in items:
-            token = self.added.get(item.before_ids[-1]) if item.before_ids else None
-            # The text depends on the added token in front of it.
-            lead = token.content if token is not None and (token.rstrip or self._prepends_once) else ""
-            in_context = self._prepends and token is None
-            leads.append((bool(lead), in_context))
-            texts.append(lead + item.text if lead else item.text)
+            lead, in_context = self._context(item)
+            texts.append(lead + item.text)
             if in_context:
                 texts.append(item.before + item.text)
-        if not self._prepends and not any(lead for lead, _ in leads) and not any(GUARD in t for t in texts):
-            return self.encode(texts)
         encoded = self._encode_guarded(texts)
-        out = []
-        for item, (has_lead, in_context) in zip(items, leads, strict=True):
-            ids = next(encoded)[has_lead:]
-            if in_context:
-                together, size = next(encoded), len(item.before_ids)
-                ids = together[size:] if together[:size] == list(item.before_ids) else ids
-            out.append(ids)
-        return out
+        return [self._behind(item, encoded) for item in items]
+
+    def _context(self, item: Continuation) -> tuple[str, bool]:
+        """An added token to encode in front of a text, and whether to encode all of the text before it."""
+        token = self.added.get(item.before_ids[-1]) if item.before_ids else None
+        if token is None:
+            return "", self._prepends
+        # The text depends on the token in front of it.
+        return (str(token.content) if token.rstrip or self._prepends_once else ""), False
+
+    def _behind(self, item: Continuation, encoded: Iterator[list[int]]) -> list[int]:
+        lead, in_context = self._context(item)
+        ids = next(encoded)[1:] if lead else next(encoded)
+        if in_context:
+            together, size = next(encoded), len(item.before_ids)
+            ids = together[size:] if together[:size] == list(item.before_ids) else ids
+        return ids
 
     def _encode_guarded(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        if not any(GUARD in text for text in texts):
+            return iter(self.encode(texts))
         ordinary = iter(self.encode([text for text in texts if GUARD not in text]))
         return iter([self._encode_parts(text) if GUARD in text else next(ordinary) for text in texts])
 

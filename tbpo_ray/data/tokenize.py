@@ -300,10 +300,10 @@ class PairTokenizer:
             for item, ids, segments in zip(items, encoded, sides, strict=True)
         ]
         decoded = self._encoder.backend.decode_batch([a.ids for a in answers], skip_special_tokens=False)
-        for answer, back, item, segments in zip(answers, decoded, items, sides, strict=True):
-            texts = [item.text, *(segment.text for segment in segments[1:])]
+        for answer, back, first, segments in zip(answers, decoded, items, sides, strict=True):
+            texts = [first.text, *(segment.text for segment in segments[1:])]
             text = "".join(texts).removesuffix(self._end_text if segments[1:] else "")
-            if not self._same_text(text, back, item, answer.ids):
+            if not self._same_text(text, back, first, answer.ids):
                 answer.text_differs = back[:80]
             last = segments[-1].text
             if last.endswith(self._end_text):

@@ -200,8 +200,8 @@ class ChatTemplate:
     def _roles_with_parts(self) -> frozenset[str]:
         """The roles whose content may be a list of parts."""
         parts = [{"type": "text", "text": _PROBE}]
-        user = {"role": "user", "content": "Hello"}
-        call = {"role": "assistant", "content": "Hello", "tool_calls": [_probe_call({})]}
+        user: Message = {"role": "user", "content": "Hello"}
+        call: Message = {"role": "assistant", "content": "Hello", "tool_calls": [_probe_call({})]}
         conversations: dict[str, list[Message]] = {
             "system": [{"role": "system", "content": parts}, user],
             "user": [{"role": "user", "content": parts}],
@@ -300,7 +300,7 @@ def _read_json(model: str, name: str, revision: str | None) -> dict[str, Any]:
     """A file of a model folder or hub repository; empty if there is none."""
     file: str | None = str(Path(model) / name)
     if not Path(model).is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         file = cached_file(
             model,

@@ -105,14 +105,7 @@ def collate(
             empty array if all tokens are trained.
     """
     sides, pairs = len(answers), len(prompts)
-    indices = [
-        [_trained_indices(answers[s][b], None if trained is None else trained[s][b]) for b in range(pairs)]
-        for s in range(sides)
-    ]
-    sizes = np.array([[len(i) for i in side] for side in indices], dtype=np.int64).reshape(sides, pairs)
-    if truncate_to_shorter and sides == 2:
-        sizes = np.broadcast_to(sizes.min(axis=0), sizes.shape)
-    indices = [[indices[s][b][: sizes[s, b]] for b in range(pairs)] for s in range(sides)]
+    indices, sizes = _select(answers, trained, truncate_to_shorter=truncate_to_shorter)
     # Nothing is predicted behind the last trained token, so rows end there.
     spans = np.array([[i[-1] + 1 if len(i) else 0 for i in side] for side in indices], dtype=np.int64)
     rows = _Rows(prompts, sizes, spans.reshape(sides, pairs), pad_id=pad_id, shared=shared)
@@ -233,6 +226,27 @@ def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLa
         weights=each_side("weights"),
         trained=each_side("mask"),
     )
+
+
+def _select(
+    answers: Sequence[Sequence[np.ndarray]],
+    trained: Sequence[Sequence[np.ndarray]] | None,
+    *,
+    truncate_to_shorter: bool,
+) -> tuple[list[list[np.ndarray]], np.ndarray]:
+    """The indices of the trained tokens of each answer, after truncation, and their numbers [S, B]."""
+    found = [
+        [
+            _trained_indices(answer, None if trained is None else trained[s][b])
+            for b, answer in enumerate(side)
+        ]
+        for s, side in enumerate(answers)
+    ]
+    sizes = np.array([[len(i) for i in side] for side in found], dtype=np.int64).reshape(len(answers), -1)
+    if truncate_to_shorter and len(answers) == 2:
+        sizes = np.broadcast_to(sizes.min(axis=0), sizes.shape)
+    indices = [[i[:n] for i, n in zip(*side, strict=True)] for side in zip(found, sizes, strict=True)]
+    return indices, sizes
 
 
 def _trained_indices(answer: np.ndarray, trained: np.ndarray | None) -> np.ndarray:
