@@ -15,9 +15,9 @@ from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.redaction import redact_text
 
 SERVER_SCHEMES = ("http", "https")
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 14.0
 """For all attempts together; names that do not resolve and answers that trickle in included."""
-_REQUEST_SECONDS, _PAUSE_SECONDS = 8.0, 2.0
+_REQUEST_SECONDS, _PAUSE_SECONDS = 10.0, 1.0
 _SEARCH = "/api/2.0/mlflow/experiments/search"
 _UNAUTHORIZED = (401, 403)
 

@@ -92,7 +92,7 @@ def test_nothing_listens(impatient):
 
 
 def test_the_deadline_leaves_room_within_half_a_minute():
-    assert reachability.DEADLINE_SECONDS <= 25
+    assert reachability.DEADLINE_SECONDS <= 15  # imports on a busy machine need the rest
 
 
 def test_a_server_that_answers_is_asked_once_and_may_need_a_second_attempt(impatient):
