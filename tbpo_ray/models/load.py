@@ -164,7 +164,8 @@ def load_model(
             f"({', '.join(missing[:3])}, ...); must be a complete checkpoint of {config.model_type}"
         )
     model.config.use_cache = False
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -204,13 +205,19 @@ def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list
         return names
     if isinstance(targets, str) and _matches_any(targets, paths):
         return targets
-    known = sorted({path.rsplit(".", 1)[-1] for path, module in model.named_modules() if _is_linear(module)})
-    close = [match for name in absent for match in get_close_matches(name, [*known, "all-linear"], n=1)]
-    hint = f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
     raise InputError(
-        f"model.lora.target_modules={targets}: no module of the model is named "
-        f"{', '.join(absent) or 'so'}{hint}; must be all-linear, or names among {', '.join(known)}"
+        f"model.lora.target_modules={targets}: no module of the model is named {', '.join(absent) or 'so'}; "
+        f"{_suggest_modules(model, absent)}"
     )
+
+
+def _suggest_modules(model: PreTrainedModel, absent: list[str]) -> str:
+    """What `model.lora.target_modules` may be, the names that resemble the absent ones first."""
+    linear = {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if _is_linear(module)}
+    known = ["all-linear", *sorted(linear)]
+    close = {match: None for name in absent for match in get_close_matches(name, known, n=1)}
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    return f"{hint}Accepted are all-linear, and names among {', '.join(known[1:])}"
 
 
 def _matches_any(pattern: str, paths: list[str]) -> bool:
