@@ -311,7 +311,7 @@ def _distance(found: Sequence[Tensor], expected: Sequence[Tensor], *, averaged: 
 def _is_averaged(model: Any) -> bool:
     # Rounding to 8 bits now and then moves a single token far, above all where it changes an expert's choice.
     weight = next(model.parameters())
-    return weight.dtype != torch.float32 or (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+    return bool(weight.dtype != torch.float32 or (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32))
 
 
 def _tolerance(model: Any, noise: float) -> Tolerance:

@@ -236,7 +236,7 @@ def test_a_tracking_server(tmp_path):
     mlflow = Path(sys.executable).with_name("mlflow")
     address = f"http://127.0.0.1:{port}"
     command = [
-        mlflow,
+        str(mlflow),
         "server",
         "--port",
         str(port),

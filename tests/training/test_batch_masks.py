@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.training.test_batch_and_scorer import MODELS, llama, pairs, plain_log
 def masks(answers, seed=1):
     """Masks whose first token is trained; every third answer is trained whole."""
     rng = np.random.default_rng(seed)
-    out = []
+    out: list[list[np.ndarray]] = []
     for side in answers:
         out.append([])
         for index, answer in enumerate(side):
@@ -69,6 +71,7 @@ def test_values_belong_to_trained_tokens():
         "chosen_ref_logps": [np.array([-1.0, -3.0])], "rejected_ref_logps": [np.array([-4.0, -5.0])],
     }  # fmt: skip
     batch = collate_columns(columns, BatchLayout(2, 0, shared_prompt=True, truncate_to_shorter=False))
+    assert batch.ref_logps is not None
     assert batch.ref_logps[0, 0, :3].tolist() == [-1.0, -3.0, 0.0]
     assert batch.ref_logps[1, 0, :2].tolist() == [-4.0, -5.0]
     columns["chosen_mask"] = [np.array([True])]
@@ -79,8 +82,8 @@ def test_values_belong_to_trained_tokens():
 def test_masks_that_train_everything_change_nothing():
     prompts, answers = pairs(5)
     whole = [[np.ones(len(a), dtype=bool) for a in side] for side in answers]
-    options = {"pad_id": 0, "shared": True, "truncate_to_shorter": True}
-    one, two = collate(prompts, answers, **options), collate(prompts, answers, **options, trained=whole)
+    padded = partial(collate, prompts, answers, pad_id=0, shared=True, truncate_to_shorter=True)
+    one, two = padded(), padded(trained=whole)
     for name, value in one.__dict__.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, getattr(two, name)), name
@@ -96,4 +99,4 @@ def test_no_gradient_comes_from_the_labels_of_context():
         assert 8 not in batch.labels[batch.mask].tolist()
         PairScorer(model)(batch)[0].sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert not torch.allclose(*grads)
+    assert not torch.allclose(grads[0], grads[1])
