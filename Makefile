@@ -28,13 +28,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not e2e and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not e2e and not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 coverage: $(STAMP)
-	$(BIN)/python -m pytest -m "not e2e and not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 -m "not e2e and not slow" --cov --cov-report=term
 
 format: $(STAMP)
 	$(BIN)/ruff format --check .

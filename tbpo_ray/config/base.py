@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from tbpo_ray.config.yaml_text import item_type, takes_null, takes_text
+from tbpo_ray.config.field_types import item_type, takes_null, takes_text
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 

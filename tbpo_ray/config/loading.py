@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from tbpo_ray.config import yaml_text
+from tbpo_ray.config import field_types, yaml_text
 from tbpo_ray.config.open_values import TEXT_KEYS
 from tbpo_ray.config.schema import RENAMED_KEYS, Config
 from tbpo_ray.config.validation import section_keys, unknown_key_message, validate_section
@@ -111,8 +111,8 @@ def overrides_to_tree(overrides: Iterable[str]) -> dict[str, Any]:
 def _override_value(key: str, text: str) -> Any:
     annotation = _type_of(key)
     if not text:
-        return None if yaml_text.takes_null(annotation) else ""
-    accepts_text = yaml_text.takes_text(annotation)
+        return None if field_types.takes_null(annotation) else ""
+    accepts_text = field_types.takes_text(annotation)
     try:
         parsed = yaml_text.parse_yaml(text)
         if parsed is None:  # a comment or a document marker, which must not stand for null
@@ -135,7 +135,7 @@ def _is_verbatim(text: str, parsed: Any, annotation: Any) -> bool:
     if isinstance(parsed, yaml_text.PlainScalar):
         return parsed.text != text
     if isinstance(parsed, list | dict):
-        return text[0] not in "[{" or not yaml_text.takes_collection(annotation)
+        return text[0] not in "[{" or not field_types.takes_collection(annotation)
     return text[0] not in "'\""
 
 
@@ -147,7 +147,7 @@ def _type_of(key: str) -> Any:
     """The type of a dotted key; Any where the schema leaves it open."""
     for stage in STAGES:
         key = key.removeprefix(f"{stage}.")
-    return yaml_text.type_at(Config, key, hints=TEXT_KEYS)
+    return field_types.type_at(Config, key, hints=TEXT_KEYS)
 
 
 def _typed_config(tree: Mapping[str, Any]) -> dict[str, Any]:

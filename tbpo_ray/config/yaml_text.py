@@ -8,13 +8,13 @@ that takes a string gets the text as typed, and all others get YAML's value. Num
 from __future__ import annotations
 
 import re
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
+
+from tbpo_ray.config.field_types import item_type, scalar_types, type_at
 
 _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)")
 _FLOAT = re.compile(
@@ -117,7 +117,7 @@ def typed(value: Any, annotation: Any = Any, prefix: str = "", hints: Mapping[st
         hints: types of dotted keys inside values that the schema leaves open.
     """
     if isinstance(value, PlainScalar):
-        return _choose(value, set(_scalar_types(annotation)))
+        return _choose(value, set(scalar_types(annotation)))
     if isinstance(value, dict):
         return {
             key: typed(entry, type_at(annotation, key, prefix, hints), f"{prefix}{key}.", hints)
@@ -128,77 +128,8 @@ def typed(value: Any, annotation: Any = Any, prefix: str = "", hints: Mapping[st
     return value
 
 
-def type_at(annotation: Any, key: str, prefix: str = "", hints: Mapping[str, Any] | None = None) -> Any:
-    """The type of a dotted key below a value of type `annotation`; Any where the schema leaves it open."""
-    for part in key.split("."):
-        prefix += part
-        found = [kind for member in _members(annotation) for kind in _entry_types(member, part)]
-        if hints and prefix in hints:
-            found = [hints[prefix]]
-        annotation = Union[tuple(found)] if found else Any  # noqa: UP007
-        prefix += "."
-    return annotation
-
-
-def item_type(annotation: Any) -> Any:
-    """The type of the items of a list; Any where the schema leaves it open."""
-    items = [get_args(kind)[0] for kind in _members(annotation) if get_origin(kind) is list]
-    return Union[tuple(items)] if items else Any  # noqa: UP007 (the members are known at run time only)
-
-
-def takes_text(annotation: Any) -> bool:
-    """Whether a value of this type may be a string."""
-    return str in set(_scalar_types(annotation))
-
-
-def takes_null(annotation: Any) -> bool:
-    """Whether a value of this type may be null."""
-    return type(None) in set(_scalar_types(annotation))
-
-
-def takes_collection(annotation: Any) -> bool:
-    """Whether a value of this type may be a list or a mapping."""
-    return any(
-        get_origin(member) in (list, dict) or _is_model(member) or member is Any
-        for member in _members(annotation)
-    )
-
-
 def _choose(scalar: PlainScalar, accepted: set[Any]) -> Any:
     kind = type(scalar.value)
     if kind in accepted or (kind is int and float in accepted) or (kind is float and int in accepted):
         return scalar.value
     return scalar.text if str in accepted else scalar.value
-
-
-def _entry_types(member: Any, name: str) -> Iterator[Any]:
-    if _is_model(member):
-        field = member.model_fields.get(name)
-        if field is not None:
-            yield field.annotation
-    elif get_origin(member) is dict:
-        yield get_args(member)[1]
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The alternatives of a type, without `Annotated`."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif origin in (Union, types.UnionType):
-        for argument in get_args(annotation):
-            yield from _members(argument)
-    else:
-        yield annotation
-
-
-def _scalar_types(annotation: Any) -> Iterator[Any]:
-    for member in _members(annotation):
-        if get_origin(member) is Literal:
-            yield from (type(value) for value in get_args(member))
-        else:
-            yield member
-
-
-def _is_model(member: Any) -> bool:
-    return isinstance(member, type) and issubclass(member, BaseModel)
