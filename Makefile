@@ -24,8 +24,10 @@ $(STAMP): pyproject.toml
 quickstart: $(STAMP)
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/tiny.yaml run.name=quickstart
 
+# The tests without Ray share both cores; those with Ray share one session, so they run one after the other.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not e2e and not slow"
+	$(BIN)/python -m pytest -m "e2e and not slow"
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not e2e and not slow"
