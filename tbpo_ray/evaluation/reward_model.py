@@ -9,6 +9,7 @@ from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.judge import ScoringJudge, refuse_unknown
 from tbpo_ray.generation.samples import Sample
+from tbpo_ray.models.chat import ChatTemplate, template_of
 
 
 class RewardModelJudge(ScoringJudge):
@@ -113,8 +114,9 @@ def classify(
         tokenizer.pad_token = tokenizer.eos_token
     classifier.config.pad_token_id = tokenizer.pad_token_id
     limit = min(tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", 10**9))
-    rendered = [_render(tokenizer, prompt, answer) for prompt, answer in texts]
-    has_template = tokenizer.chat_template is not None
+    template = template_of(tokenizer)
+    rendered = [_render(template, prompt, answer) for prompt, answer in texts]
+    has_template = template is not None
     lengths = [len(ids) for ids in tokenizer(rendered, add_special_tokens=not has_template)["input_ids"]]
     out = [0.0] * len(rendered)
     order = sorted(range(len(rendered)), key=lengths.__getitem__)
@@ -134,9 +136,7 @@ def classify(
     return out, sum(length > limit for length in lengths)
 
 
-def _render(tokenizer: Any, prompt: str, answer: str) -> str:
-    if tokenizer.chat_template is None:
+def _render(template: ChatTemplate | None, prompt: str, answer: str) -> str:
+    if template is None:
         return f"{prompt}\n\n{answer}"
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    return text
+    return template.render([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])

@@ -69,3 +69,23 @@ def test_a_language_model_is_not_a_reward_model(tmp_path):
 
     with pytest.raises(InputError, match=r"evaluation\.judge\.model=.*one output"):
         RewardModelJudge.from_settings({"model": str(build_tiny(tmp_path / "tiny"))}, use_gpu=False)
+
+
+def test_a_template_that_prints_the_date_gives_the_same_score_on_every_day(classifier, tmp_path, monkeypatch):
+    import datetime
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import chat_template_utils
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(classifier).save_pretrained(tmp_path)
+    today, _ = classify(str(tmp_path), [("copy: tree", "tree")], 1, "cpu")
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    assert classify(str(tmp_path), [("copy: tree", "tree")], 1, "cpu")[0] == today
