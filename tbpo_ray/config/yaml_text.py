@@ -68,12 +68,17 @@ def _construct_plain(loader: _Loader, node: yaml.ScalarNode) -> Any:
     kind = node.tag.rsplit(":", 1)[-1]
     text = str(node.value)
     value: Any = None
-    if kind == "bool":
-        value = loader.construct_yaml_bool(node)
-    elif kind == "int":
-        value = _integer(text)
-    elif kind == "float":
-        value = _number(text)
+    try:
+        if kind == "bool":
+            value = loader.construct_yaml_bool(node)
+        elif kind == "int":
+            value = _integer(text)
+        elif kind == "float":
+            value = _number(text)
+    except (KeyError, ValueError) as error:  # an explicit tag such as `!!int abc`
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{text!r} is not of the type {kind}", node.start_mark
+        ) from error
     return PlainScalar(text, value)
 
 
@@ -104,7 +109,31 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML, or a mapping has a key twice.
     """
-    return yaml.load(text, Loader=_Loader)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_cycle(node, set(), set())
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("the values are nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
+def _refuse_cycle(node: yaml.Node, parents: set[int], checked: set[int]) -> None:
+    """Raise an error for an anchor that refers to a value around it: no configuration can be that."""
+    if id(node) in parents:
+        raise yaml.constructor.ConstructorError(None, None, "a value contains itself", node.start_mark)
+    if id(node) in checked:  # an alias: values that many aliases share are walked once
+        return
+    parents.add(id(node))
+    for child in node.value if isinstance(node, yaml.CollectionNode) else []:
+        for part in child if isinstance(child, tuple) else (child,):
+            _refuse_cycle(part, parents, checked)
+    parents.remove(id(node))
+    checked.add(id(node))
 
 
 def typed(value: Any, annotation: Any = Any, prefix: str = "", hints: Mapping[str, Any] | None = None) -> Any:

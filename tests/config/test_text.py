@@ -196,3 +196,22 @@ def test_anchors_and_merge_keys_work(tmp_path):
 def test_a_configuration_with_text_like_numbers_round_trips():
     config = load_config(None, ["generation.engine={x: '1e5', y: '0o7', z: '12:30', w: '010', v: 'no'}"])
     assert validate(yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run: {name: !!int abc}", ["'abc'", "int"]),
+        ("run: {name: !!bool maybe}", ["'maybe'", "bool"]),
+        ("run: &r {name: *r}", ["contains itself"]),
+        ("runs: &r [*r]", ["contains itself"]),
+        ("sft: &r {a: *r}", ["contains itself"]),
+        ("runs: " + "[" * 5000 + "]" * 5000, ["deeply"]),
+    ],
+)
+def test_valid_yaml_that_is_no_configuration_is_refused_in_a_sentence(tmp_path, text, words):
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as refusal:
+        load_config(file, [])
+    assert str(file) in str(refusal.value) and all(word in str(refusal.value) for word in words)
