@@ -19,6 +19,9 @@ from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError
 _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 """The beginning of a marker such as `<think>` at the end of a text."""
 
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that hold an assistant's thoughts."""
+
 _MARKUP = re.compile(r"^\s|\s\Z|^\Z|[<>\[\]{}|\\`\U000e0000-\U0010ffff]")
 
 
@@ -145,8 +148,11 @@ class AnswerRenderer:
             text = self._cut(upto[start:], last=last)
             if not last and not (upto.startswith(whole[:start]) and whole.startswith(text, start)):
                 text = self._cut_within(whole[start:], turn)
+            if not text and (k == 0 or _says_something(turn)):
+                raise NotPrefixStableError("the template writes nothing for a turn of the answer")
             segments.append(Segment(text, True))
             reached = start + len(text)
+        # What follows the prompt is always trained: the first segment is never empty.
         return whole[:begin], [s for s in segments if s.text]
 
     def _start(self, known: Sequence[Message], opening: str, whole: str, options: dict[str, Any]) -> int:
@@ -213,9 +219,14 @@ def _like(
     return start, [Segment(turns[0]["content"] + written[len(content) :], True)]
 
 
+def _says_something(turn: Message) -> bool:
+    """Whether an assistant's turn has content, thoughts or tool calls."""
+    return any(turn.get(key) for key in ("content", "tool_calls", *THOUGHT_FIELDS))
+
+
 def _altered(turn: Message, text: str) -> bool:
     """Whether the template does not write the words of a turn as they are, such as without its thoughts."""
-    values = (turn.get(key) for key in ("content", "reasoning_content", "reasoning", "thinking"))
+    values = (turn.get(key) for key in ("content", *THOUGHT_FIELDS))
     return any(isinstance(value, str) and value.strip() not in text for value in values)
 
 

@@ -287,3 +287,24 @@ def test_arguments_for_the_template_are_part_of_the_tokens_and_of_the_digest():
     data = DataConfig(max_length=64, template_kwargs={"quiet": True})
     assert prompt_tokens(tokenizer, user("x"), data) == prompts[1]
     assert prompt_tokens(tokenizer, user("x"), DataConfig(max_length=64)) == prompts[0]
+
+
+def call_of(name, **more):
+    function = {"name": name, "arguments": {"city": "mat"}}
+    return [{"role": "assistant", "content": None, "tool_calls": [{"function": function}], **more}]
+
+
+def tool_result(text):
+    return [{"role": "tool", "content": text}]
+
+
+def test_a_tool_result_behind_a_hidden_first_turn_is_never_trained():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nA:"
+        "{% elif m.role == 'assistant' %}{% if m.content %} {{ m.content }}{% endif %}\n"
+        "{% else %}Tool: {{ m.content }}\nA:{% endif %}{% endfor %}"
+    )
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    answer = [*call_of("look_up"), *tool_result("the mat"), *answer_of("hello")]
+    (error,) = tokenizer.pairs([Record(user("x"), answer, answer_of("sat"))])
+    assert isinstance(error, RecordError) and error.reason == "template_not_prefix_stable"
