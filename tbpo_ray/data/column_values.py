@@ -8,9 +8,11 @@ from typing import Any
 
 from tbpo_ray.data.messages import (
     ROLES,
+    SYSTEM_ROLES,
     content_text,
     is_message,
     parse_answer_value,
+    parse_json_messages,
     parse_json_text,
     parse_messages,
 )
@@ -137,6 +139,33 @@ def score_gap(columns: Columns) -> float | None:
 
 def is_conversation(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(is_message(item) for item in value)
+
+
+def parse_conversation(value: Any) -> Sequence[Any] | None:
+    """A list of messages, which a column may also hold as JSON text; None for another value.
+
+    Raises:
+        RecordError: when a message in the JSON text is malformed.
+    """
+    if isinstance(value, str):
+        return parse_json_messages(value)
+    return value if is_conversation(value) else None
+
+
+def system_value(value: Any, name: str) -> Any:
+    """The value of a system column: a text, or one or several system messages.
+
+    Raises:
+        RecordError: when it is something else.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str):
+        return value[0]
+    if isinstance(value, str):
+        return value
+    messages = [value] if is_message(value) else value
+    if is_conversation(messages) and all(m["role"] in SYSTEM_ROLES for m in parse_messages(messages)):
+        return list(messages)
+    raise RecordError("message_malformed", f"column {name} is not a system turn: {str(value)[:80]!r}")
 
 
 def states_prompt(answer: Any) -> bool:

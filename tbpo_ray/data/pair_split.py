@@ -105,11 +105,11 @@ def with_system(prompt: Turns, system: Any) -> Turns:
         return prompt
     messages = [{"role": "system", "content": system}] if isinstance(system, str) else None
     messages = messages or parse_prompt_value(system)[0]
-    given = prompt[0] if prompt and prompt[0]["role"] in SYSTEM_ROLES else None
-    if given is None:
+    if not prompt or prompt[0]["role"] not in SYSTEM_ROLES:
         return [*messages, *prompt]
-    if _words(content_text(given)) != _words(content_text(messages[0])):
-        raise RecordError("prompts_differ", f"two system turns: {_quoted(messages[0])} / {_quoted(given)}")
+    given = prompt[: len(messages)]
+    if [_words(content_text(turn)) for turn in given] != [_words(content_text(turn)) for turn in messages]:
+        raise RecordError("prompts_differ", f"two system turns: {_quoted(messages[0])} / {_quoted(given[0])}")
     return prompt
 
 

@@ -19,19 +19,20 @@ from tbpo_ray.data.column_values import (
     find_prompt,
     interleave,
     is_answer,
-    is_conversation,
     is_filled,
+    parse_conversation,
     post_prompt,
     role_and_words,
     score_gap,
     states_prompt,
+    system_value,
     text_of,
     texts_of,
     to_choice,
     to_number,
     winner_scores,
 )
-from tbpo_ray.data.messages import is_message, parse_messages, parse_prompt_value
+from tbpo_ray.data.messages import parse_messages, parse_prompt_value
 from tbpo_ray.data.rejection_reasons import RecordError
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -103,11 +104,13 @@ def read_messages_column(columns: Columns) -> RawPair | None:
     The messages may go on to the chosen answer, which is then removed. A `prompt` beside them has to be one
     of their user turns.
     """
-    name = next((n for n in _CONVERSATION_COLUMNS if is_conversation(columns.get(n))), None)
     chosen, rejected, text = (columns.get(n) for n in ("chosen", "rejected", "prompt"))
-    if name is None or chosen is None or rejected is None:
+    if chosen is None or rejected is None:
         return None
-    messages = columns[name]
+    conversations = ((n, parse_conversation(columns.get(n))) for n in _CONVERSATION_COLUMNS)
+    name, messages = next(((n, value) for n, value in conversations if value is not None), (None, None))
+    if name is None or messages is None:
+        return None
     if states_prompt(chosen):
         # The messages of UltraFeedback are the chosen conversation again: they add nothing.
         whole, start = parse_messages(chosen), parse_messages(messages)
@@ -305,11 +308,10 @@ def read_prompt(columns: Columns) -> RawPair:
 
 
 def _with_system(columns: Columns, raw: RawShape) -> RawShape:
-    name = next((n for n in SYSTEM_COLUMNS if n in columns and n not in raw.used_columns), None)
-    value = columns[name] if name is not None else None
-    if name is None or not (value is None or isinstance(value, str) or is_message(value)):
-        return raw
-    return replace(raw, system=value, used_columns=raw.used_columns | {name})
+    names = [n for n in SYSTEM_COLUMNS if n in columns and n not in raw.used_columns]
+    name = next((n for n in names if is_filled(columns[n])), None)
+    used = raw.used_columns | {n for n in names if n == name or not is_filled(columns[n])}
+    return replace(raw, system=None if name is None else system_value(columns[name], name), used_columns=used)
 
 
 def _choose(

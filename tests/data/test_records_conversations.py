@@ -61,6 +61,14 @@ PROMPTS = {
     "system_prompt column": ({"system_prompt": "F.", **both(U("Q"))}, [S("F."), U("Q")]),
     "the same system turn twice": (pair([S("F."), U("Q")], system=" F.\n"), [S("F."), U("Q")]),
     "an empty system column": (pair("Q", system=" "), [U("Q")]),
+    "an empty column before the filled one": (pair("Q", system="", system_prompt="F."), [S("F."), U("Q")]),
+    "a null column before the filled one": (pair("Q", system=None, system_prompt="F."), [S("F."), U("Q")]),
+    "a system column of messages": (pair("Q", system=[S("F.")]), [S("F."), U("Q")]),
+    "a system column with a list of one text": (pair("Q", system=["F."]), [S("F."), U("Q")]),
+    "messages as JSON text": (
+        pair("Q", messages=json.dumps([S("F."), U("Q")])),
+        [S("F."), U("Q")],
+    ),
     "a prompt in messages": (
         pair("Q", messages=[S("F."), U("Q"), A("yes")]),
         [S("F."), U("Q")],
@@ -87,6 +95,9 @@ REFUSED = {
     "another question in messages": ({"prompt": [U("one")], **both(U("two"))}, "prompts_differ"),
     "another system turn": ({"prompt": [S("F."), U("Q")], **both(S("G."), U("Q"))}, "prompts_differ"),
     "another system column": (pair([S("F."), U("Q")], system="G."), "prompts_differ"),
+    "a number in the system column": (pair("Q", system=7), "message_malformed"),
+    "two texts in the system column": (pair("Q", system=["F.", "G."]), "message_malformed"),
+    "a user's turn in the system column": (pair("Q", system=[U("F.")]), "message_malformed"),
     "a system turn before one answer": (
         {"prompt": [U("Q")], "chosen": [S("F."), U("Q"), A("yes")], "rejected": [U("Q"), A("no")]},
         "prompts_differ",
