@@ -22,6 +22,7 @@ _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold an assistant's thoughts."""
 
+_WORD = re.compile(r"\w+")
 _MARKUP = re.compile(r"^\s|\s\Z|^\Z|[<>\[\]{}|\\`\U000e0000-\U0010ffff]")
 
 
@@ -170,10 +171,29 @@ class AnswerRenderer:
         if frame is not None:
             alone, header, _ = frame
             if opening.startswith(alone):
-                header = _OPENED_MARKER.sub("", _common_prefix(opening[len(alone) :], header))
+                header = self._common_header(opening[len(alone) :], header)
             if whole.startswith(alone + header):
                 return len(alone) + len(header)
         raise NotPrefixStableError("the prompt is written differently in front of an answer")
+
+    def _common_header(self, opened: str, header: str) -> str:
+        """What a generation prompt and the text in front of a finished answer have in common.
+
+        It ends at a boundary of both texts: two special tokens or words may begin with the same characters.
+        """
+        at = len(_common_prefix(opened, header))
+        spans = [
+            match.span()
+            for text in (opened, header)
+            for pattern in (self.special, _WORD)
+            for match in pattern.finditer(text)
+        ]
+        moved = True
+        while moved:
+            before, at = at, len(_OPENED_MARKER.sub("", header[:at]))
+            at = min((start for start, stop in spans if start < at < stop), default=at)
+            moved = at < before
+        return header[:at]
 
     def _cut_within(self, text: str, turn: Message) -> str:
         """`text` up to the end of its first turn, which the template writes differently as the last one.

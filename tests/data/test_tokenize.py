@@ -308,3 +308,26 @@ def test_a_tool_result_behind_a_hidden_first_turn_is_never_trained():
     answer = [*call_of("look_up"), *tool_result("the mat"), *answer_of("hello")]
     (error,) = tokenizer.pairs([Record(user("x"), answer, answer_of("sat"))])
     assert isinstance(error, RecordError) and error.reason == "template_not_prefix_stable"
+
+
+@pytest.mark.parametrize(
+    "header, opening, prompt",
+    [
+        ("<|user|>", "<|assistant|>", "the cat</s>"),
+        ("<|assistant|>final:", "<|assistant|>find:", "the cat</s><|assistant|>"),
+        ("<|assistant|><s>", "<|assistant|><think>", "the cat</s><|assistant|>"),
+        ("<|assistant|>\n", "<|assistant|>\n<think>\n", "the cat</s><|assistant|>\n"),
+    ],
+)
+def test_a_prompt_never_ends_inside_a_special_token_or_a_word(header, opening, prompt):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}HEADER{% endif %}{{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}OPENING{% endif %}"
+    )
+    template = template.replace("HEADER", header).replace("OPENING", opening)
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    (pair,) = tokenizer.pairs([pair_of(user("the cat"), "sat", "mat")])
+    decode = tokenizer._encoder.backend.decode
+    assert decode(pair.prompt_ids, skip_special_tokens=False) == prompt
+    whole = decode([*pair.prompt_ids, *pair.chosen_ids], skip_special_tokens=False)
+    assert whole == f"the cat</s>{header}sat</s>"
