@@ -31,7 +31,13 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _CALL_ROLES = ("function_call", "tool_call")
 """Roles of ShareGPT turns whose text is a call as JSON."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-_MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
+_MEDIA_KINDS = ("image", "images", "audio", "audios", "video", "videos")
+_MEDIA_FIELDS = (
+    *_MEDIA_KINDS,
+    *(f"{kind}_{form}" for kind in _MEDIA_KINDS for form in ("url", "urls", "path", "paths", "bytes")),
+    "input_audio",
+    "pixel_values",
+)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 

@@ -163,6 +163,14 @@ def test_media_are_named():
         parse_records(pair("Q", images=["x.png"]))
     with pytest.raises(RecordError, match="video_url of the user"):
         parse_records(pair([{"role": "user", "content": [{"type": "video_url"}]}]))
+    for name in ("image_url", "input_audio", "audio_url", "video_url", "image_path", "pixel_values"):
+        with pytest.raises(RecordError, match=f"column {name}"):
+            parse_records(pair("Q", **{name: ["x"]}))
+        with pytest.raises(RecordError, match=f"field {name} of the user"):
+            parse_records(pair([{**U("Q"), name: {"url": "x"}}]))
+        assert parse_records(pair([{**U("Q"), name: ""}], **{name: None}))
+    with pytest.raises(RecordError, match="column audio_bytes"):
+        parse_records(pair("Q", audio_bytes=b"x"))
     empty = {"images": [], "image": None, "audio": {"path": None, "bytes": None}, "videos": [None]}
     assert parse_records(pair("Q", **empty))[0].prompt == [U("Q")]
 
