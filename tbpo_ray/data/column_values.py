@@ -54,12 +54,29 @@ def find_prompt(columns: Columns) -> tuple[str | None, Any]:
     return first, columns[first]
 
 
+def find_whole_prompt(columns: Columns) -> tuple[frozenset[str], Any]:
+    """The prompt of a row and the columns it is made of: an instruction includes its input and history.
+
+    Raises:
+        RecordError: see :func:`find_prompt`; also when a part of the prompt is not of its type.
+    """
+    name, prompt = find_prompt(columns)
+    if name == "instruction" and isinstance(prompt, str):
+        return frozenset({"instruction", "input", "history"}), alpaca_prompt(columns)
+    return frozenset({name or "prompt"}), prompt
+
+
 def alpaca_prompt(columns: Columns) -> list[dict[str, Any]]:
     parts = [columns["instruction"], columns.get("input")]
-    text = "\n".join(part for part in parts if isinstance(part, str) and part.strip())
+    for part in parts:
+        if not (part is None or isinstance(part, str)):
+            raise RecordError("prompt_not_text", f"input {type(part).__name__} {str(part)[:80]}")
+    text = "\n".join(part for part in parts if part and part.strip())
     messages: list[dict[str, Any]] = []
-    history = columns.get("history")
-    for turn in history if isinstance(history, list | tuple) else ():
+    history = parse_json_text(columns.get("history"), "message_malformed") or []
+    if not isinstance(history, list | tuple):
+        raise RecordError("message_malformed", f"history {str(history)[:80]!r} is not a list of turns")
+    for turn in history:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise RecordError("message_malformed", f"history {str(turn)[:80]!r} is not [user, assistant]")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

@@ -16,7 +16,7 @@ from tbpo_ray.data.column_values import (
     Columns,
     alpaca_prompt,
     check_contains,
-    find_prompt,
+    find_whole_prompt,
     interleave,
     is_answer,
     is_filled,
@@ -141,12 +141,12 @@ def read_pair_columns(columns: Columns) -> RawPair | None:
     chosen, rejected = (columns.get(name) for name in names)
     repeated = states_prompt(chosen) and states_prompt(rejected)
     if repeated and columns.get("prompt") is None:
-        name, prompt = None, None
+        prompt_columns, prompt = frozenset({"prompt"}), None
     else:
-        name, prompt = find_prompt(columns)
+        prompt_columns, prompt = find_whole_prompt(columns)
     # Argilla marks the ties in its version of the Orca pairs.
     tie = columns.get("status") == "tie"
-    used = frozenset({name or "prompt", *names})
+    used = prompt_columns | set(names)
     return RawPair(prompt, chosen, rejected, used, gap=score_gap(columns), tie=tie)
 
 
@@ -186,11 +186,11 @@ def read_two_answers(columns: Columns) -> RawRanking | None:
     """Two answers with a score each, as in WebGPT's comparisons."""
     if not {"answer_0", "answer_1", "score_0", "score_1"} <= set(columns):
         return None
-    name, prompt = find_prompt(columns)
+    prompt_columns, prompt = find_whole_prompt(columns)
     if isinstance(prompt, Mapping) and "full_text" in prompt:
         prompt = prompt["full_text"]
     scores = [to_number(columns[name], name) for name in ("score_0", "score_1")]
-    used = frozenset({name or "prompt", "answer_0", "answer_1", "score_0", "score_1"})
+    used = prompt_columns | {"answer_0", "answer_1", "score_0", "score_1"}
     return RawRanking(prompt, [columns["answer_0"], columns["answer_1"]], scores, used)
 
 
@@ -297,11 +297,8 @@ def missing_columns(columns: Columns, form: str) -> RecordError:
 
 def read_prompt(columns: Columns) -> RawPair:
     """The prompt of a row without a preference."""
-    name, prompt = find_prompt(columns)
-    used = frozenset({name or "prompt", "chosen", "rejected"})
-    if name == "instruction":
-        used |= {"input", "history"}
-        prompt = alpaca_prompt(columns) if isinstance(prompt, str) else prompt
+    prompt_columns, prompt = find_whole_prompt(columns)
+    used = prompt_columns | {"chosen", "rejected"}
     raw = _with_system(columns, RawPair(prompt, columns.get("chosen"), columns.get("rejected"), used))
     assert isinstance(raw, RawPair)
     return raw
@@ -332,8 +329,6 @@ def _items(columns: Columns) -> tuple[str | None, list[Any]]:
 def _ranking(
     columns: Columns, name: str, items: Sequence[Any], scores: Sequence[float], *further: str
 ) -> RawRanking:
-    prompt_name, prompt = find_prompt(columns)
-    used = {prompt_name or "prompt", name, *further}
-    if prompt_name == "instruction" and isinstance(prompt, str):
-        prompt, used = alpaca_prompt(columns), used | {"input", "history"}
-    return RawRanking(prompt, [text_of(item, name) for item in items], scores, frozenset(used))
+    prompt_columns, prompt = find_whole_prompt(columns)
+    used = prompt_columns | {name, *further}
+    return RawRanking(prompt, [text_of(item, name) for item in items], scores, used)

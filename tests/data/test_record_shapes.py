@@ -147,6 +147,27 @@ def test_an_instruction_its_input_and_its_history_are_one_prompt():
     assert record.metadata == {}
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"chosen_response": "house", "rejected_response": "mouse"},
+        {"answer_0": "house", "score_0": 1, "answer_1": "mouse", "score_1": 0},
+    ],
+)
+def test_the_parts_of_an_instruction_belong_to_every_pair_of_answers(answers):
+    row = {"instruction": "Translate.", "input": "Haus", "history": [["Hello", "Hi"]], **answers}
+    (record,) = parse_records(row)
+    assert record.prompt == [U("Hello"), A("Hi"), U("Translate.\nHaus")] and record.metadata == {}
+    assert (record.chosen_text, record.rejected_text) == ("house", "mouse")
+    for part, reason in (
+        ({"input": ["Haus"]}, "prompt_not_text"),
+        ({"history": "Hello"}, "message_malformed"),
+    ):
+        with pytest.raises(RecordError) as caught:
+            parse_records({**row, **part})
+        assert caught.value.reason == reason
+
+
 def test_a_summary_is_asked_for_as_in_openai_s_comparisons():
     row = {
         "info": {"id": "1", "post": "A day at sea.", "title": "Sea", "subreddit": "sailing"},
