@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError
+from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError, part_text
 
 _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 """The beginning of a marker such as `<think>` at the end of a text."""
@@ -264,3 +265,39 @@ def _common_prefix(a: str, b: str) -> str:
 
 
 __all__ = ["AnswerRenderer", "NotPrefixStableError", "RenderedAnswers", "Segment", "TemplateRefusedError"]
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """A conversation without a template: the contents of its messages with blank lines between them."""
+    return "\n\n".join(_content(message) for message in messages)
+
+
+def plain_segments(turns: Sequence[Message]) -> list[Segment]:
+    """The turns of an answer without a template; those of users are context."""
+    segments = [Segment(_content(turns[0]), True)]
+    for turn in turns[1:]:
+        trained = turn["role"] == "assistant"
+        blank = Segment("\n\n", False)
+        segments += [blank, Segment(_content(turn), trained)]
+    return segments
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    return part_text(content) if isinstance(content, list) else content or ""
+
+
+def plain_refusal(
+    conversations: Sequence[Sequence[Message]], tools: Sequence[Mapping[str, Any]] | None
+) -> RecordError | None:
+    """Why a conversation cannot be written without a template."""
+    messages = [message for conversation in conversations for message in conversation]
+    if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        return RecordError(
+            "template_missing", "the conversation has tools, and the tokenizer no chat template"
+        )
+    for message in messages:
+        for name in THOUGHT_FIELDS:
+            if message.get(name):
+                return RecordError("template_missing", f"{name}: only a chat template writes it")
+    return None

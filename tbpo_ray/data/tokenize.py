@@ -32,12 +32,15 @@ from tbpo_ray.data.answers import (
     RenderedAnswers,
     Segment,
     TemplateRefusedError,
+    plain_refusal,
+    plain_segments,
+    plain_text,
 )
 from tbpo_ray.data.encoding import GUARD, Continuation, Encoder, guard, spells
 from tbpo_ray.data.records import Record
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.chat import ChatTemplate, Message, part_text, template_of
+from tbpo_ray.models.chat import ChatTemplate, Message, template_of
 from tbpo_ray.models.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -245,7 +248,7 @@ class PairTokenizer:
         template_kwargs: Mapping[str, Any],
     ) -> str | RecordError:
         if self._renderer is None:
-            return _plain_refusal([messages], tools) or _plain_text(messages)
+            return plain_refusal([messages], tools) or plain_text(messages)
         try:
             return self._renderer.template.render(
                 messages,
@@ -259,10 +262,10 @@ class PairTokenizer:
     def _render(self, record: Record) -> RenderedAnswers | RecordError:
         answers = [record.chosen, record.rejected]
         if self._renderer is None:
-            refusal = _plain_refusal([record.prompt, *answers], record.tools)
+            refusal = plain_refusal([record.prompt, *answers], record.tools)
             if refusal is not None:
                 return refusal
-            return RenderedAnswers(_plain_text(record.prompt), [_plain_segments(turns) for turns in answers])
+            return RenderedAnswers(plain_text(record.prompt), [plain_segments(turns) for turns in answers])
         if any(spells(turns, self._encoder.special) for turns in answers):
             answers = guard(answers, self._encoder.special)
         try:
@@ -411,35 +414,3 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[Message], d
 def _cached_tokenizer(tokenizer: Any, template: str, max_length: int, prompt_limit: int) -> PairTokenizer:
     spec = TokenizerSpec.of(tokenizer, json.loads(template)[1])
     return PairTokenizer(spec, max_length, prompt_limit)
-
-
-def _plain_text(messages: Sequence[Message]) -> str:
-    """A conversation without a template: the contents of its messages with blank lines between them."""
-    return "\n\n".join(_content(message) for message in messages)
-
-
-def _plain_segments(turns: Sequence[Message]) -> list[Segment]:
-    """The turns of an answer without a template; those of users are context."""
-    segments = [Segment(_content(turns[0]), True)]
-    for turn in turns[1:]:
-        trained = turn["role"] == "assistant"
-        blank = Segment("\n\n", False)
-        segments += [blank, Segment(_content(turn), trained)]
-    return segments
-
-
-def _content(message: Message) -> str:
-    content = message.get("content")
-    return part_text(content) if isinstance(content, list) else content or ""
-
-
-def _plain_refusal(
-    conversations: Sequence[Sequence[Message]], tools: Sequence[Mapping[str, Any]] | None
-) -> RecordError | None:
-    """Why a conversation cannot be written without a template."""
-    messages = [message for conversation in conversations for message in conversation]
-    if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        return RecordError(
-            "template_missing", "the conversation has tools, and the tokenizer no chat template"
-        )
-    return None

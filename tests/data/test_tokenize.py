@@ -331,3 +331,16 @@ def test_a_prompt_never_ends_inside_a_special_token_or_a_word(header, opening, p
     assert decode(pair.prompt_ids, skip_special_tokens=False) == prompt
     whole = decode([*pair.prompt_ids, *pair.chosen_ids], skip_special_tokens=False)
     assert whole == f"the cat</s>{header}sat</s>"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_need_a_template(name):
+    tokenizer = pairs_of(make_tokenizer())
+    thought = [{"role": "assistant", "content": "sat", name: "hello"}]
+    (error,) = tokenizer.pairs([Record(user("x"), thought, answer_of("mat"))])
+    assert isinstance(error, RecordError) and error.reason == "template_missing" and name in error.detail
+    empty = [{"role": "assistant", "content": "sat", name: None}]
+    (pair,) = tokenizer.pairs([Record(user("x"), empty, answer_of("mat"))])
+    assert isinstance(pair, TokenizedPair)
+    (refused,) = tokenizer.prompts([[*user("x"), *thought, *user("y")]])
+    assert isinstance(refused, RecordError) and refused.reason == "template_missing"
