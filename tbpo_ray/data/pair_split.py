@@ -171,7 +171,7 @@ def _rest(prompt: Turns, turns: Turns) -> Turns:
     body = prompt
     while body and body[0]["role"] in SYSTEM_ROLES:
         body = body[1:]
-    tails = [prompt[k:] for k in range(1, len(prompt)) if prompt[k]["role"] == "user"]
+    tails = [prompt[k:] for k in range(1, len(prompt))]
     for start in (prompt, body, *tails):
         if start and _starts_with(turns, start):
             return turns[len(start) :]

@@ -37,6 +37,14 @@ PROMPTS = {
         {"prompt": [U("x"), A("y"), U("Q")], **both(U("Q"))},
         [U("x"), A("y"), U("Q")],
     ),
+    "answers repeat the last turns from an assistant's": (
+        {"prompt": [U("w"), U("x"), A("y"), U("Q")], **both(A("y"), U("Q"))},
+        [U("w"), U("x"), A("y"), U("Q")],
+    ),
+    "answers repeat a call's result": (
+        {"prompt": [U("Q"), CALLING, RESULT], **both(CALLING, RESULT)},
+        [U("Q"), CALLING, RESULT],
+    ),
     "answers go on": ({"prompt": [U("x")], **both(U("x"), A("y"), U("Q"))}, [U("x"), A("y"), U("Q")]),
     "only a system turn": ({"prompt": [S("F.")], **both(U("Q"))}, [S("F."), U("Q")]),
     "other white space": (
@@ -113,6 +121,10 @@ REFUSED = {
     ),
     "a begun answer": (pair([U("Q"), A("Sure, ")], [A("yes")], [A("no")]), "prompt_ends_in_answer"),
     "a begun answer in a transcript": (pair("\n\nHuman: Q\n\nAssistant: Sure,"), "prompt_ends_in_answer"),
+    "a begun answer that is repeated": (
+        pair([U("Q"), A("Sure, ")], [A("Sure, "), A("yes")], [A("Sure, "), A("no")]),
+        "prompt_ends_in_answer",
+    ),
     "an image part": (
         pair([{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image"}]}]),
         "media_not_supported",
