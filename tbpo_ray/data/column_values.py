@@ -224,7 +224,7 @@ def is_answer(message: Any, answer: Any) -> bool:
     except (RecordError, ValueError):  # reported when the whole prompt is parsed
         return False
     text = parsed if isinstance(parsed, str) else content_text(parsed[-1])
-    return turn["role"] == "assistant" and content_text(turn) == text
+    return turn["role"] == "assistant" and content_text(turn) in (text, answer)
 
 
 def check_contains(prompt: Sequence[Columns], messages: Sequence[Columns], name: str) -> None:

@@ -70,18 +70,19 @@ def parse_prompt_value(value: Any) -> tuple[list[Message], bool]:
     return parse_messages(value), False
 
 
-def parse_answer_value(value: Any, name: str) -> list[Message] | str:
+def parse_answer_value(value: Any, name: str, *, json_text: bool = True) -> list[Message] | str:
     """The turns of one side of a pair, or its text where it is plain text.
 
     Args:
         value: a text, a message, a list of messages, or the JSON text of these.
         name: `chosen` or `rejected`, for error messages.
+        json_text: read a text as JSON if it holds messages; otherwise it stays a text.
 
     Raises:
         RecordError: when it is empty or of another type, or a message is malformed.
     """
     if isinstance(value, str):
-        parsed = parse_json_messages(value)
+        parsed = parse_json_messages(value) if json_text else None
         return value if parsed is None else parsed
     if isinstance(value, Mapping) and is_message(value):
         return parse_messages([value])

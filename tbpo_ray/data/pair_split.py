@@ -19,6 +19,7 @@ from tbpo_ray.data.messages import (
     content_text,
     is_blank,
     parse_answer_value,
+    parse_json_messages,
     parse_prompt_value,
     parse_transcript,
 )
@@ -49,8 +50,11 @@ def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPai
         RecordError: when they are not two answers to one prompt.
     """
     explicit, is_text = (None, False) if prompt is None else parse_prompt_value(prompt)
+    # One answer of plain text shows that the set holds text: JSON in the other is then what the model wrote.
+    as_json = all(map(_states_messages, (chosen, rejected)))
     sides: list[Turns] = [
-        _answer_turns(value, explicit, name) for name, value in (("chosen", chosen), ("rejected", rejected))
+        _answer_turns(value, explicit, name, json_text=as_json)
+        for name, value in (("chosen", chosen), ("rejected", rejected))
     ]
     for name, turns in zip(("chosen", "rejected"), sides, strict=True):
         if turns[-1]["role"] != "assistant":
@@ -113,9 +117,17 @@ def with_system(prompt: Turns, system: Any) -> Turns:
     return prompt
 
 
-def _answer_turns(value: Any, explicit: Turns | None, name: str) -> Turns:
+def _states_messages(answer: Any) -> bool:
+    """Whether an answer is messages, in a list or as JSON text, rather than a plain text."""
+    try:
+        return not isinstance(answer, str) or parse_json_messages(answer) is not None
+    except RecordError:  # a malformed message, which is reported when the answer is parsed
+        return True
+
+
+def _answer_turns(value: Any, explicit: Turns | None, name: str, *, json_text: bool = True) -> Turns:
     """The turns of one side, with the prompt in front where it repeats it."""
-    parsed = parse_answer_value(value, name)
+    parsed = parse_answer_value(value, name, json_text=json_text)
     if not isinstance(parsed, str):
         return parsed
     turns = parse_transcript(parsed)

@@ -170,6 +170,15 @@ def test_contradictions_and_what_cannot_be_trained_are_quarantined(name):
     assert caught.value.reason == reason
 
 
+def test_an_answer_is_json_messages_only_where_both_are():
+    written = json.dumps({"role": "assistant", "content": "5"})
+    for chosen, rejected in ((written, "five"), ("five", written)):
+        (record,) = parse_records(pair("Write a message.", chosen, rejected))
+        assert (record.chosen, record.rejected) == ([A(chosen)], [A(rejected)])
+    (record,) = parse_records(pair("Q", written, [A("five")]))
+    assert (record.chosen, record.rejected) == ([A("5")], [A("five")])
+
+
 def test_media_are_named():
     with pytest.raises(RecordError, match="column images"):
         parse_records(pair("Q", images=["x.png"]))
