@@ -104,7 +104,8 @@ def read_messages_column(columns: Columns) -> RawPair | None:
     The messages may go on to the chosen answer, which is then removed. A `prompt` beside them has to be one
     of their user turns.
     """
-    chosen, rejected, text = (columns.get(n) for n in ("chosen", "rejected", "prompt"))
+    names = _answer_names(columns) or _ANSWER_COLUMNS[0]
+    chosen, rejected, text = (columns.get(n) for n in (*names, "prompt"))
     if chosen is None or rejected is None:
         return None
     conversations = ((n, parse_conversation(columns.get(n))) for n in _CONVERSATION_COLUMNS)
@@ -120,22 +121,24 @@ def read_messages_column(columns: Columns) -> RawPair | None:
         messages = messages[:-1]
     if is_filled(text):
         check_contains(parse_prompt_value(text)[0], parse_messages(messages), name)
-    return RawPair(messages, chosen, rejected, frozenset({name, "prompt", "chosen", "rejected"}))
+    return RawPair(messages, chosen, rejected, frozenset({name, "prompt", *names}))
 
 
 def read_alpaca_columns(columns: Columns) -> RawPair | None:
     """Alpaca's columns: an `instruction`, its `input` and earlier turns in `history`, beside two answers."""
-    if columns.get("prompt") is not None or not {"instruction", "chosen", "rejected"} <= set(columns):
+    names = _answer_names(columns)
+    if names is None or columns.get("prompt") is not None or not {"instruction", *names} <= set(columns):
         return None
-    if not isinstance(columns["instruction"], str) or states_prompt(columns["chosen"]):
+    chosen, rejected = (columns[name] for name in names)
+    if not isinstance(columns["instruction"], str) or states_prompt(chosen):
         return None
-    used = frozenset({"instruction", "input", "history", "chosen", "rejected"} & set(columns))
-    return RawPair(alpaca_prompt(columns), columns["chosen"], columns["rejected"], used)
+    used = frozenset({"instruction", "input", "history", *names} & set(columns))
+    return RawPair(alpaca_prompt(columns), chosen, rejected, used)
 
 
 def read_pair_columns(columns: Columns) -> RawPair | None:
     """The columns `chosen` and `rejected`, beside a column with the prompt or repeating it themselves."""
-    names = next((names for names in _ANSWER_COLUMNS if any(name in columns for name in names)), None)
+    names = _answer_names(columns)
     if names is None:
         return None
     chosen, rejected = (columns.get(name) for name in names)
@@ -170,12 +173,11 @@ def read_safe_rlhf(columns: Columns) -> RawRanking | None:
 
 def read_helpsteer(columns: Columns) -> RawRanking | None:
     """HelpSteer's preferences: two responses and a signed strength, positive where the second is better."""
-    label = next((n for n in ("preference_strength", "overall_preference") if n in columns), None)
-    pairs = (("response_1", "response_2"), ("response1", "response2"))
-    names = next((names for names in pairs if names[0] in columns), None)
+    label = _first_filled(columns, ("preference_strength", "overall_preference"))
+    names = _filled_pair(columns, (("response_1", "response_2"), ("response1", "response2")))
     if label is None or names is None:
         return None
-    prompt = "context" if "context" in columns else "prompt"
+    prompt = _first_filled(columns, ("context", "prompt")) or "prompt"
     strength = to_number(columns[label], label)
     answers = [columns.get(name) for name in names]
     used = frozenset({prompt, label, *names})
@@ -302,6 +304,31 @@ def read_prompt(columns: Columns) -> RawPair:
     raw = _with_system(columns, RawPair(prompt, columns.get("chosen"), columns.get("rejected"), used))
     assert isinstance(raw, RawPair)
     return raw
+
+
+def _answer_names(columns: Columns) -> tuple[str, str] | None:
+    """The columns with the chosen and the rejected answer; None where no such column exists."""
+    return _filled_pair(columns, _ANSWER_COLUMNS)
+
+
+def _filled_pair(columns: Columns, pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """The first pair of columns that are both filled, or else the first of which one exists."""
+    # An answer that is missing is then reported for the pair of columns that the row does have.
+    for enough in (
+        lambda names: all(is_filled(columns.get(name)) for name in names),
+        lambda names: any(is_filled(columns.get(name)) for name in names),
+        lambda names: any(name in columns for name in names),
+    ):
+        for names in pairs:
+            if enough(names):
+                return names
+    return None
+
+
+def _first_filled(columns: Columns, names: Sequence[str]) -> str | None:
+    """The first column with a value, or else the first that exists; a number is a value, 0 too."""
+    filled = (n for n in names if columns.get(n) not in (None, "", []))
+    return next(filled, next((n for n in names if n in columns), None))
 
 
 def _with_system(columns: Columns, raw: RawShape) -> RawShape:

@@ -168,6 +168,17 @@ def test_the_parts_of_an_instruction_belong_to_every_pair_of_answers(answers):
         assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_empty_column_gives_way_to_the_filled_one(empty):
+    answers = {"chosen_response": GOOD, "rejected_response": BAD, "chosen": empty, "rejected": empty}
+    prompts = ({"prompt": Q}, {"messages": [U(Q)]}, {"instruction": Q})
+    responses = {"response_1": empty, "response_2": empty, "response1": GOOD, "response2": BAD}
+    labels = {"preference_strength": empty, "overall_preference": -1, "context": empty, "prompt": Q}
+    for row in (*({**prompt, **answers} for prompt in prompts), {**responses, **labels}):
+        (record,) = parse_records(row)
+        assert (record.prompt, record.chosen, record.rejected) == ([U(Q)], [A(GOOD)], [A(BAD)])
+
+
 def test_a_summary_is_asked_for_as_in_openai_s_comparisons():
     row = {
         "info": {"id": "1", "post": "A day at sea.", "title": "Sea", "subreddit": "sailing"},
