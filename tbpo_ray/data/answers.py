@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tbpo_ray.data.rejection_reasons import RecordError
-from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError, part_text
+from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError, function_of, part_text
 
 _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 """The beginning of a marker such as `<think>` at the end of a text."""
@@ -46,7 +46,9 @@ class RenderedAnswers:
 
     - `generation_prompt_differs`: a finished answer does not begin with the generation prompt;
     - `answer_rendered_plain`: the template refuses or hides an answer, which is then its text and an end;
-    - `answer_altered_by_template`: the template does not write the answer as it is, such as without thoughts.
+    - `answer_altered_by_template`: the template does not write the answer as it is, such as without thoughts
+      or without tool calls;
+    - `tools_ignored_by_template`: the template does not write the tools.
     """
 
 
@@ -83,6 +85,7 @@ class AnswerRenderer:
 
         Raises:
             NotPrefixStableError: an answer has no place of its own in the rendered conversation.
+            RecordError: the template hides all of an assistant's turn.
             TemplateRefusedError: the template's own refusal.
         """
         options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
@@ -99,7 +102,20 @@ class AnswerRenderer:
         segments = [
             [Segment(start[len(shortest) :] + first.text, True), *others] for start, (first, *others) in found
         ]
+        if tools and self._ignores_tools(prompt, opening, template_kwargs):
+            notes.append("tools_ignored_by_template")
         return RenderedAnswers(shortest, segments, notes)
+
+    def _ignores_tools(
+        self, prompt: Sequence[Message], opening: str, template_kwargs: Mapping[str, Any] | None
+    ) -> bool:
+        try:
+            without = self.template.render(
+                prompt, add_generation_prompt=True, template_kwargs=template_kwargs
+            )
+        except TemplateRefusedError:
+            return False
+        return without == opening
 
     def _split(
         self,
@@ -123,11 +139,17 @@ class AnswerRenderer:
             if not segments or not segments[0].text.removesuffix(self.end or "").strip():
                 notes.append("answer_rendered_plain")
                 return opening, [Segment(content + (self.end or ""), True)]
-        if _altered(turns[-1], segments[-1].text):
+        spoken = [turn for turn in turns if turn["role"] == "assistant"]
+        written = [segment.text for segment in segments if segment.trained]
+        for turn, text in zip(spoken, written, strict=True):
+            if _says_something(turn) and not self.special.sub("", text).strip():
+                raise RecordError("answer_without_tokens", "the chat template hides a turn of the assistant")
+        if any(map(_altered, spoken, written)):
             notes.append("answer_altered_by_template")
         if start != opening:
             notes.append("generation_prompt_differs")
-        return start, segments
+        # What follows the prompt is always trained: the first segment is never empty.
+        return start, [segment for segment in segments if segment.text]
 
     def _turns(
         self, prompt: Sequence[Message], turns: Sequence[Message], opening: str, options: dict[str, Any]
@@ -154,8 +176,7 @@ class AnswerRenderer:
                 raise NotPrefixStableError("the template writes nothing for a turn of the answer")
             segments.append(Segment(text, True))
             reached = start + len(text)
-        # What follows the prompt is always trained: the first segment is never empty.
-        return whole[:begin], [s for s in segments if s.text]
+        return whole[:begin], segments
 
     def _start(self, known: Sequence[Message], opening: str, whole: str, options: dict[str, Any]) -> int:
         """Where in `whole` the assistant's turn behind `known` begins.
@@ -242,13 +263,20 @@ def _like(
 
 def _says_something(turn: Message) -> bool:
     """Whether an assistant's turn has content, thoughts or tool calls."""
-    return any(turn.get(key) for key in ("content", "tool_calls", *THOUGHT_FIELDS))
+    return bool(turn.get("tool_calls")) or any(_texts(turn))
 
 
 def _altered(turn: Message, text: str) -> bool:
-    """Whether the template does not write the words of a turn as they are, such as without its thoughts."""
-    values = (turn.get(key) for key in ("content", *THOUGHT_FIELDS))
-    return any(isinstance(value, str) and value.strip() not in text for value in values)
+    """Whether the template does not write a turn as it is, such as without its thoughts or tool calls."""
+    calls = turn.get("tool_calls")
+    names = [function_of(call).get("name") for call in calls] if isinstance(calls, list) else []
+    return any(value not in text for value in (*_texts(turn), *(str(name) for name in names if name)))
+
+
+def _texts(turn: Message) -> list[str]:
+    """The content and the thoughts of a turn without white space around them."""
+    values = (_content(turn), *(turn.get(name) for name in THOUGHT_FIELDS))
+    return [value.strip() for value in values if isinstance(value, str)]
 
 
 def _is_words(turns: Sequence[Message]) -> bool:

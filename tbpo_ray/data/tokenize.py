@@ -275,6 +275,8 @@ class PairTokenizer:
                 tools=record.tools,
                 template_kwargs={**self.spec.template_kwargs, **record.template_kwargs},
             )
+        except RecordError as error:
+            return error
         except TemplateRefusedError as error:
             return RecordError("template_refused", str(error))
         except NotPrefixStableError as error:

@@ -321,7 +321,7 @@ def _probe_call(arguments: Any) -> dict[str, Any]:
 
 def _with_parsed_arguments(call: Any) -> Any:
     """A tool call whose `arguments`, JSON text in OpenAI's format, are parsed: templates dump them again."""
-    given = _function_of(call).get("arguments")
+    given = function_of(call).get("arguments")
     if not isinstance(given, str):
         return call
     try:
@@ -333,7 +333,7 @@ def _with_parsed_arguments(call: Any) -> Any:
 
 def _with_text_arguments(call: Any) -> Any:
     """A tool call whose `arguments` are JSON text, for templates that insert them as they are."""
-    given = _function_of(call).get("arguments")
+    given = function_of(call).get("arguments")
     return (
         call
         if given is None or isinstance(given, str)
@@ -341,11 +341,12 @@ def _with_text_arguments(call: Any) -> Any:
     )
 
 
-def _function_of(call: Any) -> Mapping[str, Any]:
+def function_of(call: Any) -> Mapping[str, Any]:
+    """The name and arguments of a tool call, which OpenAI's format wraps in `function`."""
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     return inner if isinstance(inner, Mapping) else {}
 
 
 def _with_arguments(call: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
-    changed = {**_function_of(call), "arguments": arguments}
+    changed = {**function_of(call), "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed

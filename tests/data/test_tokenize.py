@@ -344,3 +344,48 @@ def test_thoughts_need_a_template(name):
     assert isinstance(pair, TokenizedPair)
     (refused,) = tokenizer.prompts([[*user("x"), *thought, *user("y")]])
     assert isinstance(refused, RecordError) and refused.reason == "template_missing"
+
+
+TOOL_CHAT = CHAT.replace(
+    "m['content'] }}",
+    "(m['content'] or '') }}{% for c in m['tool_calls'] or [] %}[{{ c['function']['name'] }}]{% endfor %}",
+)
+
+
+def test_what_a_template_drops_from_any_turn_of_an_answer_is_counted():
+    thought = [{"role": "assistant", "content": "sat", "reasoning_content": "hmm"}]
+    for template, first, altered in (
+        (CHAT, call_of("look_up") + thought, 1),
+        (TOOL_CHAT, call_of("look_up", reasoning_content="hmm"), 1),
+        (TOOL_CHAT, call_of("look_up"), 0),
+        (CHAT, answer_of("hello"), 0),
+    ):
+        first = [turn | {"content": turn["content"] or "cat"} for turn in first]
+        tokenizer = pairs_of(make_tokenizer(template=template))
+        answer = [*first, *tool_result("the mat"), *answer_of("friend")]
+        (pair,) = tokenizer.pairs([Record(user("x"), answer, answer_of("mat"))])
+        assert isinstance(pair, TokenizedPair)
+        assert tokenizer.counts["answer_altered_by_template"] == altered
+
+
+def test_a_turn_that_is_hidden_but_for_its_end_is_quarantined():
+    hides = CHAT.replace("m['content'] }}", "(m['content'] or '') }}")
+    thought = [{"role": "assistant", "content": "", "reasoning_content": "hmm"}]
+    for hidden in (call_of("look_up"), thought):
+        tokenizer = pairs_of(make_tokenizer(template=hides))
+        for answer in (hidden, [*answer_of("sat"), *user("on"), *hidden]):
+            (error,) = tokenizer.pairs([Record(user("x"), answer, answer_of("mat"))])
+            assert isinstance(error, RecordError) and error.reason == "answer_without_tokens"
+    # A turn that says nothing may be written as nothing.
+    answer = [*answer_of(""), *user("on"), *answer_of("sat")]
+    (pair,) = pairs_of(make_tokenizer(template=hides)).pairs([Record(user("x"), answer, answer_of("mat"))])
+    assert isinstance(pair, TokenizedPair)
+
+
+def test_tools_that_the_template_ignores_are_counted():
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    for template, ignored in ((CHAT, 1), ("{{ tools | tojson if tools }}" + CHAT, 0)):
+        tokenizer = pairs_of(make_tokenizer(template=template))
+        tokenizer.pairs([Record(user("x"), answer_of("sat"), answer_of("mat"), tools=tools)])
+        tokenizer.pairs([Record(user("x"), answer_of("sat"), answer_of("mat"))])
+        assert tokenizer.counts["tools_ignored_by_template"] == ignored
