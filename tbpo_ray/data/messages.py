@@ -163,7 +163,9 @@ def is_blank(message: Message) -> bool:
 
 
 def parse_tools(value: Any, *, bare: bool = False) -> list[dict[str, Any]] | None:
-    """The tools of a record, from a list of JSON schemas or its JSON text; None where there are none.
+    """The tools of a record, from a list of JSON schemas; None where there are none.
+
+    The list and each of its schemas may be JSON text.
 
     Args:
         bare: the schemas are those of functions, without `{"type": "function", "function": ...}` around them.
@@ -175,7 +177,9 @@ def parse_tools(value: Any, *, bare: bool = False) -> list[dict[str, Any]] | Non
     if not parsed:
         return None
     items = [parsed] if isinstance(parsed, Mapping) else parsed
-    if not isinstance(items, list | tuple) or not all(isinstance(item, Mapping) for item in items):
+    if isinstance(items, list | tuple):
+        items = [parse_json_text(item, "tools_malformed") for item in items]
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise RecordError("tools_malformed", str(value)[:80])
     tools = [dict(item) for item in items]
     return [{"type": "function", "function": tool} for tool in tools] if bare else tools
@@ -258,9 +262,22 @@ def _normalize_calls(fields: dict[str, Any]) -> None:
         calls = _calls(parse_json_text(legacy, "message_malformed"))
     if not calls:
         return
-    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+    items = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(items, list | tuple):
         raise RecordError("message_malformed", f"tool_calls {str(calls)[:80]}")
-    fields["tool_calls"] = [dict(call) for call in calls]
+    fields["tool_calls"] = [_parse_call(item) for item in items]
+
+
+def _parse_call(item: Any) -> dict[str, Any]:
+    """One item of `tool_calls`; a bare `{name, arguments}` is put under `function`, where templates read it."""
+    call = parse_json_text(item, "message_malformed")
+    if not isinstance(call, Mapping):
+        raise RecordError("message_malformed", f"tool_calls {str(item)[:80]}")
+    if call.get("function") is not None or "name" not in call:
+        return dict(call)
+    function = {name: call[name] for name in ("name", "arguments") if name in call}
+    rest = {name: value for name, value in call.items() if name not in ("name", "arguments", "function")}
+    return {"type": "function", **rest, "function": function}
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:

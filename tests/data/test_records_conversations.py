@@ -125,6 +125,10 @@ REFUSED = {
         pair([U("Q"), A("Sure, ")], [A("Sure, "), A("yes")], [A("Sure, "), A("no")]),
         "prompt_ends_in_answer",
     ),
+    "a call that is not JSON": (
+        pair("Q", [{**CALLING, "tool_calls": ["weather"]}, RESULT, A("yes")]),
+        "message_malformed",
+    ),
     "an image part": (
         pair([{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image"}]}]),
         "media_not_supported",
@@ -255,6 +259,22 @@ def test_sharegpt_calls_and_openai_s_older_calls_become_tool_calls():
     answer = {"role": "function", "name": "weather", "content": "5"}
     (record,) = parse_records(pair("Q", [older, answer, A("warm")], "cold", functions=[TOOLS[0]["function"]]))
     assert record.chosen == [calling, {**answer, "role": "tool"}, A("warm")] and record.tools == TOOLS
+
+
+def test_tools_and_calls_may_be_json_texts_and_calls_bare():
+    bare = CALL["function"]
+    for tools in ([json.dumps(TOOLS[0])], json.dumps([json.dumps(TOOLS[0])])):
+        assert parse_records(pair("Q", tools=tools))[0].tools == TOOLS
+    wrapped = {"type": "function", "function": bare}
+    forms = [
+        (bare, wrapped),
+        (json.dumps(bare), wrapped),
+        (json.dumps(CALL), CALL),
+        ({**bare, "id": "1"}, CALL),
+    ]
+    for form, call in forms:
+        (record,) = parse_records(pair("Q", [{**CALLING, "tool_calls": [form]}, RESULT, A("warm")], "cold"))
+        assert record.chosen[0]["tool_calls"] == [call]
 
 
 def test_content_parts_are_kept_for_templates_that_read_them():
