@@ -296,11 +296,24 @@ def _parse_content(content: Any, message: Message) -> Any:
         if message.get("tool_calls") or any(message.get(name) for name in REASONING_FIELDS):
             return None
         raise RecordError("message_malformed", f"the {role} has no content")
+    if role == "tool" and isinstance(content, list | tuple) and not _are_parts(content):
+        return json.dumps(content, ensure_ascii=False, default=str)  # a result that happens to be a list
     if isinstance(content, list | tuple):
         return [_parse_part(part, role) for part in content]
     if role == "tool":  # a result as JSON, which templates print themselves
         return content
     raise RecordError("message_malformed", f"content {str(content)[:80]!r} of the {role} is not text")
+
+
+def _are_parts(content: Sequence[Any]) -> bool:
+    """Whether the content of a tool's message is parts of text, or of media, which are refused later."""
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+    if any(isinstance(kind, str) and kind in (*MEDIA_PARTS, *_MEDIA_FIELDS) for kind in kinds):
+        return True
+    return bool(content) and all(
+        isinstance(kind, str) and kind in _TEXT_PARTS and isinstance(part.get("text"), str)
+        for kind, part in zip(kinds, content, strict=True)
+    )
 
 
 def _parse_part(part: Any, role: str) -> Any:

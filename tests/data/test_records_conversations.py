@@ -285,6 +285,18 @@ def test_content_parts_are_kept_for_templates_that_read_them():
     assert record.prompt == [{"role": "user", "content": parts}]
 
 
+def test_the_list_that_a_tool_returns_stays_its_json():
+    parts = [{"type": "text", "text": "5"}]
+    results = ([], [1, 2], ["a"], [{"city": "Oslo", "text": "x"}], [*parts, {"id": 1}], [{"type": "street"}])
+    for content in results:
+        (record,) = parse_records(pair("Q", [CALLING, {**RESULT, "content": content}, A("warm")], "cold"))
+        assert json.loads(record.chosen[1]["content"]) == content
+    (record,) = parse_records(pair("Q", [CALLING, {**RESULT, "content": parts}, A("warm")], "cold"))
+    assert record.chosen[1]["content"] == parts
+    with pytest.raises(RecordError, match="image_url of the tool"):
+        parse_records(pair("Q", [CALLING, {**RESULT, "content": [{"type": "image_url"}]}, A("x")], "cold"))
+
+
 def test_an_sft_row_is_read_up_to_its_answer():
     assert parse_prompt({"messages": [S("F."), U("Q"), A("yes")]}).prompt == [S("F."), U("Q")]
     assert parse_prompt({"prompt": "Q", "completion": "yes"}).prompt == [U("Q")]
