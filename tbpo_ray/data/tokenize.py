@@ -178,7 +178,8 @@ class PairTokenizer:
     def _use_template(self, template: ChatTemplate) -> None:
         spec = self.spec
         added = {token.content: index for index, token in self._encoder.added.items()}
-        end = template.turn_end(added)
+        special = [token.content for token in self._encoder.added.values() if token.special]
+        end = template.turn_end(added, special)
         if end is not None:
             self.end = added[end]
             self._end_text = end
@@ -310,11 +311,17 @@ class PairTokenizer:
             text = "".join(texts).removesuffix(self._end_text if segments[1:] else "")
             if not self._same_text(text, back, first, answer.ids):
                 answer.text_differs = back[:80]
-            last = segments[-1].text
-            if last.endswith(self._end_text):
+            if self._lacks_end(segments[-1].text):
                 answer.ids.append(self.end)
                 answer.mask.append(True)
         return answers
+
+    def _lacks_end(self, last: str) -> bool:
+        """Whether the end token has to be put behind the tokens of an answer's last segment."""
+        if self._end_text or self._renderer is None:
+            return last.endswith(self._end_text)
+        # A template without an end of its own may have written EOS or another special token.
+        return all(match.end() < len(last) for match in self._encoder.special.finditer(last))
 
     def _encode_behind(self, items: Sequence[Continuation]) -> list[list[int]]:
         if self._renderer is None:

@@ -31,6 +31,15 @@ MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "audio_url", "video
 _PROBE = "Quizzical"
 """A text that no template alters."""
 
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_it",
+        "description": "Probe.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+
 
 class TemplateRefusedError(ValueError):
     """A template raised an error on a conversation; the message is the template's own."""
@@ -116,23 +125,45 @@ class ChatTemplate:
             return None
         return alone, before[len(alone) :], behind
 
-    def turn_end(self, tokens: Iterable[str]) -> str | None:
+    def turn_end(self, tokens: Iterable[str], special: Iterable[str] = ()) -> str | None:
         """The token that the template puts behind an assistant's turn (`<|im_end|>`, `<end_of_turn>` ...).
 
         Args:
             tokens: texts of the tokenizer's added tokens.
+            special: those that count even where the template writes other text between the turn and them.
 
         Returns:
             None where the template ends an answer in plain text or in nothing.
         """
-        conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            _, found, behind = self.render(conversation).rpartition(_PROBE)
-        except TemplateRefusedError:
-            return None
-        behind = behind.lstrip()
-        matches = [token for token in tokens if token.strip() and behind.startswith(token)]
-        return max(matches, key=len) if found and matches else None
+        behind = self._behind_a_turn()
+        # The longest first, since one token may be the beginning of another.
+        known = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+        first = next((token for token in known if behind.lstrip().startswith(token)), None)
+        if first is not None:
+            return first
+        later = sorted((token for token in special if token.strip()), key=len, reverse=True)
+        match = re.search("|".join(map(re.escape, later)) or r"(?!)", behind)
+        return match.group() if match is not None else None
+
+    def _behind_a_turn(self) -> str:
+        """What the template writes behind the content of an assistant's turn at the end."""
+        system, user = {"role": "system", "content": "Hello"}, {"role": "user", "content": "Hello"}
+        answer = {"role": "assistant", "content": _PROBE}
+        # Some templates refuse a conversation without a system turn or without tools.
+        probes: list[tuple[list[Message], list[dict[str, Any]] | None]] = [
+            ([user, answer], None),
+            ([system, user, answer], None),
+            ([user, answer], [_PROBE_TOOL]),
+            ([system, user, answer], [_PROBE_TOOL]),
+        ]
+        for turns, tools in probes:
+            try:
+                _, found, behind = self.render(turns, tools=tools).rpartition(_PROBE)
+            except TemplateRefusedError:
+                continue
+            if found:
+                return behind
+        return ""
 
     def _run(
         self,
@@ -279,7 +310,8 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of the token behind an assistant's turn; EOS where the chat template has none."""
     template = template_of(tokenizer)
     added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
-    text = template.turn_end(added) if template is not None else None
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    text = template.turn_end(added, special) if template is not None else None
     return added[text] if text is not None else tokenizer.eos_token_id
 
 

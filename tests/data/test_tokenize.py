@@ -389,3 +389,20 @@ def test_tools_that_the_template_ignores_are_counted():
         tokenizer.pairs([Record(user("x"), answer_of("sat"), answer_of("mat"), tools=tools)])
         tokenizer.pairs([Record(user("x"), answer_of("sat"), answer_of("mat"))])
         assert tokenizer.counts["tools_ignored_by_template"] == ignored
+
+
+@pytest.mark.parametrize(
+    "template, end",
+    [
+        ("{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}", EOS),
+        # The probes do not show the ends of these, which depend on the user's words.
+        ("{% for m in messages %}{{ m.content }}{{ '</s>' if CAT }}{% endfor %}", EOS),
+        ("{% for m in messages %}{{ m.content }}{{ '<|user|>' if CAT }}{% endfor %}", 4),
+    ],
+)
+def test_no_end_is_added_behind_one_that_the_template_writes(template, end):
+    template = template.replace("CAT", "'cat' in messages[0].content")
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    (pair,) = tokenizer.pairs([pair_of(user("the cat"), "sat", "mat </s>")])
+    for ids in (pair.chosen_ids, pair.rejected_ids):
+        assert ids[-1] == end and ids.count(EOS) + ids.count(4) == 1

@@ -146,6 +146,26 @@ def test_the_token_behind_a_turn_is_found(source, end):
     assert template(source).turn_end(["</s>", "<|im_start|>", "<|im_end|>", "<|end|>", " "]) == end
 
 
+@pytest.mark.parametrize(
+    "refuses",
+    [
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}",
+        "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}",
+        "{% if not tools or messages[0].role != 'system' %}{{ raise_exception('neither') }}{% endif %}",
+    ],
+)
+def test_the_token_behind_a_turn_is_found_where_the_plain_conversation_is_refused(refuses):
+    source = refuses + "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    assert template(source).turn_end(["</s>", "<|end|>"]) == "<|end|>"
+
+
+def test_a_special_token_counts_behind_other_text_than_white_space():
+    chat = template("{% for m in messages %}[{{ m.content }}] .<|end|></s>{% endfor %}")
+    assert chat.turn_end(["</s>", "<|end|>"], ["</s>", "<|end|>"]) == "<|end|>"
+    assert chat.turn_end(["]", "</s>", "<|end|>"], ["</s>", "<|end|>"]) == "]"
+    assert chat.turn_end(["</s>", "<|end|>"]) is None
+
+
 def test_stop_tokens_are_those_of_template_tokenizer_and_configurations(tmp_path):
     from tests.data.conftest import make_tokenizer
 
