@@ -137,13 +137,21 @@ class Encoder:
         return backend
 
 
-def guard(value: Any, special: re.Pattern[str]) -> Any:
-    """The value with :data:`GUARD` in every spelled special token of its strings, roles excepted."""
+def guard(messages: Sequence[dict[str, Any]], special: re.Pattern[str]) -> list[dict[str, Any]]:
+    """The messages with :data:`GUARD` in every spelled special token of their strings, roles excepted."""
+    return [
+        {key: value if key == "role" else _guard(value, special) for key, value in message.items()}
+        for message in messages
+    ]
+
+
+def _guard(value: Any, special: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return special.sub(lambda match: match.group()[0] + GUARD + match.group()[1:], value)
     if isinstance(value, dict):
-        return {key: item if key == "role" else guard(item, special) for key, item in value.items()}
-    return [guard(item, special) for item in value] if isinstance(value, list) else value
+        # The keys are the record's own too: those of a tool call's arguments are written out.
+        return {_guard(key, special): _guard(item, special) for key, item in value.items()}
+    return [_guard(item, special) for item in value] if isinstance(value, list) else value
 
 
 def spells(messages: Sequence[dict[str, Any]], special: re.Pattern[str]) -> bool:
@@ -159,7 +167,7 @@ def _spells(value: Any, special: re.Pattern[str]) -> bool:
     if isinstance(value, str):
         return special.search(value) is not None
     if isinstance(value, dict):
-        return any(_spells(item, special) for item in value.values())
+        return any(_spells(item, special) for pair in value.items() for item in pair)
     return isinstance(value, list) and any(_spells(item, special) for item in value)
 
 

@@ -268,7 +268,7 @@ class PairTokenizer:
                 return refusal
             return RenderedAnswers(plain_text(record.prompt), [plain_segments(turns) for turns in answers])
         if any(spells(turns, self._encoder.special) for turns in answers):
-            answers = guard(answers, self._encoder.special)
+            answers = [guard(turns, self._encoder.special) for turns in answers]
         try:
             return self._renderer.render(
                 record.prompt,

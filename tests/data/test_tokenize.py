@@ -406,3 +406,16 @@ def test_no_end_is_added_behind_one_that_the_template_writes(template, end):
     (pair,) = tokenizer.pairs([pair_of(user("the cat"), "sat", "mat </s>")])
     for ids in (pair.chosen_ids, pair.rejected_ids):
         assert ids[-1] == end and ids.count(EOS) + ids.count(4) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"role": "</s>"}, {"a </s>": 1}, {"a": [{"</s>": {"role": "</s>"}}]}])
+def test_special_tokens_spelled_in_arguments_of_tool_calls_are_plain_text(arguments):
+    template = TOOL_CHAT.replace("c['function']['name']", "c['function'] | tojson")
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    calls = [{"type": "function", "function": {"name": "look_up", "arguments": arguments}}]
+    answer = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    (pair,) = tokenizer.pairs([Record(user("x"), answer, answer_of("mat"))])
+    assert isinstance(pair, TokenizedPair) and pair.chosen_ids.count(EOS) == 1
+    assert "</s>" in tokenizer.decode_answer(pair.chosen_ids)
+    (prompt,) = tokenizer.prompts([[*user("x"), *answer, *user("y")]])
+    assert isinstance(prompt, list) and tokenizer.counts["special_text_in_prompt"] == 1
