@@ -254,7 +254,7 @@ class PairTokenizer:
             return self._renderer.template.render(
                 messages,
                 tools=tools,
-                template_kwargs={**self.spec.template_kwargs, **template_kwargs},
+                template_kwargs=self._template_kwargs(template_kwargs),
                 add_generation_prompt=True,
             )
         except TemplateRefusedError as error:
@@ -274,7 +274,7 @@ class PairTokenizer:
                 record.prompt,
                 answers,
                 tools=record.tools,
-                template_kwargs={**self.spec.template_kwargs, **record.template_kwargs},
+                template_kwargs=self._template_kwargs(record.template_kwargs),
             )
         except RecordError as error:
             return error
@@ -282,6 +282,10 @@ class PairTokenizer:
             return RecordError("template_refused", str(error))
         except NotPrefixStableError as error:
             return RecordError("template_not_prefix_stable", str(error))
+
+    def _template_kwargs(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a conversation; columnar files hold null for those that a record does not have."""
+        return {**self.spec.template_kwargs, **{k: v for k, v in own.items() if v is not None}}
 
     def _encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return self._encoder.encode(texts, plain=self._renderer is None)

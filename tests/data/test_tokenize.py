@@ -284,6 +284,16 @@ def test_arguments_for_the_template_are_part_of_the_tokens_and_of_the_digest():
     assert prompts[0] != prompts[1]
     loud = PairTokenizer(quiet, 64, 32).prompts([user("x")], template_kwargs=[{"quiet": False}])
     assert loud == [prompts[0]]
+    # Columnar files fill the arguments that a record does not have with null.
+    null = {"quiet": None, "loud": None}
+    assert PairTokenizer(quiet, 64, 32).prompts([user("x")], template_kwargs=[null]) == [prompts[1]]
+    spec = TokenizerSpec.of(make_tokenizer(template="{% if quiet %}hello{% endif %}" + CHAT), {"quiet": True})
+    given = [
+        Record(user("x"), answer_of("sat"), answer_of("mat"), template_kwargs=own)
+        for own in ({}, null, {"quiet": False})
+    ]
+    unset, nulls, loud_pair = PairTokenizer(spec, 64, 32).pairs(given)
+    assert isinstance(unset, TokenizedPair) and nulls == unset != loud_pair
     data = DataConfig(max_length=64, template_kwargs={"quiet": True})
     assert prompt_tokens(tokenizer, user("x"), data) == prompts[1]
     assert prompt_tokens(tokenizer, user("x"), DataConfig(max_length=64)) == prompts[0]
