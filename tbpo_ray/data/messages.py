@@ -269,7 +269,7 @@ def _normalize_calls(fields: dict[str, Any]) -> None:
 
 
 def _parse_call(item: Any) -> dict[str, Any]:
-    """One item of `tool_calls`; a bare `{name, arguments}` is put under `function`, where templates read it."""
+    """One item of `tool_calls`; a bare `{name, arguments}` is put under `function`, as templates expect."""
     call = parse_json_text(item, "message_malformed")
     if not isinstance(call, Mapping):
         raise RecordError("message_malformed", f"tool_calls {str(item)[:80]}")
