@@ -139,17 +139,25 @@ class AnswerRenderer:
             if not segments or not segments[0].text.removesuffix(self.end or "").strip():
                 notes.append("answer_rendered_plain")
                 return opening, [Segment(content + (self.end or ""), True)]
-        spoken = [turn for turn in turns if turn["role"] == "assistant"]
-        written = [segment.text for segment in segments if segment.trained]
-        for turn, text in zip(spoken, written, strict=True):
-            if _says_something(turn) and not self.special.sub("", text).strip():
-                raise RecordError("answer_without_tokens", "the chat template hides a turn of the assistant")
-        if any(map(_altered, spoken, written)):
+        if self._altered_turns(turns, segments):
             notes.append("answer_altered_by_template")
         if start != opening:
             notes.append("generation_prompt_differs")
         # What follows the prompt is always trained: the first segment is never empty.
         return start, [segment for segment in segments if segment.text]
+
+    def _altered_turns(self, turns: Sequence[Message], segments: Sequence[Segment]) -> bool:
+        """Whether the template does not write all of the assistant's turns as they are.
+
+        Raises:
+            RecordError: it writes nothing but special tokens for a turn that says something.
+        """
+        spoken = [turn for turn in turns if turn["role"] == "assistant"]
+        written = [segment.text for segment in segments if segment.trained]
+        for turn, text in zip(spoken, written, strict=True):
+            if _says_something(turn) and not self.special.sub("", text).strip():
+                raise RecordError("answer_without_tokens", "the chat template hides a turn of the assistant")
+        return any(map(_altered, spoken, written))
 
     def _turns(
         self, prompt: Sequence[Message], turns: Sequence[Message], opening: str, options: dict[str, Any]
