@@ -108,10 +108,10 @@ def read_messages_column(columns: Columns) -> RawPair | None:
     chosen, rejected, text = (columns.get(n) for n in (*names, "prompt"))
     if chosen is None or rejected is None:
         return None
-    conversations = ((n, parse_conversation(columns.get(n))) for n in _CONVERSATION_COLUMNS)
-    name, messages = next(((n, value) for n, value in conversations if value is not None), (None, None))
-    if name is None or messages is None:
+    found = _find_conversation(columns)
+    if found is None:
         return None
+    name, messages = found
     if states_prompt(chosen):
         # The messages of UltraFeedback are the chosen conversation again: they add nothing.
         whole, start = parse_messages(chosen), parse_messages(messages)
@@ -304,6 +304,14 @@ def read_prompt(columns: Columns) -> RawPair:
     raw = _with_system(columns, RawPair(prompt, columns.get("chosen"), columns.get("rejected"), used))
     assert isinstance(raw, RawPair)
     return raw
+
+
+def _find_conversation(columns: Columns) -> tuple[str, Sequence[Any]] | None:
+    for name in _CONVERSATION_COLUMNS:
+        messages = parse_conversation(columns.get(name))
+        if messages is not None:
+            return name, messages
+    return None
 
 
 def _answer_names(columns: Columns) -> tuple[str, str] | None:
