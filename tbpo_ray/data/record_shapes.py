@@ -322,15 +322,10 @@ def _answer_names(columns: Columns) -> tuple[str, str] | None:
 def _filled_pair(columns: Columns, pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
     """The first pair of columns that are both filled, or else the first of which one exists."""
     # An answer that is missing is then reported for the pair of columns that the row does have.
-    for enough in (
-        lambda names: all(is_filled(columns.get(name)) for name in names),
-        lambda names: any(is_filled(columns.get(name)) for name in names),
-        lambda names: any(name in columns for name in names),
-    ):
-        for names in pairs:
-            if enough(names):
-                return names
-    return None
+    filled = [names for names in pairs if all(is_filled(columns.get(name)) for name in names)]
+    partly = [names for names in pairs if any(is_filled(columns.get(name)) for name in names)]
+    present = [names for names in pairs if any(name in columns for name in names)]
+    return next(iter([*filled, *partly, *present]), None)
 
 
 def _first_filled(columns: Columns, names: Sequence[str]) -> str | None:

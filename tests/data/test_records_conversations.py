@@ -1,6 +1,7 @@
 """Where a prompt ends and an answer begins, and that no field of a message is lost on the way."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,11 @@ U, A, S = (
     lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system")
 )
 DEVELOPER = {"role": "developer", "content": "D"}
-CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL: dict[str, Any] = {
+    "type": "function",
+    "id": "1",
+    "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "5", "tool_call_id": "1", "name": "weather"}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -287,7 +292,14 @@ def test_content_parts_are_kept_for_templates_that_read_them():
 
 def test_the_list_that_a_tool_returns_stays_its_json():
     parts = [{"type": "text", "text": "5"}]
-    results = ([], [1, 2], ["a"], [{"city": "Oslo", "text": "x"}], [*parts, {"id": 1}], [{"type": "street"}])
+    results: tuple[list[Any], ...] = (
+        [],
+        [1, 2],
+        ["a"],
+        [{"city": "Oslo", "text": "x"}],
+        [*parts, {"id": 1}],
+        [{"type": "street"}],
+    )
     for content in results:
         (record,) = parse_records(pair("Q", [CALLING, {**RESULT, "content": content}, A("warm")], "cold"))
         assert json.loads(record.chosen[1]["content"]) == content
