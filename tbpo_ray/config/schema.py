@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StrictBool, field_validator, model_validator
 
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Number, Positive, Section, Share, check_name
 from tbpo_ray.config.cluster import ClusterConfig, CountOrRange
@@ -120,6 +120,13 @@ class DataConfig(Section):
     pairing_gap: NonNegative = 0.0
     """Minimum difference of the scores (or ranks) of two answers that make a pair. Ties never do: they are
     skipped and counted."""
+    swap_answers: StrictBool = False
+    """Exchange the chosen and the rejected answer of every pair of `data.train` and `data.eval`, which trains
+    in the reverse direction; evaluations still read the records as they are."""
+    share: float | list[float] = 1.0
+    """Share of the records of `data.train` to train on: a number draws that fraction of the records by
+    `run.seed`; `[low, high]` takes the records whose draw is between the two, so that `[0, 0.3]` and
+    `[0.3, 1]` are disjoint and together complete."""
     max_length: Annotated[int, Field(ge=4), Number] = 2048
     """Maximum number of tokens of a prompt and one answer together, including BOS and EOS."""
     max_prompt_length: Count | None = None
@@ -146,6 +153,19 @@ class DataConfig(Section):
         if taken:
             raise ValueError(f"{', '.join(taken)}: set from the records; must be other template variables")
         return value
+
+    @field_validator("share")
+    @classmethod
+    def _check_share(cls, value: float | list[float]) -> float | list[float]:
+        bounds = value if isinstance(value, list) else [0.0, value]
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+            raise ValueError("must be a number in (0, 1], or [low, high] with 0 <= low < high <= 1")
+        return value
+
+    @property
+    def share_range(self) -> tuple[float, float]:
+        """`share` as an interval of draws between 0 and 1."""
+        return (self.share[0], self.share[1]) if isinstance(self.share, list) else (0.0, self.share)
 
     @property
     def prompt_limit(self) -> int:
