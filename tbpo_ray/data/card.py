@@ -37,6 +37,7 @@ def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -
         "quarantined": {"total": prepared.quarantined, **reasons},
         "identical_answers": reasons.get("answers_identical", 0) + reasons.get("pair_same_tokens", 0),
         "duplicate_pairs": int(counts["duplicate_pairs"]),
+        "ties": {"skipped": int(counts.get("ties", 0)), "kept": int(counts.get("tie_pairs", 0))},
         "tokens": {side: int(counts[f"{side}_tokens"]) for side in _SIDES},
         "lengths": {side: _summary(lengths[:, index]) for index, side in enumerate(_SIDES)},
         "histogram": {
@@ -53,6 +54,8 @@ def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -
         },
         "tail_share": float(np.abs(chosen - rejected).sum() / (chosen + rejected).sum()),
         "sources": _by_source(prepared),
+        "answers_swapped": bool(prepared.inputs.get("swap_answers", False)),
+        "share": prepared.inputs.get("share", [0.0, 1.0]),
         "column": prepared.column,
     }
     if training is not None:
@@ -67,6 +70,8 @@ def card_metrics(card: dict[str, Any]) -> dict[str, float]:
     out = {
         "duplicate_pairs": float(card["duplicate_pairs"]),
         "identical_answers": float(card["identical_answers"]),
+        "ties_skipped": float(card["ties"]["skipped"]),
+        "ties_kept": float(card["ties"]["kept"]),
         "tail_share": card["tail_share"],
         "chosen_longer_share": card["length_bias"]["chosen_longer"],
     }
@@ -140,9 +145,12 @@ def _draw(card: dict[str, Any], prepared: PreparedPairs, file: Path) -> None:
     parts = card["column"] or reasons or card["sources"]
     title = "pairs by value" if card["column"] else "quarantined records" if reasons else "pairs by source"
     _bars(bottom[1], dict(list(parts.items())[:12]), title)
+    low, high = card["share"]
+    share = f", share {low:g} to {high:g} of the records" if (low, high) != (0, 1) else ""
     figure.suptitle(
         f"{card['pairs']:,} pairs from {card['records']:,} records, "
-        f"{card['quarantined']['total']:,} quarantined"
+        f"{card['quarantined']['total']:,} quarantined{share}"
+        f"{', answers swapped' if card['answers_swapped'] else ''}"
     )
     figure.savefig(file, dpi=110, format="png")
 

@@ -133,6 +133,19 @@ def to_choice(value: Any, name: str, allowed: Sequence[int]) -> int:
     return int(number)
 
 
+def to_flag(value: Any, name: str) -> bool:
+    """A bool, also as 0 or 1, or as the text that CSV files hold.
+
+    Raises:
+        RecordError: when it is something else.
+    """
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
+    text = str(value).strip().lower()
+    if text not in known:
+        raise RecordError("label_malformed", f"{name} {str(value)[:80]!r}; must be true or false")
+    return known[text]
+
+
 def to_number(value: Any, name: str) -> float:
     try:
         number = float(value)

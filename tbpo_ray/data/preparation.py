@@ -38,6 +38,7 @@ CODE_VERSION = 3
 _STALE_SECONDS = 24 * 3600
 """A build folder without a new shard for this long was left behind by a killed process."""
 _PROGRESS_SECONDS = 3
+_ALL_RECORDS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class PairsSpec:
     """Read at most this many records; default `data.max_pairs`, or `data.max_eval_pairs` for `eval`."""
     seed: int = 0
     """Seed of the sampling that fractional weights need."""
+    keep_ties: bool = False
+    """Whether pairs in which neither answer is better are kept and marked, for `objective.ties`."""
 
     @property
     def key(self) -> str:
@@ -67,6 +70,11 @@ class PairsSpec:
     def limit(self) -> int | None:
         """The maximum number of records to read."""
         return self.max_pairs or (self.data.max_eval_pairs if self.role == "eval" else self.data.max_pairs)
+
+    @property
+    def share(self) -> tuple[float, float]:
+        """The interval of the draws of the records to take; all of them for `eval`."""
+        return self.data.share_range if self.role == "train" else _ALL_RECORDS
 
 
 def prepare(
@@ -140,7 +148,8 @@ class _BuildPlan:
     def inputs(self) -> dict[str, Any]:
         """Everything that determines the content of the pairs; the manifest records it."""
         data = self.spec.data
-        fractional = any(weight != int(weight) for weight in self.weights)
+        share = self.spec.share
+        samples = share != _ALL_RECORDS or any(weight != int(weight) for weight in self.weights)
         return {
             "code_version": CODE_VERSION,
             "sources": [
@@ -152,9 +161,11 @@ class _BuildPlan:
             "prompt_limit": data.prompt_limit,
             "limit": self.spec.limit,
             **_changed_reading(data),
+            **({"share": list(share)} if share != _ALL_RECORDS else {}),
             # Only sampling uses the seed; without it, runs with different seeds share their pairs.
-            "seed": self.spec.seed if fractional or data.pairing == "best_random" else 0,
+            "seed": self.spec.seed if samples or data.pairing == "best_random" else 0,
             "card_column": data.card_column,
+            **({"keep_ties": True} if self.spec.keep_ties else {}),
         }
 
     @cached_property
@@ -177,12 +188,15 @@ class _BuildPlan:
             format=data.format,
             pairing=data.pairing,
             pairing_gap=data.pairing_gap,
+            keep_ties=self.spec.keep_ties,
+            swap_answers=data.swap_answers,
+            share=self.spec.share,
         )
 
 
 def _changed_reading(data: DataConfig) -> dict[str, Any]:
     """The settings of how rows become pairs that are not at their defaults."""
-    values = {key: getattr(data, key) for key in ("format", "pairing", "pairing_gap")}
+    values = {key: getattr(data, key) for key in ("format", "pairing", "pairing_gap", "swap_answers")}
     return {key: value for key, value in values.items() if value != DataConfig.model_fields[key].default}
 
 
@@ -201,6 +215,8 @@ def _report_shapes(spec: PairsSpec, counts: Mapping[str, float]) -> None:
             f"{spec.key}: skipped {int(counts['ties']):,} records whose answers tie or differ by less than "
             f"data.pairing_gap={spec.data.pairing_gap:g}"
         )
+    if counts.get("tie_pairs"):
+        log_progress(f"{spec.key}: kept {int(counts['tie_pairs']):,} pairs whose answers tie, marked as ties")
 
 
 def _load_cached(folder: Path) -> PreparedPairs | None:
@@ -314,6 +330,11 @@ def _check_counts(
         raise InputError(
             f"{spec.key}: it gives no pairs: in {ties:,} of {records:,} records the answers tie or differ by "
             f"less than data.pairing_gap={spec.data.pairing_gap:g}"
+        )
+    if not counts["pairs"] and counts.get("skipped_by_share"):
+        raise InputError(
+            f"data.share={spec.data.share}: selects no pairs of the {records:,} records of {spec.key}; "
+            "increase it"
         )
     if not counts["pairs"]:
         raise InputError(f"{spec.key}: its weights select no pairs; increase them")

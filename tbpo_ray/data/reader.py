@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.shards import TOKEN_COLUMNS, PreparedPairs
+from tbpo_ray.data.shards import TIE_COLUMN, TOKEN_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError
 
 CACHE_BYTES = 256 * 2**20
@@ -28,7 +28,8 @@ class MicroBatch:
     `index` runs from 0 to `count - 1` within `step`, on every rank alike, and `pairs_in_step` is the number
     of pairs over all ranks. Token columns are `n` arrays [tokens] int32; `extras` maps each joined column to
     `n` arrays [tokens] float32. Among them are the masks of answers with tokens that are context only, where
-    there are any; the mask of an answer without such tokens is empty.
+    there are any; the mask of an answer without such tokens is empty. Where ties are kept, `tie` has one
+    value per pair, 1 for a tie.
     """
 
     step: int
@@ -73,7 +74,8 @@ class PairReader:
         self._folders = [Path(prepared.path), *map(Path, extra_dirs)]
         self._shards = prepared.shards
         self._starts = prepared.starts()
-        self._own_columns = (*TOKEN_COLUMNS, *prepared.mask_columns)
+        further = (*prepared.mask_columns, *prepared.tie_columns)
+        self._own_columns = (*TOKEN_COLUMNS, *further)
         self._files: dict[tuple[int, int], _File] = {}
         self._groups: OrderedDict[tuple[int, int, int], dict[str, tuple[np.ndarray, np.ndarray]]] = (
             OrderedDict()
@@ -82,7 +84,7 @@ class PairReader:
         self.extra_columns = tuple(
             name for index in range(1, len(self._folders)) for name in self._file(index, 0).columns
         )
-        self.extra_columns = (*prepared.mask_columns, *self.extra_columns)
+        self.extra_columns = (*further, *self.extra_columns)
 
     def fetch(self, pair_ids: np.ndarray) -> dict[str, list[np.ndarray]]:
         """The columns of these pairs by name, each with one array per pair in the order of `pair_ids`."""
@@ -150,7 +152,10 @@ class PairReader:
         columns = {}
         for name in file.columns:
             array = table.column(name).combine_chunks()
-            columns[name] = (array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False))
+            if name == TIE_COLUMN:
+                columns[name] = (np.arange(len(array) + 1), array.to_numpy(zero_copy_only=False))
+            else:
+                columns[name] = (array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False))
         self._groups[key] = columns
         self._bytes += _size(columns)
         while self._bytes > self._limit and len(self._groups) > 1:

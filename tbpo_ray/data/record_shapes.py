@@ -29,6 +29,7 @@ from tbpo_ray.data.column_values import (
     text_of,
     texts_of,
     to_choice,
+    to_flag,
     to_number,
     winner_scores,
 )
@@ -36,6 +37,7 @@ from tbpo_ray.data.messages import parse_messages, parse_prompt_value
 from tbpo_ray.data.rejection_reasons import RecordError
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
+TIE_COLUMN = "tie"
 ACCEPTED = (
     "prompt (or messages, conversations, question, instruction, input) with chosen and rejected; "
     "response_0/response_1, response_1/response_2 or human_ref_A/human_ref_B with a label; "
@@ -285,7 +287,7 @@ def read_row(columns: Columns, form: str = "auto") -> tuple[str, RawShape] | Non
     for name, read in SHAPES.items() if form == "auto" else [(form, SHAPES[form])]:
         raw = read(columns)
         if raw is not None:
-            return name, _with_system(columns, raw)
+            return name, _with_tie(columns, _with_system(columns, raw))
     return None
 
 
@@ -339,6 +341,18 @@ def _with_system(columns: Columns, raw: RawShape) -> RawShape:
     name = next((n for n in names if is_filled(columns[n])), None)
     used = raw.used_columns | {n for n in names if n == name or not is_filled(columns[n])}
     return replace(raw, system=None if name is None else system_value(columns[name], name), used_columns=used)
+
+
+def _with_tie(columns: Columns, raw: RawShape) -> RawShape:
+    """Apply the column `tie`, which marks a row of any shape in which neither answer is better."""
+    if columns.get(TIE_COLUMN) is None or TIE_COLUMN in raw.used_columns:
+        return raw
+    used = raw.used_columns | {TIE_COLUMN}
+    if not to_flag(columns[TIE_COLUMN], TIE_COLUMN):
+        return replace(raw, used_columns=used)
+    if isinstance(raw, RawPair):
+        return replace(raw, tie=True, used_columns=used)
+    return replace(raw, scores=[0.0] * len(raw.scores), used_columns=used)
 
 
 def _choose(

@@ -11,7 +11,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -57,6 +57,8 @@ class Record:
     source: str = ""
     row: int = 0
     """0-based position in `source`."""
+    tie: bool = False
+    """Whether neither answer is better; only with :attr:`ReadOptions.keep_ties`."""
 
     @property
     def chosen_text(self) -> str:
@@ -82,18 +84,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How rows become pairs; see `data.format`, `data.pairing` and `data.pairing_gap`."""
+    """How rows become pairs; see `data.format`, `data.pairing`, `data.pairing_gap` and `objective.ties`."""
 
     format: str = "auto"
     pairing: str = "best_worst"
     pairing_gap: float = 0.0
     seed: int = 0
     """Seed of `best_random`."""
+    keep_ties: bool = False
+    """Whether answers that tie make a pair too, which is marked; otherwise they are skipped."""
+    swap_answers: bool = False
+    """Exchange the two answers of every pair."""
 
     @classmethod
     def of(cls, data: DataConfig, seed: int = 0) -> ReadOptions:
         """The options of a configuration."""
-        return cls(data.format, data.pairing, data.pairing_gap, seed)
+        options = cls(data.format, data.pairing, data.pairing_gap, seed)
+        return replace(options, swap_answers=data.swap_answers)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def parse_records(
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
 ) -> list[Record]:
-    """The preferences in a raw row: usually one, several of ranked answers, none if the answers tie.
+    """The preferences in a raw row: usually one, several of ranked answers, none if ties are not kept.
 
     Args:
         counts: the name of the row's shape is counted here, behind :data:`FORMAT_PREFIX`.
@@ -145,8 +152,19 @@ def parse_records(
         check_unicode(split.chosen, "chosen")
         check_unicode(split.rejected, "rejected")
         sides = (split.prompt, split.chosen, split.rejected)
-        records.append(Record(*sides, **extras, metadata=metadata, source=source, row=row))
+        record = Record(*sides, **extras, metadata=metadata, source=source, row=row, tie=pair.tie)
+        records.append(swap_answers(record) if options.swap_answers else record)
     return records
+
+
+def swap_answers(record: Record) -> Record:
+    """The record with its answers exchanged, and with them the columns that describe one answer."""
+    others = {"chosen": "rejected", "rejected": "chosen"}
+    metadata = {}
+    for name, value in record.metadata.items():
+        side, underscore, rest = name.partition("_")
+        metadata[f"{others[side]}_{rest}" if underscore and side in others else name] = value
+    return replace(record, chosen=record.rejected, rejected=record.chosen, metadata=metadata)
 
 
 def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
@@ -226,25 +244,40 @@ def _columns(raw: Any) -> Mapping[str, Any]:
 
 
 def _raw_pairs(values: RawShape, options: ReadOptions, row: int) -> list[RawPair]:
-    """The pairs of a row whose answers differ by `data.pairing_gap` or more."""
+    """The pairs of a row whose answers differ by `data.pairing_gap` or more, and ties where they are kept."""
     if isinstance(values, RawPair):
         # Scores beside a labeled pair only matter where a gap is set: the label itself says which is better.
         too_close = values.gap is not None and values.gap < options.pairing_gap
-        return [] if values.tie or (options.pairing_gap > 0 and too_close) else [values]
+        if values.tie or (options.pairing_gap > 0 and too_close):
+            return [replace(values, tie=True)] if options.keep_ties else []
+        return [values]
     gap = options.pairing_gap if values.graded else 0.0
     order = sorted(range(len(values.answers)), key=lambda index: -values.scores[index])
-    pairs = [
-        (better, worse)
-        for better, worse in combinations(order, 2)
-        if _differ(values.scores[better] - values.scores[worse], gap)
-    ]
+    pairs: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    for better, worse in combinations(order, 2):
+        tie = not _differ(values.scores[better] - values.scores[worse], gap)
+        pairs[tie].append((better, worse))
     if options.pairing != "all":
-        pairs = [pair for pair in pairs if pair[0] == order[0]]
-        if options.pairing == "best_random" and pairs:
-            pairs = [random.Random(f"{options.seed} {row}").choice(pairs)]
-        pairs = pairs[-1:]
+        pairs = {tie: _choose_pair(some, order[0], options, row) for tie, some in pairs.items()}
+        if pairs[False]:  # a row that has a preference gives one pair, which states it
+            pairs[True] = []
+    kept = (False, True) if options.keep_ties else (False,)
     answers, used = values.answers, values.used_columns
-    return [RawPair(values.prompt, answers[a], answers[b], used, values.system) for a, b in pairs]
+    return [
+        RawPair(values.prompt, answers[a], answers[b], used, values.system, tie=tie)
+        for tie in kept
+        for a, b in pairs[tie]
+    ]
+
+
+def _choose_pair(
+    pairs: list[tuple[int, int]], best: int, options: ReadOptions, row: int
+) -> list[tuple[int, int]]:
+    """At most one of `pairs` with the best answer: a random one, or the last, with the worst answer."""
+    pairs = [pair for pair in pairs if pair[0] == best]
+    if options.pairing == "best_random" and pairs:
+        return [random.Random(f"{options.seed} {row}").choice(pairs)]
+    return pairs[-1:]
 
 
 def _differ(difference: float, gap: float) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 
 from tbpo_ray.data.records import BadRecord, ReadOptions, Record, parse_records
 from tbpo_ray.data.rejection_reasons import COUNT_PREFIX, RecordError
-from tbpo_ray.data.shards import file_digest, write_shard
+from tbpo_ray.data.shards import TIE_COLUMN, file_digest, write_shard
 from tbpo_ray.data.sources import Chunk
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 from tbpo_ray.storage.json_lines import dumps
@@ -45,11 +45,16 @@ class BuildJob:
     format: str = "auto"
     pairing: str = "best_worst"
     pairing_gap: float = 0.0
+    keep_ties: bool = False
+    swap_answers: bool = False
+    share: tuple[float, float] = (0.0, 1.0)
+    """Interval of the draws of the records to take."""
 
     @property
     def reading(self) -> ReadOptions:
         """How rows become pairs."""
-        return ReadOptions(self.format, self.pairing, self.pairing_gap, self.seed)
+        options = (self.format, self.pairing, self.pairing_gap, self.seed, self.keep_ties, self.swap_answers)
+        return ReadOptions(*options)
 
     def save(self, folder: Path, spec: TokenizerSpec) -> None:
         (folder / JOB).write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -88,6 +93,7 @@ class _Columns:
     source: list[str] = field(default_factory=list)
     row: list[int] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
+    tie: list[bool] = field(default_factory=list)
 
     def add(self, record: Record, pair: TokenizedPair, copies: int) -> None:
         self.prompt_ids += [pair.prompt_ids] * copies
@@ -98,6 +104,7 @@ class _Columns:
         self.source += [record.source] * copies
         self.row += [record.row] * copies
         self.metadata += [dumps(record.metadata, default=str)] * copies
+        self.tie += [record.tie] * copies
 
 
 @lru_cache(maxsize=2)
@@ -124,16 +131,20 @@ def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
     tokenizer.counts = counts
     records, bad, num_records = _parse(chunk, job.reading, counts)
     columns, hashes, column_values = _Columns(), [], Counter[str]()
-    copies = _copies(job, file, chunk)
+    copies, in_share = _copies(job, file, chunk), _in_share(job, file, chunk)
     for record, pair in zip(records, tokenizer.pairs(records), strict=True):
         if isinstance(pair, RecordError):
             bad.append(_rejected_pair(record, pair))
+            continue
+        if not in_share[record.row - chunk.first_row]:
+            counts["skipped_by_share"] += 1
             continue
         times = int(copies[record.row - chunk.first_row])
         columns.add(record, pair, times)
         hashes += [_hash(record)] * times
         counts["repeated_by_weight"] += max(times - 1, 0)
         counts["skipped_by_weight"] += times == 0
+        counts["tie_pairs"] += times if record.tie else 0
         if job.card_column is not None:
             column_values[str(record.metadata.get(job.card_column))] += times
     counts.update(f"{COUNT_PREFIX}{record.reason}" for record in bad)
@@ -142,7 +153,7 @@ def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
         first_row=chunk.first_row,
         records=num_records,
         pairs=len(columns.row),
-        shard=_write_shard(folder, file, chunk, columns),
+        shard=_write_shard(folder, file, chunk, columns, with_ties=job.keep_ties),
         quarantine=_write_quarantine(folder, file, chunk, bad),
         counts={name: number for name, number in counts.items() if number},
         column=dict(column_values),
@@ -193,6 +204,14 @@ def _copies(job: BuildJob, file: int, chunk: Chunk) -> np.ndarray:
     return whole + (draws < weight - whole)
 
 
+def _in_share(job: BuildJob, file: int, chunk: Chunk) -> np.ndarray:
+    """Whether each row of the chunk is in `data.share`: [rows] bool."""
+    low, high = job.share
+    # A stream of its own: the weights of a source must not change which rows a share takes.
+    draws = np.random.default_rng([job.seed, file, chunk.first_row, 1]).random(chunk.rows)
+    return (low <= draws) & (draws < high)
+
+
 def _hash(record: Record) -> int:
     text = json.dumps([record.prompt, record.chosen, record.rejected, record.tools], default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
@@ -203,11 +222,14 @@ def _lengths(columns: _Columns) -> np.ndarray:
     return np.array([[len(ids) for ids in side] for side in sides], dtype=np.int32).T.reshape(-1, 3)
 
 
-def _write_shard(folder: str, file: int, chunk: Chunk, columns: _Columns) -> dict[str, Any] | None:
+def _write_shard(
+    folder: str, file: int, chunk: Chunk, columns: _Columns, *, with_ties: bool
+) -> dict[str, Any] | None:
     if not columns.row:
         return None
     path = Path(folder) / f"part-{file:05d}-{chunk.first_row:012d}.parquet"
-    write_shard(path, columns.__dict__)
+    # Without ties the shards are those that earlier versions wrote, and are shared with them.
+    write_shard(path, {k: v for k, v in columns.__dict__.items() if with_ties or k != TIE_COLUMN})
     size = path.stat().st_size
     return {"file": path.name, "pairs": len(columns.row), "bytes": size, "sha256": file_digest(path)}
 

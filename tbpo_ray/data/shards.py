@@ -1,10 +1,10 @@
 """Prepared pairs on disk: Parquet shards and their manifest in a folder named by a fingerprint of its inputs.
 
 The columns are `prompt_ids chosen_ids rejected_ids` list<int32>, `chosen_mask rejected_mask` list<bool>
-(False at tokens that are context only; null if every token is trained), `source` string, `row` int64 and
-`metadata` JSON text. The id of a pair is its position over all shards in the order of the manifest, which is
-the order of the sources. The folder appears by one rename after everything in it is written, so that it is
-complete whenever it exists.
+(False at tokens that are context only; null if every token is trained), `source` string, `row` int64,
+`metadata` JSON text and, where ties are kept, `tie` bool. The id of a pair is its position over all shards
+in the order of the manifest, which is the order of the sources. The folder appears by one rename after
+everything in it is written, so that it is complete whenever it exists.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ROWS_PER_GROUP = 64
 shards should use the same number."""
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+TIE_COLUMN = "tie"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class PreparedPairs:
         return MASK_COLUMNS if self.counts.get("masked_answers") else ()
 
     @property
+    def tie_columns(self) -> tuple[str, ...]:
+        """The column `tie`, if there is a pair in which neither answer is better."""
+        return (TIE_COLUMN,) if self.counts.get("tie_pairs") else ()
+
+    @property
     def quarantine_file(self) -> Path | None:
         """JSON lines `{source, row, reason, detail, record}`; None if there are no quarantined records."""
         file = Path(self.path) / QUARANTINE
@@ -133,7 +139,7 @@ def write_shard(path: Path, columns: dict[str, list[Any]]) -> None:
     import pyarrow.parquet as pq
 
     tokens = pa.list_(pa.int32())
-    types = {"source": pa.string(), "row": pa.int64(), "metadata": pa.string()}
+    types = {"source": pa.string(), "row": pa.int64(), "metadata": pa.string(), TIE_COLUMN: pa.bool_()}
     types |= dict.fromkeys(MASK_COLUMNS, pa.list_(pa.bool_()))
     table = pa.table({name: pa.array(values, types.get(name, tokens)) for name, values in columns.items()})
     pq.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=["source"])

@@ -46,12 +46,19 @@ class PairBatch:
     weights: Tensor | None
     """[S, B, T] float32: token weights, where the data has them"""
     shared: bool
+    selected: Tensor | None = None
+    """[N] int64: the flattened [S * B * T] positions where the mask is true, ascending. They are found while
+    the mask is on the host: an accelerator would have to be waited for."""
+    real_tokens: int = 0
+    """Positions of the rows that are not padding"""
     gather_index: Tensor | None = None
     """[S * B, K] int64, shared layout only: for each answer, the flattened [R * L] positions of its separate
     row [prompt][answer]; padded with 0"""
     scatter_index: Tensor | None = None
     """[R, L] int64, shared layout only: for each position, its index in the flattened [S * B * K] gathered
     rows; padded with 0"""
+    tie: Tensor | None = None
+    """[B] bool: True where neither answer is better; None if the data has no ties"""
 
     @property
     def pairs(self) -> int:
@@ -123,6 +130,8 @@ def collate(
         ref_logps=_pad_values(ref_logps, sizes, mask.shape[-1]),
         weights=_pad_values(weights, sizes, mask.shape[-1]),
         shared=shared,
+        selected=torch.from_numpy(np.flatnonzero(mask)),
+        real_tokens=int((rows.segment >= 0).sum()),
         gather_index=torch.from_numpy(rows.gather_index) if shared else None,
         scatter_index=torch.from_numpy(rows.scatter_index) if shared else None,
     )
@@ -207,7 +216,7 @@ class BatchLayout:
 def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLayout) -> PairBatch:
     """Collate the columns of prepared data: `prompt_ids`, `chosen_ids`, `rejected_ids`, and where present
     `chosen_mask`, `rejected_mask`, `chosen_ref_logps`, `rejected_ref_logps`, `chosen_weights`,
-    `rejected_weights`."""
+    `rejected_weights`, `tie`."""
     names = ("chosen", "rejected")[: layout.sides]
 
     def each_side(suffix: str) -> list[Sequence[np.ndarray]] | None:
@@ -216,7 +225,7 @@ def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLa
 
     answers = each_side("ids")
     assert answers is not None
-    return collate(
+    batch = collate(
         columns["prompt_ids"],
         answers,
         pad_id=layout.pad_id,
@@ -226,6 +235,9 @@ def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLa
         weights=each_side("weights"),
         trained=each_side("mask"),
     )
+    if "tie" in columns:  # one value per pair, none for the placeholder of a rank without pairs
+        batch.tie = torch.tensor([bool(value.any()) for value in columns["tie"]])
+    return batch
 
 
 def _select(
