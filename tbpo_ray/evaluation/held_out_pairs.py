@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -59,7 +59,8 @@ def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutP
     tokenizer = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     bad: list[BadRecord] = []
     limit = limit or config.evaluation.max_prompts
-    reading = ReadOptions.of(config.data, config.run.seed)
+    # Also a policy that was trained in reverse is measured by the preferences as they are.
+    reading = replace(ReadOptions.of(config.data, config.run.seed), swap_answers=False)
     records = [record for name in names for record in iter_records(name, limit, bad.append, reading)][:limit]
     encoded = list(zip(records, tokenizer.pairs(records), strict=True))
     kept = [(r, t) for r, t in encoded if not isinstance(t, RecordError)]

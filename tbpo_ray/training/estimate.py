@@ -100,7 +100,7 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     sources = config.data.train
     mix = [(sources, 1.0)] if isinstance(sources, str) else [(s.source, s.weight) for s in sources]
     count, read, lengths, largest = 0.0, 0, [], 0
-    reading = ReadOptions.of(config.data, config.run.seed)
+    reading, share = ReadOptions.of(config.data, config.run.seed), config.data.share_range
     for source, weight in mix:
         try:
             rows = iter_records(source, config.data.max_pairs, options=reading)
@@ -108,7 +108,7 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
         except InputError as error:
             raise InputError(*(f"data.train: {fault}" for fault in error.faults)) from error
         read += len(records)
-        count += weight * len(records)
+        count += weight * (share[1] - share[0]) * len(records)
         for pair in pairs.pairs(records[:SAMPLE_PAIRS]):
             if not isinstance(pair, RecordError):
                 lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))

@@ -10,6 +10,7 @@ import pytest
 
 from tbpo_ray.config.schema import DataConfig, SourceConfig
 from tbpo_ray.data import preparation as module
+from tbpo_ray.data.card import data_card
 from tbpo_ray.data.preparation import PairsSpec, prepare
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
@@ -156,6 +157,47 @@ def test_weights_repeat_and_sample_by_seed(run, write_rows):
     )
     assert prepared.counts["duplicate_pairs"] == 0
     assert content(run(mix, seed=1)) == rows and content(run(mix, seed=2)) != rows
+
+
+def test_shares_are_drawn_by_record_and_complementary_ones_are_disjoint(run, write_rows):
+    file = write_rows([pair(i) for i in range(2100)])
+
+    def rows(share, **more):
+        prepared = run(file, DataConfig(share=share), **more)
+        assert prepared.pairs + prepared.counts.get("skipped_by_share", 0) == prepared.records
+        return [row for _, row, *_ in content(prepared)]
+
+    small, rest = rows(0.3), rows([0.3, 1.0])
+    assert 560 < len(small) < 700
+    assert not set(small) & set(rest) and sorted(small + rest) == list(range(2100))
+    assert rows([0, 0.3]) == small and rows(0.3, seed=1) != small
+    assert rows(0.3, role="eval") == list(range(2100))
+    assert set(rows(0.3, max_pairs=1500)) == {row for row in small if row < 1500}
+    whole = run(file)
+    assert whole.fingerprint == run(file, DataConfig(share=1)).fingerprint
+    assert whole.fingerprint == run(file, seed=1).fingerprint
+    with pytest.raises(InputError, match=r"data\.share=1e-09: selects no pairs"):
+        run(file, DataConfig(share=1e-9))
+
+
+def test_swapped_answers_exchange_the_sides_and_what_describes_them(run, write_rows):
+    file = write_rows(
+        [pair(i, chosen_weights=[1.0], rejected_weights=[2.0], rejected_score=i, other=7) for i in range(9)]
+    )
+    plain, swapped = run(file), run(file, DataConfig(swap_answers=True))
+    assert swapped.fingerprint != plain.fingerprint and swapped.inputs["swap_answers"] is True
+    for before, after in zip(plain.rows(), swapped.rows(), strict=True):
+        assert after["prompt_ids"] == before["prompt_ids"]
+        assert after["chosen_ids"] == before["rejected_ids"] != before["chosen_ids"]
+        assert after["rejected_ids"] == before["chosen_ids"]
+        assert after["metadata"] == {
+            "rejected_weights": [1.0],
+            "chosen_weights": [2.0],
+            "chosen_score": before["row"],
+            "other": 7,
+        }
+    assert swapped.lengths()[:, [0, 2, 1]].tolist() == plain.lengths().tolist()
+    assert data_card(swapped)["answers_swapped"] and not data_card(plain)["answers_swapped"]
 
 
 def test_weights_that_select_no_pairs_are_a_clear_error(run, write_rows):
