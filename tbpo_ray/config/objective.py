@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, StrictBool, field_validator, model_validator
 
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Number, Positive, Section
+from tbpo_ray.config.helpers import check_helpers
 
 ObjectiveName = Literal[
     "tbpo_q", "tbpo_a", "dpo", "ipo", "simpo", "bpo", "tdpo1", "tdpo2", "tis_dpo", "sepo", "t_reg", "sft"
@@ -55,8 +56,10 @@ TRAITS: Mapping[ObjectiveName, ObjectiveTraits] = {
     "bpo": ObjectiveTraits(settings=("bregman",)),
     "tdpo1": ObjectiveTraits(inputs=("reference", "kl")),
     "tdpo2": ObjectiveTraits(inputs=("reference", "kl"), settings=("alpha",)),
-    "tis_dpo": ObjectiveTraits(inputs=("reference", "weights"), settings=("token_weights",)),
-    "sepo": ObjectiveTraits(inputs=("weights",), settings=("select_ratio", "token_weights"), beta=2.0),
+    "tis_dpo": ObjectiveTraits(inputs=("reference", "weights"), settings=("token_weights", "helpers")),
+    "sepo": ObjectiveTraits(
+        inputs=("weights",), settings=("select_ratio", "token_weights", "helpers"), beta=2.0
+    ),
     "t_reg": ObjectiveTraits(inputs=("reference", "weights"), settings=("alpha", "token_weights"), alpha=0.1),
     "sft": ObjectiveTraits(inputs=()),
 }
@@ -151,8 +154,18 @@ class ObjectiveConfig(Section):
     """Bregman generator of `tbpo_q`, `tbpo_a` and `bpo`."""
     state_baseline: StateBaselineConfig = StateBaselineConfig()
     """State baseline of `tbpo_q` and `tbpo_a`."""
+    helpers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Overrides, dotted or nested, for the runs of the models that an objective needs and that
+    `jobs/pipeline.py` and `jobs/tune.py` train: `oracle` for `sepo`, `positive` and `negative` for `tis_dpo`.
+    Example: `{oracle: {data.share: 0.5, training.max_steps: 200}}`."""
     token_weights: TokenWeightsConfig = TokenWeightsConfig()
     """Token weights of `tis_dpo`, `sepo` and `t_reg`."""
+
+    @field_validator("helpers")
+    @classmethod
+    def _check_helpers(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        check_helpers(value)
+        return value
 
     @model_validator(mode="after")
     def _no_smoothing_without_a_pair(self) -> Self:
