@@ -54,10 +54,15 @@ class CopyEditConfig:
     tasks: tuple[str, ...] = TASKS
     min_words: int = 3
     max_words: int = 7
+    flipped: float = 0.0
+    """Share of the pairs whose answers are exchanged: label noise."""
 
     def describe(self) -> str:
         """All parameters as text that never changes, since fingerprints of prepared pairs contain it."""
-        return f"CopyEdit({', '.join(f'{key}={value!r}' for key, value in asdict(self).items())})"
+        values = asdict(self)
+        if not self.flipped:
+            del values["flipped"]  # the text of sources that were prepared before the parameter existed
+        return f"CopyEdit({', '.join(f'{key}={value!r}' for key, value in values.items())})"
 
     @property
     def rows(self) -> int:
@@ -98,6 +103,7 @@ _PARSERS: dict[str, Any] = {
     "tasks": lambda text: tuple(text.split(",")),
     "min_words": int,
     "max_words": int,
+    "flipped": float,
 }
 _EXPECTED = {
     "split": "one of " + ", ".join(_SPLITS),
@@ -107,6 +113,7 @@ _EXPECTED = {
     "tasks": "a comma-separated list of " + ", ".join(TASKS),
     "min_words": "a number from 2 to max_words",
     "max_words": "a number from min_words to 12",
+    "flipped": "a share from 0 to 0.5, of a split other than sft",
 }
 
 
@@ -118,6 +125,7 @@ def _checks(s: CopyEditConfig) -> dict[str, bool]:
         "tasks": bool(s.tasks) and set(s.tasks) <= set(TASKS),
         "min_words": 2 <= s.min_words <= s.max_words,
         "max_words": s.max_words <= 12,
+        "flipped": 0 <= s.flipped <= 0.5 and not (s.flipped and s.split == "sft"),
     }
 
 
@@ -125,7 +133,9 @@ def example(settings: CopyEditConfig, row: int) -> dict[str, Any]:
     """Row `row` as a raw record: prompt, chosen, rejected, task, answer, damage and chosen_damage.
 
     `damage` lists the `[start, end)` character spans of the mistakes in the rejected text, in order: a wrong,
-    a duplicated or a moved word; for a missing word the one in its place, or an empty span at the end.
+    a duplicated or a moved word; for a missing word the one in its place, or an empty span at the end. With
+    `flipped`, records also have the key `flipped`: whether their chosen answer is the one with the mistakes,
+    whose spans are then `chosen_damage`.
     """
     rng = random.Random(f"{settings.seed}:{settings.split}:{row}")
     buckets = _SPLITS[settings.split][0]
@@ -142,6 +152,13 @@ def example(settings: CopyEditConfig, row: int) -> dict[str, Any]:
     rejected, spans = _damage(rng, words, pool)
     while rejected == chosen:
         rejected, spans = _damage(rng, words, pool)
+    flipped = {}
+    if settings.flipped:
+        # A generator of its own, so that the records differ from those without noise only in their order.
+        is_flipped = random.Random(f"flip:{settings.seed}:{settings.split}:{row}").random() < settings.flipped
+        flipped = {"flipped": is_flipped}
+        if is_flipped:
+            chosen, rejected, chosen_spans, spans = rejected, chosen, spans, chosen_spans
     return {
         "prompt": prompt,
         "chosen": chosen,
@@ -150,6 +167,7 @@ def example(settings: CopyEditConfig, row: int) -> dict[str, Any]:
         "answer": answer,
         "damage": spans,
         "chosen_damage": chosen_spans,
+        **flipped,
     }
 
 

@@ -100,6 +100,8 @@ def test_rows_depend_only_on_the_seed_and_their_index():
         ("damaged=2", "damaged"),
         ("pairs=x", "pairs"),
         ("tasks=hop", "tasks"),
+        ("flipped=0.6", "flipped"),
+        ("split=sft&flipped=0.1", "flipped"),
     ],
 )
 def test_unknown_parameters_are_refused(query, named):
@@ -110,3 +112,28 @@ def test_unknown_parameters_are_refused(query, named):
 def test_prompts():
     prompts = list(iter_prompts("builtin:copyedit?split=test", 7))
     assert len(prompts) == 7 and prompts[3].row == 3
+
+
+def test_flipped_pairs_are_those_without_noise_with_their_answers_exchanged():
+    plain, noisy = rows("pairs=400"), rows("pairs=400&flipped=0.25")
+    flips = [record.metadata["flipped"] for record in noisy]
+    assert 75 <= sum(flips) <= 125
+    for before, after, flipped in zip(plain, noisy, flips, strict=True):
+        answers = (before.chosen, before.rejected)
+        assert (after.chosen, after.rejected) == (answers[::-1] if flipped else answers)
+        spans = ("chosen_damage", "damage") if flipped else ("damage", "chosen_damage")
+        assert after.metadata[spans[0]] == before.metadata["damage"]
+        assert after.metadata[spans[1]] == []
+
+
+def test_pairs_flipped_at_a_low_rate_are_flipped_at_a_higher_rate_too():
+    few, many = (
+        [record.metadata["flipped"] for record in rows(f"pairs=300&flipped={share}")] for share in (0.1, 0.4)
+    )
+    assert sum(few) < sum(many)
+    assert all(high for low, high in zip(few, many, strict=True) if low)
+
+
+def test_the_fingerprint_of_a_source_without_noise_stays():
+    assert "flipped" not in copyedit.parse_source("builtin:copyedit?pairs=3").describe()
+    assert "flipped=0.1" in copyedit.parse_source("builtin:copyedit?flipped=0.1").describe()
