@@ -10,15 +10,18 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from json.decoder import WHITESPACE  # type: ignore[attr-defined] # not in the stubs
 from typing import Any
 
 from tbpo_ray.errors import InputError
-from tbpo_ray.progress import log_progress
 
 _BOM = b"\xef\xbb\xbf"
 _WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_SEPARATOR_LINE = re.compile(rb'"?sep=([\t -~])"?[\r\n]*', re.IGNORECASE)
+"""The first line by which Excel says what separates the fields."""
+_SPACE_AND_QUOTE = re.compile(r'[ \t]+"')
 _PAIR_COLUMNS = {"prompt", "chosen", "rejected", "messages", "question", "instruction"}
 
 
@@ -53,18 +56,27 @@ def delimited_rows(stream: Any, address: str, *, tabs: bool) -> Iterator[bytes]:
     """The rows of a CSV or TSV file as JSON objects of strings. Empty lines are not rows.
 
     Args:
-        tabs: fields are separated by tabs; otherwise by commas, or by what the header has instead of them.
+        tabs: fields are separated by tabs; otherwise by commas, or by what the header or Excel's `sep=` line
+            has instead of them.
 
     Raises:
-        InputError: quotes that do not match, a row with fewer or more fields than the header (each with its
-            line), or a column that the header has twice.
+        InputError: quotes that do not match or may join rows, a row with fewer or more fields than the header
+            (each with its line), or a column that the header has twice.
     """
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long dialogue
     lines = iter(stream)
     blank, first = _first_content(lines, address)
-    texts = _decoded(itertools.chain([first], lines), address, len(blank))
+    number = len(blank)
+    stated = _SEPARATOR_LINE.fullmatch(first)
+    if stated is not None:
+        first, number = next(lines, b""), number + 1
+        if tabs and stated[1] != b"\t":
+            raise InputError(
+                f"{address}: line {number}: {stated[0].decode().strip()} in a file of tabs (.tsv)"
+            )
+    texts = _decoded(itertools.chain([first], lines), address, number)
     delimiter = "\t" if tabs else _delimiter(first.decode("utf-8", "replace"))
-    records = _records(texts, delimiter, address, len(blank))
+    records = _records(texts, stated[1].decode() if stated else delimiter, address, number)
     names = next(records, [])
     refuse_duplicates(names, address)
     for record in records:
@@ -95,7 +107,7 @@ def _records(texts: Iterator[str], delimiter: str, address: str, blank: int) -> 
             yield line
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    width, warned = 0, False
+    names: list[str] = []
     while True:
         line = blank + reader.line_num + 1
         physical.clear()
@@ -105,27 +117,50 @@ def _records(texts: Iterator[str], delimiter: str, address: str, blank: int) -> 
             return
         except csv.Error as error:
             raise InputError(_quote_fault(str(error), address, line, blank + reader.line_num)) from error
-        if not "".join(physical).strip("\r\n "):
+        text = "".join(physical)
+        if not text.strip("\r\n "):
             continue
-        width = width or len(record)
-        if len(record) != width:
-            end = blank + reader.line_num
-            where = f"line {line}" if end == line else f"lines {line} to {end}"
+        names = names or record
+        end = blank + reader.line_num
+        where = f"line {line}" if end == line else f"lines {line} to {end}"
+        if len(record) != len(names):
             raise InputError(
-                f"{address}: {where}: {len(record)} fields, but the header has {width}; fields that contain "
-                "the separator, quotes or line breaks must be in double quotes"
+                f"{address}: {where}: {len(record)} fields, but the header has {len(names)} "
+                f"({', '.join(map(repr, names))}); fields that contain the separator {delimiter!r}, quotes "
+                "or line breaks must be in double quotes"
             )
-        if len(physical) > 1 and not warned and _could_be_rows(physical, delimiter, width):
-            # Text rarely contains tabs. It often contains commas, so that with those it may be right.
-            message = (
-                f"{address}: lines {line} to {blank + reader.line_num} are one row because of a quote, but "
-                "each of them could be a row; if they are rows, double the quotes in them and quote the field"
+        if any(_SPACE_AND_QUOTE.match(field) for field in record):
+            _refuse_quotes_behind_spaces(text, delimiter, f"{address}: {where}")
+        if len(physical) > 1 and _could_be_rows(physical, delimiter, len(names)):
+            raise InputError(
+                f"{address}: {where} are one row because of a quote, but each of them could be a row; if "
+                "they are rows, double the quotes in them and quote the field; if they are not, quote every "
+                "field of the row"
             )
-            if delimiter == "\t":
-                raise InputError(message)
-            log_progress(message)
-            warned = True
         yield record
+
+
+def _raw_fields(text: str, delimiter: str) -> Iterator[str]:
+    """The fields of a row as they are written, with their quotes."""
+    at = 0
+    field = re.compile(rf'(?:"(?:[^"]|"")*"|[^{re.escape(delimiter)}\r\n]*)')
+    while at <= len(text):
+        match = field.match(text, at)
+        assert match is not None  # the pattern matches the empty text
+        yield match.group()
+        at = match.end() + 1
+        if text[match.end() : at] != delimiter:
+            return
+
+
+def _refuse_quotes_behind_spaces(text: str, delimiter: str, where: str) -> None:
+    """Refuse a field that is not quoted because a space is in front of its quote."""
+    for number, field in enumerate(_raw_fields(text, delimiter), start=1):
+        if _SPACE_AND_QUOTE.match(field):
+            raise InputError(
+                f"{where}: field {number} begins with a space and a quote ({field[:20]!r}), so that its "
+                "quotes would be text; remove the space, or quote the field and double the quotes in it"
+            )
 
 
 def _quote_fault(error: str, address: str, line: int, last: int) -> str:
@@ -139,15 +174,29 @@ def _quote_fault(error: str, address: str, line: int, last: int) -> str:
 
 
 def _could_be_rows(physical: Sequence[str], delimiter: str, width: int) -> bool:
-    return all(line.count(delimiter) + 1 == width for line in physical)
+    """Whether a quote may have joined rows: each line has the separators of a row.
+
+    Commas in prose have a space behind them. A row whose fields are all quoted is what its writer meant.
+    """
+    lines = [line for line in physical if line.strip()]
+    tight = re.compile(re.escape(delimiter) + ("" if delimiter == "\t" else "(?! )"))
+    if any(len(tight.findall(line)) + 1 != width for line in lines):
+        return False
+    return not all(field.startswith('"') for field in _raw_fields("".join(physical), delimiter))
 
 
 def _delimiter(header: str) -> str:
-    """The separator of a file that is not named .tsv: a header without commas has only one column."""
-    for delimiter in (",", "\t", ";"):
-        if delimiter in header:
-            return delimiter
-    return ","
+    """The separator of a file that is not named .tsv: the one that gives the columns of a preference.
+
+    Of several, and if there are none, it is the first of comma, tab and semicolon that the header has.
+    """
+    found = [delimiter for delimiter in (",", "\t", ";") if delimiter in header]
+
+    def known(delimiter: str) -> int:
+        names = next(csv.reader([re.split(r"[\r\n]", header)[0]], delimiter=delimiter), [])
+        return len(_PAIR_COLUMNS & {name.strip().lower() for name in names})
+
+    return max(found, key=known, default=",")
 
 
 def _decoded(lines: Iterator[bytes], address: str, blank: int) -> Iterator[str]:

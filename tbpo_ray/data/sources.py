@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +22,9 @@ from typing import Any, Literal
 from tbpo_ray.data import copyedit
 from tbpo_ray.data.line_formats import delimited_rows, json_rows, refuse_duplicates
 from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.data.table_rows import TableRow, nested_schema
 from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.progress import log_progress
 
 ROWS_PER_CHUNK, BYTES_PER_CHUNK = 1024, 16 * 2**20
 """Maximum number of rows of a chunk, and the approximate maximum of bytes if its rows are lines."""
@@ -37,6 +41,15 @@ _FORMATS = {
 }
 _HUB_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_COMPRESSIONS = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
+"""Beginnings of compressed content, and fsspec's names of its compression."""
+_OTHER_CONTENT = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook",
+    b"SQLite": "an SQLite database",
+    b"version https://": "a pointer of Git LFS",
+}
 
 
 @dataclass(frozen=True)
@@ -69,19 +82,21 @@ class Chunk:
     """Lines, an Arrow stream, or nothing for generated rows."""
 
     def __iter__(self) -> Iterator[RawRow]:
+        schema: Any = None
         if self.kind == "generated":
             settings = copyedit.parse_source(self.source)
             values: Any = (copyedit.example(settings, self.first_row + i) for i in range(self.rows))
         elif self.kind == "table":
             import pyarrow as pa
 
-            values = pa.ipc.open_stream(self.payload).read_all().to_pylist()
+            table = pa.ipc.open_stream(self.payload).read_all()
+            values, schema = table.to_pylist(), nested_schema(table.schema)
         else:
             values = self.payload.split(b"\n")
         for index, value in enumerate(values):
             # An empty line is not a record, but it counts as a row.
             if not isinstance(value, bytes) or value.strip():
-                yield RawRow(self.source, self.first_row + index, value)
+                yield RawRow(self.source, self.first_row + index, value, schema)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,15 +119,17 @@ class RawRow:
     source: str
     row: int
     value: dict[str, Any] | bytes
+    schema: Any = None
+    """The Arrow schema of a table with nested columns, whose absent fields are null in `value`."""
 
     def load(self) -> Any:
-        """The row's columns.
+        """The row's columns; those of a table are a :class:`TableRow` where they are nested.
 
         Raises:
-            RecordError: when the line is not JSON in UTF-8, or an object has a key twice.
+            RecordError: when the line is not JSON in UTF-8, or an object or map has a key twice.
         """
         if not isinstance(self.value, bytes):
-            return self.value
+            return self.value if self.schema is None else TableRow(self.value, self.schema)
         try:
             return _ROWS.decode(self.value.decode("utf-8"))
         except RecordError:
@@ -214,12 +231,37 @@ def _chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
         yield from _line_chunks(file, rows)
 
 
-def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
+@contextmanager
+def _open_text(address: str) -> Iterator[Any]:
+    """The bytes of a text file, decompressed as its name or else its content says.
+
+    Raises:
+        InputError: the content is that of another format.
+    """
     import fsspec
 
-    with fsspec.open(file.address, "rb", compression="infer") as stream:
-        if file.address.lower().endswith(".zst"):
-            stream = io.BufferedReader(stream)  # the zstandard reader has no line iteration
+    fs, path = _filesystem(address)
+    with fs.open(path, "rb") as raw:
+        start = raw.read(16)
+        raw.seek(0)
+        method = fsspec.utils.infer_compression(address)
+        if method is None:
+            kind = next((name for magic, name in _OTHER_CONTENT.items() if start.startswith(magic)), None)
+            if kind is not None:
+                raise InputError(f"{address}: its content is {kind}, which its name does not say")
+            method = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
+            if method is not None:
+                log_progress(f"{address}: its content is compressed ({method}), which its name does not say")
+        if method is None:
+            yield raw
+            return
+        with fsspec.compression.compr[method](raw, mode="rb") as stream:
+            # The zstandard reader has no line iteration.
+            yield io.BufferedReader(stream) if method == "zstd" else stream
+
+
+def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
+    with _open_text(file.address) as stream:
         if file.format == "json":
             lines = json_rows(stream, file.address)
         else:
@@ -239,11 +281,11 @@ def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
 
 
 def _table_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:
-    import fsspec
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with fsspec.open(file.address, "rb") as stream:
+    fs, path = _filesystem(file.address)
+    with fs.open(path, "rb") as stream:
         if file.format == "parquet":
             parquet = pq.ParquetFile(stream)
             _refuse_duplicate_fields(parquet.schema_arrow, file.address)
@@ -356,8 +398,18 @@ def _resolve_hub(source: str) -> list[SourceFile]:
     return resolve_source(f"{converted}/*.parquet")
 
 
-@lru_cache(maxsize=256)
 def _filesystem(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    # A name may look like two fsspec addresses that are joined by `::`.
+    joined = "://" in address or address.partition("::")[0] in fsspec.available_protocols()
+    if os.path.exists(address) or ("::" in address and not joined):
+        return fsspec.filesystem("file"), os.path.abspath(address)
+    return _remote(address)
+
+
+@lru_cache(maxsize=256)
+def _remote(address: str) -> tuple[Any, str]:
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(address)

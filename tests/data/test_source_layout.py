@@ -166,14 +166,124 @@ def test_csv_faults_name_the_line(packed, text, words):
     assert all(word in said for word in words), said
 
 
-def test_a_quote_that_may_join_rows_is_reported(tmp_path, capsys):
-    file = tmp_path / "rows.csv"
-    file.write_text(HEAD + '"open,b,c\nd,e,f\ng",h,i\n')
-    assert len(values(str(file))) == 1
-    assert "lines 2 to 4" in capsys.readouterr().err
-    tsv = tmp_path / "rows.tsv"
-    tsv.write_text(file.read_text().replace(",", "\t"))
-    assert "lines 2 to 4" in refusal(str(tsv))
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        ('"open,b,c\nd,e,f\ng",h,i\n', "lines 2 to 4"),
+        ('a,b,c\n"open,b,c\n\ng",h,i\n', "lines 3 to 5"),
+        ('a,"b, c",d\na,"open,c\nd,e",f\n', "lines 3 to 4"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_quote_that_may_join_rows_is_refused(tmp_path, ending, rows, lines):
+    text = HEAD + rows
+    file = tmp_path / f"rows.{ending}"
+    file.write_text(text if ending == "csv" else text.replace(",", "\t"))
+    said = refusal(str(file))
+    assert lines in said and "quote" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ('Q,"Yes, sure\nof course, yes",no\n', ["Q", "Yes, sure\nof course, yes", "no"]),
+        ('"Q","f(1,2\na,b","no"\n', ["Q", "f(1,2\na,b", "no"]),
+        ('Q,"one\n\ntwo",no\n', ["Q", "one\n\ntwo", "no"]),
+        ('Q,"[1,2,3,4]\n[5]",no\n', ["Q", "[1,2,3,4]\n[5]", "no"]),
+    ],
+)
+def test_text_of_several_lines_stays_one_row(tmp_path, row, fields):
+    (tmp_path / "rows.csv").write_text(HEAD + row)
+    assert [list(row.values()) for row in values(str(tmp_path / "rows.csv"))] == [fields]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (HEAD + 'a, "b", "c"\n', ["line 2", "field 2", "space"]),
+        (HEAD + 'a,b,c\n "a",b,c\n', ["line 3", "field 1"]),
+        (HEAD + 'a,b,\t"c"\n', ["line 2", "field 3"]),
+        (HEAD + '"a, ""x""",b, "c"\n', ["line 2", "field 3"]),
+        ('"prompt", "chosen", "rejected"\na,b,c\n', ["line 1", "field 2"]),
+    ],
+)
+def test_a_quote_behind_a_space_is_refused(packed, text, words):
+    said = refusal(packed("rows.csv", text))
+    assert all(word in said for word in words), said
+
+
+def test_a_quoted_field_may_begin_with_a_space_and_a_quote(packed):
+    source = packed("rows.csv", HEAD + '" ""b"" x","he said, ""hi""",c\n')
+    assert [list(row.values()) for row in values(source)] == [[' "b" x', 'he said, "hi"', "c"]]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_content_under_a_plain_name_is_read_and_reported(tmp_path, capsys, name, ending):
+    file = tmp_path / name
+    text = HEAD + "a,b,c\n" if name.endswith("csv") else LINES
+    file.write_bytes(PACK[ending](text.encode()))
+    expected = [{"prompt": "a", "chosen": "b", "rejected": "c"}] if name.endswith("csv") else ROWS
+    assert values(str(file)) == expected
+    assert name in capsys.readouterr().err
+
+
+def test_content_of_another_format_is_refused_by_name(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "a.jsonl")
+    with pa.OSFile(str(tmp_path / "b.csv"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "c.json").write_bytes(b"PK\x03\x04 and so on")
+    (tmp_path / "d.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for name, kind in (("a.jsonl", "Parquet"), ("b.csv", "Arrow"), ("c.json", "ZIP"), ("d.jsonl", "Git LFS")):
+        assert kind in refusal(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("first", "delimiter"),
+    [("sep=;\n", ";"), ('"sep=;"\r\n', ";"), ("SEP=,\n", ","), ("sep=\t\n", "\t"), ("\nsep=|\n", "|")],
+)
+def test_the_separator_that_excel_states(packed, first, delimiter):
+    text = first + HEAD.replace(",", delimiter) + delimiter.join(["a b", '"c\nd"', "e"]) + "\n"
+    (row,) = values(packed("rows.csv", text))
+    assert row == {"prompt": "a b", "chosen": "c\nd", "rejected": "e"}
+    assert "line 2" in refusal(packed("rows.tsv", "\nsep=;\nprompt;chosen;rejected\n"))
+    line = 2 + first.count("\n")
+    assert f"line {line}" in refusal(packed("rows.csv", first + HEAD.replace(",", delimiter) + "a b\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt;chosen;rejected;score, raw\na, b;c;d;1\n", ["a, b", "c", "d", "1"]),
+        ('"prompt";"chosen";"rejected";"a,b,c,d"\na;b;c;d\n', ["a", "b", "c", "d"]),
+        ("prompt,chosen,rejected,a;b\na,b,c,d;e\n", ["a", "b", "c", "d;e"]),
+    ],
+)
+def test_the_separator_is_the_one_that_gives_the_columns_of_a_preference(packed, text, expected):
+    (row,) = values(packed("rows.csv", text))
+    assert list(row.values()) == expected and list(row)[:3] == ["prompt", "chosen", "rejected"]
+
+
+def test_another_separator_is_refused_with_the_columns_seen(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt|chosen|rejected\na, b|c|d\n")
+    assert "prompt|chosen|rejected" in refusal(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.tsv").write_text("prompt;chosen;rejected\na;b\tc;d\n")
+    assert "prompt;chosen;rejected" in refusal(str(tmp_path / "rows.tsv"))
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "zip::c.jsonl", "data:d.jsonl", "file::e.jsonl"])
+def test_a_local_file_may_be_named_like_an_address(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text(LINES)
+    for source in (str(tmp_path / name), str(tmp_path), str(tmp_path / "*.jsonl")):
+        assert values(source) == ROWS and resolve_source(source)[0].digest()
+    monkeypatch.chdir(tmp_path)
+    assert values(name) == ROWS
+    folder = tmp_path / "x::y"
+    folder.mkdir()
+    (folder / "f.jsonl").write_text(LINES)
+    assert values(str(folder / "*.jsonl")) == ROWS == values("x::y/*.jsonl")
+    assert "no such file" in refusal("x::y/g.jsonl")
 
 
 @pytest.mark.parametrize(
