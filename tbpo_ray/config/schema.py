@@ -99,7 +99,7 @@ Sources = str | list[SourceConfig]
 
 RecordFormat = Literal[
     "auto", "messages", "alpaca", "pairs", "shp", "safe_rlhf", "helpsteer", "two_answers", "summaries",
-    "arena", "arena_columns", "ranked", "scored",
+    "arena", "arena_columns", "labeled", "ranked", "scored",
 ]  # fmt: skip
 """The row shapes that :mod:`tbpo_ray.data.record_shapes` reads."""
 

@@ -21,13 +21,22 @@ from tbpo_ray.data.rejection_reasons import RecordError
 Columns = Mapping[str, Any]
 
 PROMPT_COLUMNS = (
-    "prompt", "messages", "conversations", "conversation", "question", "query",
+    "prompt", "messages", "conversations", "conversation", "trajectory", "question", "query",
     "instruction", "input", "context", "history",
 )  # fmt: skip
 """Columns that may hold the prompt beside `chosen` and `rejected`; the first one that is filled counts."""
 _SCORE_COLUMNS = tuple(
     (name.format("chosen"), name.format("rejected"))
-    for name in ("score_{}", "{}_score", "{}-rating", "{}_rating")
+    for name in (
+        "score_{}",
+        "{}_score",
+        "{}-rating",
+        "{}_rating",
+        "rating_{}",
+        "{}_avg_rating",
+        "reward_{}",
+        "{}_reward",
+    )
 )
 _TEXT_FIELDS = ("response", "answer", "text", "content", "completion", "output", "generation")
 _POST_LABELS = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": "ARTICLE: "}
@@ -43,7 +52,7 @@ def find_prompt(columns: Columns) -> tuple[str | None, Any]:
     """
     if columns.get("prompt") is not None:
         return "prompt", columns["prompt"]
-    found = [n for n in PROMPT_COLUMNS if _is_prompt_value(columns.get(n))]
+    found = find_prompt_columns(columns)
     if not found:
         return None, None
     first, known = found[0], f" {_all_words(columns[found[0]])} "
@@ -52,6 +61,11 @@ def find_prompt(columns: Columns) -> tuple[str | None, Any]:
     if others:
         raise RecordError("prompt_ambiguous", f"columns {', '.join([first, *others])}")
     return first, columns[first]
+
+
+def find_prompt_columns(columns: Columns) -> list[str]:
+    """The filled columns that may hold a prompt."""
+    return [name for name in PROMPT_COLUMNS if _is_prompt_value(columns.get(name))]
 
 
 def find_whole_prompt(columns: Columns) -> tuple[frozenset[str], Any]:
@@ -122,6 +136,40 @@ def winner_scores(value: Any) -> list[float]:
     if name in ("model_a", "a") or name in ("model_b", "b"):
         return [float(name.endswith("a")), float(name.endswith("b"))]
     raise RecordError("label_malformed", f"winner {value!r}; must be model_a, model_b or tie")
+
+
+def label_scores(value: Any, name: str, sides: tuple[str, str]) -> list[float]:
+    """The scores of two answers, of which a label names the better one or says that they are equal.
+
+    Args:
+        sides: the columns of the answers; they end in the letter or number that the label uses.
+
+    Raises:
+        RecordError: when the label is something else, such as 0 or 1, which may mean either.
+    """
+    first, second = (side[-1].lower() for side in sides)
+    whole = isinstance(value, float) and value.is_integer()
+    text = str(int(value) if whole else value).strip().strip("[]").lower().replace(" ", "")
+    better = [
+        {one, side.lower(), f"model_{one}", f"{one}>{other}", f"{one}>>{other}", f"{other}<{one}"}
+        for one, other, side in ((first, second, sides[0]), (second, first, sides[1]))
+    ]
+    if text in better[0] or text in better[1]:
+        return [float(text in better[0]), float(text in better[1])]
+    # AlpacaEval writes a tie between its outputs 1 and 2 as 0 or 1.5.
+    if text in ("tie", "equal", f"{first}={second}", *(("0", "1.5") if first == "1" else ())):
+        return [0.0, 0.0]
+    accepted = f"{first.upper()}, {second.upper()} or tie"
+    raise RecordError("label_malformed", f"{name} {str(value)[:80]!r}; must be {accepted}")
+
+
+def first_turns(conversation: Any, turn: Any) -> Any:
+    """A conversation up to its assistant's `turn`-th answer; as it is where `turn` is not a number."""
+    if not is_conversation(conversation) or not isinstance(turn, int) or isinstance(turn, bool) or turn < 1:
+        return conversation
+    roles = [ROLES.get(str(message.get("role") or message.get("from")).lower()) for message in conversation]
+    answers = [index for index, role in enumerate(roles) if role == "assistant"]
+    return conversation[: answers[turn - 1] + 1] if len(answers) >= turn else conversation
 
 
 def to_choice(value: Any, name: str, allowed: Sequence[int]) -> int:

@@ -16,10 +16,13 @@ from tbpo_ray.data.column_values import (
     Columns,
     alpaca_prompt,
     check_contains,
+    find_prompt_columns,
     find_whole_prompt,
+    first_turns,
     interleave,
     is_answer,
     is_filled,
+    label_scores,
     parse_conversation,
     post_prompt,
     role_and_words,
@@ -41,6 +44,7 @@ TIE_COLUMN = "tie"
 ACCEPTED = (
     "prompt (or messages, conversations, question, instruction, input) with chosen and rejected; "
     "response_0/response_1, response_1/response_2 or human_ref_A/human_ref_B with a label; "
+    "response_a/response_b or output_1/output_2 with preference or winner; "
     "conversation_a/conversation_b with winner; summaries with choice; answers with ranks; "
     "completions or responses with scores"
 )
@@ -49,8 +53,19 @@ _ANSWER_COLUMNS = (
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
     ("response_chosen", "response_rejected"),
+    ("response_j", "response_k"),
 )
-_CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+_CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "trajectory")
+_LABELED_COLUMNS = (
+    *((f"{name}_{a}", f"{name}_{b}") for name in ("response", "answer") for a, b in ("AB", "ab")),
+    *((f"{name}_1", f"{name}_2") for name in ("output", "response", "answer")),
+    ("output_a", "output_b"),
+    ("completion_a", "completion_b"),
+)
+_LABELS = ("preference", "winner", "label", "preferred", "human_preference")
+_SINGLE_ANSWERS = ("completion", "response", "answer", "output", "generation")
+_SINGLE_RATINGS = ("label", "labels", "is_safe", "helpfulness", "score", "rating", "reward", "overall_score")
+"""Columns that rate the one answer of a row, as KTO's `label` does."""
 _SCORE_LISTS = {
     "scores": 1,
     "ratings": 1,
@@ -211,12 +226,16 @@ def read_summaries(columns: Columns) -> RawRanking | None:
 
 
 def read_arena(columns: Columns) -> RawRanking | None:
-    """Chatbot Arena: `conversation_a`, `conversation_b`, and `winner` as `model_a`, `model_b` or a tie."""
+    """Chatbot Arena: `conversation_a`, `conversation_b`, and `winner` as `model_a`, `model_b` or a tie.
+
+    MT-Bench's human judgments are about the answer of one `turn`; what follows it was not judged.
+    """
     names = ("conversation_a", "conversation_b", "winner")
     if not set(names) <= set(columns):
         return None
     scores = winner_scores(columns["winner"])
-    return RawRanking(None, [columns[n] for n in names[:2]], scores, frozenset(names), graded=False)
+    answers = [first_turns(columns[name], columns.get("turn")) for name in names[:2]]
+    return RawRanking(None, answers, scores, frozenset(names), graded=False)
 
 
 def read_arena_columns(columns: Columns) -> RawRanking | None:
@@ -232,6 +251,21 @@ def read_arena_columns(columns: Columns) -> RawRanking | None:
     answers = [interleave(turns, side) for side in sides]
     used = frozenset({*names, "winner_tie"})
     return RawRanking(None, answers, scores, used, graded=False)
+
+
+def read_labeled(columns: Columns) -> RawRanking | None:
+    """Two answers in columns that end in A and B or in 1 and 2, and a label that names the better one.
+
+    So are AlpacaFarm's preferences (`output_1`, `output_2`, `preference`) and JudgeBench (`A>B`).
+    """
+    names = next((pair for pair in _LABELED_COLUMNS if set(pair) <= set(columns)), None)
+    label = _first_filled(columns, _LABELS)
+    if names is None or label is None:
+        return None
+    prompt_columns, prompt = find_whole_prompt(columns)
+    scores = label_scores(columns[label], label, names)
+    used = prompt_columns | {label, *names}
+    return RawRanking(prompt, [columns[name] for name in names], scores, used, graded=False)
 
 
 def read_ranked(columns: Columns) -> RawRanking | None:
@@ -269,6 +303,7 @@ SHAPES: dict[str, Reader] = {
     "summaries": read_summaries,
     "arena": read_arena,
     "arena_columns": read_arena_columns,
+    "labeled": read_labeled,
     "ranked": read_ranked,
     "scored": read_scored,
 }
@@ -296,7 +331,29 @@ def missing_columns(columns: Columns, form: str) -> RecordError:
     seen = ", ".join(map(str, columns)) or "none"
     if form != "auto":
         return RecordError("chosen_missing", f"data.format={form} does not match its columns: {seen}")
-    return RecordError("chosen_missing", f"its columns are {seen}; accepted are {ACCEPTED}")
+    kind = without_preference(columns)
+    return RecordError("chosen_missing", f"{kind}its columns are {seen}; accepted are {ACCEPTED}")
+
+
+def without_preference(columns: Columns) -> str:
+    """What a row without a preference is, as the begin of a sentence; empty for one of an unknown kind."""
+    names = set(columns)
+    summary = columns.get("summary")
+    if isinstance(summary, Mapping) and "axes" in summary:
+        return "it is one summary with its ratings, not a comparison of two; "
+    if {"message_id", "parent_id"} <= names:
+        return "it is one message of a tree; make a pair of two replies to the same message; "
+    answers = [name for name in _SINGLE_ANSWERS if is_filled(columns.get(name))]
+    if len(answers) == 1:
+        (answer,) = answers
+        rated = next((name for name in _SINGLE_RATINGS if columns.get(name) is not None), None)
+        if rated is not None:
+            return f"it is unpaired: one answer in {answer}, rated by {rated}, and no second one; "
+        if find_prompt_columns(columns):
+            return f"it is one answer in {answer} without a second one, as for fine-tuning; "
+    if not answers and _find_conversation(columns) is not None:
+        return "it is one conversation without a second answer, as for fine-tuning; "
+    return ""
 
 
 def read_prompt(columns: Columns) -> RawPair:

@@ -122,6 +122,75 @@ PUBLIC: dict[str, tuple[str, dict[str, Any]]] = {
             ],
         },
     ),
+    "stack exchange, paired": (
+        "pairs",
+        {"qid": 1, "question": Q, "date": "2020", "metadata": ["url"], "response_j": GOOD, "response_k": BAD},
+    ),
+    "stack exchange, scored": (
+        "scored",
+        {
+            "qid": 1,
+            "question": Q,
+            "answers": [
+                {"answer_id": 1, "author": "x", "pm_score": 1, "selected": False, "text": BAD},
+                {"answer_id": 2, "author": "y", "pm_score": 4, "selected": True, "text": GOOD},
+            ],
+        },
+    ),
+    "distilabel capybara": (
+        "pairs",
+        {
+            "source": "s",
+            "conversation": [{"input": Q, "output": GOOD}],
+            "original_response": GOOD,
+            "generation_prompt": [Q],
+            "chosen": [U(Q), A(GOOD)],
+            "rejected": [U(Q), A(BAD)],
+            "rating_chosen": 5,
+            "rating_rejected": 2,
+        },
+    ),
+    "distilabel math": (
+        "alpaca",
+        {"instruction": Q, "chosen_response": GOOD, "rejected_response": BAD, "chosen_rating": 9},
+    ),
+    "skywork": (
+        "pairs",
+        {"chosen": [U(Q), A(GOOD)], "rejected": [U(Q), A(BAD)], "source": "s"},
+    ),
+    "ultrainteract": (
+        "messages",
+        {
+            "id": "1",
+            "task": "t",
+            "trajectory": [{"from": "user", "value": Q}],
+            "chosen": GOOD,
+            "rejected": BAD,
+        },
+    ),
+    "mt-bench human": (
+        "arena",
+        {
+            "question_id": 81,
+            "model_a": "x",
+            "model_b": "y",
+            "winner": "model_b",
+            "judge": "j",
+            "conversation_a": [U(Q), A(BAD), U("Why?"), A("So.")],
+            "conversation_b": [U(Q), A(GOOD), U("Why?"), A("Salt.")],
+            "turn": 1,
+        },
+    ),
+    "alpaca farm": (
+        "labeled",
+        {"instruction": Q, "input": "", "output_1": BAD, "output_2": GOOD, "preference": 2},
+    ),
+    "judge bench": (
+        "labeled",
+        {"pair_id": "1", "question": Q, "response_A": GOOD, "response_B": BAD, "label": "A>B"},
+    ),
+    "a and b": ("labeled", {"prompt": Q, "answer_a": BAD, "answer_b": GOOD, "winner": "b"}),
+    "tldr preference": ("pairs", {"prompt": Q, "chosen": GOOD, "rejected": BAD}),
     "scores in a list": ("scored", {"prompt": Q, "responses": [BAD, GOOD], "scores": [1, "2.5"]}),
 }
 
@@ -217,6 +286,8 @@ TIES: dict[str, dict[str, Any]] = {
     },
     "orca": {"system": "", "input": Q, "chosen": GOOD, "rejected": BAD, "status": "tie"},
     "ranked": {"prompt": Q, "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]},
+    "alpaca farm": {"instruction": Q, "output_1": "a", "output_2": "b", "preference": 1.5},
+    "a and b": {"prompt": Q, "response_a": "a", "response_b": "b", "preference": "A=B"},
     "webgpt": {"prompt": Q, "answer_0": "a", "score_0": 0.0, "answer_1": "b", "score_1": 0.0},
 }
 
@@ -312,6 +383,13 @@ def test_a_gap_applies_to_labeled_pairs_with_scores_but_not_to_labels():
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unpaired": ({"prompt": Q, "completion": GOOD, "label": True}, "chosen_missing"),
     "text": ({"text": Q}, "chosen_missing"),
+    "rated": ({"prompt": Q, "response": GOOD, "helpfulness": 3}, "chosen_missing"),
+    "safety": ({"prompt": Q, "response": GOOD, "is_safe": True, "category": {}}, "chosen_missing"),
+    "fine-tuning": ({"instruction": Q, "output": GOOD}, "chosen_missing"),
+    "conversation": ({"messages": [U(Q), A(GOOD)]}, "chosen_missing"),
+    "axis": ({"info": {"post": "p"}, "summary": {"text": "s", "axes": {"overall": 7}}}, "chosen_missing"),
+    "oasst": ({"message_id": "1", "parent_id": "0", "text": Q, "rank": 0}, "chosen_missing"),
+    "which of two": ({"prompt": Q, "response_A": "a", "response_B": "b", "label": 0}, "label_malformed"),
     "two questions": ({"question": Q, "context": "c", "chosen": "a", "rejected": "b"}, "prompt_ambiguous"),
     "label": ({**PUBLIC["shp a"][1], "labels": 2}, "label_malformed"),
     "winner": ({**TIES["arena"], "winner": "model_c"}, "label_malformed"),
@@ -328,6 +406,29 @@ def test_rows_without_a_preference_are_refused_with_what_was_found(name):
     assert caught.value.reason == reason in REASONS and caught.value.detail
     if reason == "chosen_missing":
         assert all(column in caught.value.detail for column in [*row, "chosen and rejected", "winner"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("unpaired", "unpaired: one answer in completion, rated by label"),
+        ("rated", "unpaired: one answer in response, rated by helpfulness"),
+        ("safety", "unpaired: one answer in response, rated by is_safe"),
+        ("fine-tuning", "one answer in output without a second one"),
+        ("conversation", "one conversation without a second answer"),
+        ("axis", "one summary with its ratings"),
+        ("oasst", "one message of a tree"),
+    ],
+)
+def test_what_is_not_a_preference_is_named(name, words):
+    with pytest.raises(RecordError, match=words):
+        parse_records(REFUSED[name][0])
+
+
+def test_the_second_turn_of_mt_bench_is_an_answer_of_two_turns():
+    row = PUBLIC["mt-bench human"][1] | {"turn": 2}
+    (record,) = parse_records(row)
+    assert record.prompt == [U(Q)] and record.chosen == row["conversation_b"][1:]
 
 
 def test_a_named_format_reads_only_its_shape():
