@@ -63,6 +63,7 @@ def token_log_probs(  # noqa: PLR0913  (a public signature that callers rely on)
     generator: torch.Generator | None = None,
     no_grad: tuple[str, ...] = (),
     block_vocab: int | None = None,
+    selected: Tensor | None = None,
 ) -> TokenStats:
     """Statistics of pi(. | state) = softmax(z), z = softcap tanh(logit_scale (hidden W^T + bias) / softcap).
 
@@ -92,6 +93,8 @@ def token_log_probs(  # noqa: PLR0913  (a public signature that callers rely on)
             layer each of them saves one product with the weight.
         block_vocab: vocabulary entries in a block; by default as many as make its float32 logits 4 MiB on
             the CPU, 128 MiB on an accelerator.
+        selected: the flattened positions where mask is true, ascending, if the caller knows them. They are
+            found from the mask otherwise, which waits for an accelerator. [N] int64
 
     Raises:
         InputError: shapes that disagree, an unknown output, a missing reference, a label outside the
@@ -115,8 +118,8 @@ def token_log_probs(  # noqa: PLR0913  (a public signature that callers rely on)
     if faults := [*_shape_faults(policy, reference, labels, mask), *_request_faults(request, reference)]:
         raise InputError(*faults)
 
-    mask = mask.to(torch.bool)
-    selected = mask.reshape(-1).nonzero().squeeze(1)
+    if selected is None:
+        selected = mask.to(torch.bool).reshape(-1).nonzero().squeeze(1)
     ids = labels.reshape(-1).index_select(0, selected).long()
     if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < weight.shape[0]:
         raise InputError(

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.models.hidden_modules import hide_modules
-from tbpo_ray.training.optim import build_optimizer, set_learning_rate
+from tbpo_ray.training.distributed import world_size
+from tbpo_ray.training.optim import FiniteGuard, build_optimizer, set_learning_rate
+from tbpo_ray.training.readback import Readback
 
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 """bf16 gradients of micro-batches and ranks are summed in fp32: a bf16 sum loses what is 256 times
 smaller than it."""
+GRAD_NORM = "grad_norm"
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Engine:
         with hide_modules("mlflow"):
             import deepspeed
 
+        self.device = device
         optimizer = build_optimizer(module.parameters(), config.training)
         self.client_optimizer = optimizer
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -79,8 +83,6 @@ class Engine:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
-        self.loss = 0.0
-        optimizer.watched = lambda: [self.loss]  # type: ignore[attr-defined]
         self.stage = self.engine.zero_optimization_stage()
         if not self.stage and self.engine.dp_world_size == 1:
             self.engine.enable_backward_allreduce = False  # it would copy all gradients to reduce nothing
@@ -99,11 +101,11 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
-    def step(self, rate: float, loss: float = 0.0) -> float:
+    def step(self, rate: float, readback: Readback | None = None) -> float:
         """Clip the gradients, check them, update the weights.
 
         Args:
-            loss: the loss of this rank's part of the step, which the guard checks too.
+            readback: what else the step reads from the device, such as the loss, which the guard checks too.
 
         Returns:
             The gradient norm before clipping.
@@ -111,22 +113,38 @@ class Engine:
         Raises:
             NonFiniteGradientError: with `training.on_nonfinite=stop`, on all ranks, before any update.
         """
-        self.loss = loss
+        readback = readback or Readback(self.device)
+        self._guard.readback = readback
         set_learning_rate(self.optimizer, rate)
-        norm = self._gradient_norm() if self.optimizer is self.client_optimizer else None
+        if self.optimizer is self.client_optimizer:
+            readback.add(GRAD_NORM, self._gradient_norm())
+        else:
+            self._guard.on_read = self._add_zero_norm  # type: ignore[method-assign]
         self.engine.step()
         # With a non-finite gradient norm ZeRO skips the step itself, silently, before it reaches the guard.
         if getattr(self.optimizer, "overflow", False):
-            self.client_optimizer.refuse()  # type: ignore[attr-defined]
-        if norm is None:
+            self._guard.refuse()
+        if GRAD_NORM in readback:
+            norm: Any = readback[GRAD_NORM][0] / world_size()  # the same on every rank
+        else:
             norm = self.engine.get_global_grad_norm()
         # DeepSpeed returns -1 for a norm that is not finite, and None where `compute_grad_norm` is off.
         return float(norm) if norm is not None and norm >= 0 else float("nan")
 
-    def _gradient_norm(self) -> float:
+    @property
+    def _guard(self) -> FiniteGuard:
+        return cast("FiniteGuard", self.client_optimizer)
+
+    def _gradient_norm(self) -> Tensor:
         """The norm of gradients that every rank holds whole: without ZeRO, DeepSpeed does not return it."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _add_zero_norm(self, readback: Readback) -> None:
+        # ZeRO knows its norm, on the device, when it calls the optimizer, and hands it out afterwards.
+        norm = getattr(self.optimizer, "_global_grad_norm", None)
+        if norm is not None:
+            readback.add(GRAD_NORM, norm)
 
     @property
     def skipped(self) -> int:

@@ -44,15 +44,6 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def broadcast_flag(value: bool, device: torch.device) -> bool:
-    """Rank 0's `value`, on every rank; cheaper than an object."""
-    if not is_distributed():
-        return value
-    flag = torch.tensor([float(value)], device=device)
-    dist.broadcast(flag, src=0)
-    return flag.item() != 0.0
-
-
 def collective_device() -> torch.device:
     """The device on which the backend reduces tensors.
 

@@ -18,42 +18,65 @@ from torch import Tensor
 
 from tbpo_ray.storage.json_lines import dumps, loads_numbers
 from tbpo_ray.storage.ownership import WriteLease
-from tbpo_ray.training.distributed import all_reduce_sum
+from tbpo_ray.training.readback import Readback
 
 VALIDATION = "validation.jsonl"
 
 
 class MetricSums:
-    """Pair-weighted sums of metrics. They stay tensors until `reduce`, to avoid waiting for the device."""
+    """Pair-weighted sums of metrics. They stay on the device until a `Readback` fetches them."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.names: tuple[str, ...] = ()
         self.pairs = 0
+        self._loss: Tensor | None = None
+        self._sums: Tensor | None = None
+        """[names] float32"""
 
     def add(self, loss_sum: Tensor, metrics: Mapping[str, Tensor], pairs: int) -> None:
-        """Add a micro-batch: its summed loss, and metrics that are means over its `pairs`."""
-        values = {"loss": loss_sum.detach().float()} | {
-            k: v.detach().float() * pairs for k, v in metrics.items()
-        }
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        """Add a micro-batch: its summed loss, and metrics that are means over its `pairs`.
+
+        Raises:
+            ValueError: other metrics than in the micro-batch before.
+        """
+        names = tuple(metrics)
+        loss = loss_sum.detach().float()
+        if self._loss is None:
+            self.names, self._loss = names, loss
+            self._sums = _stack(metrics, like=loss) * pairs
+        elif names != self.names:
+            raise ValueError(f"metrics differ between micro-batches: {sorted({*names} ^ {*self.names})}")
+        else:
+            assert self._sums is not None
+            self._loss = self._loss + loss
+            self._sums = self._sums + _stack(metrics, like=loss) * pairs
         self.pairs += pairs
 
-    @property
-    def loss(self) -> float:
-        """The sum of the losses so far, on this rank; 0 before the first micro-batch."""
-        return float(self.sums.get("loss", 0.0))
+    def offer(self, readback: Readback) -> None:
+        """Add the sums to what is read from the device; the loss is guarded."""
+        device = readback.device
+        readback.add("loss", self._loss if self._loss is not None else 0.0, guarded=True)
+        readback.add("metrics", self._sums if self._sums is not None else torch.zeros(0, device=device))
+        readback.add("pairs", self.pairs)
+
+    def means(self, readback: Readback) -> dict[str, float]:
+        """Means over all pairs of all ranks, by sorted name. Reads what `offer` added."""
+        pairs = max(1.0, readback["pairs"][0])
+        sums = dict(zip(self.names, readback["metrics"], strict=True)) | {"loss": readback["loss"][0]}
+        return {name: sums[name] / pairs for name in sorted(sums)}
 
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """Means over all pairs of all ranks. Collective: every rank must have added the same metric names."""
-        names = sorted(self.sums)
-        flat = torch.stack(
-            [*(self.sums[n].double() for n in names), torch.tensor(float(self.pairs)).double()]
-        )
-        flat = flat.to(device)
-        all_reduce_sum(flat)
-        values = flat.tolist()
-        return {n: v / max(1.0, values[-1]) for n, v in zip(names, values[:-1], strict=True)}
+        """`means` of these sums alone. Collective: every rank must have added the same metric names."""
+        readback = Readback(device)
+        self.offer(readback)
+        return self.means(readback)
+
+
+def _stack(metrics: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """[names] float32"""
+    if not metrics:
+        return like.new_zeros(0)
+    return torch.stack([value.detach().float() for value in metrics.values()])
 
 
 class MetricsFile:

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from tbpo_ray.config.schema import TrainingConfig
 from tbpo_ray.training.distributed import all_reduce_sum, collective_device, is_distributed, world_size
+from tbpo_ray.training.readback import Readback
+
+BAD_GRADIENTS, BAD_HEAD = "bad_gradients", "bad_head"
+"""Names under which a readback counts tensors with NaN or infinite values."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -18,34 +22,53 @@ class NonFiniteGradientError(RuntimeError):
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    # aminmax propagates NaN and takes one pass without a temporary, unlike isfinite().all().
-    return not values.numel() or all(math.isfinite(end) for end in torch.stack(values.aminmax()).tolist())
+    """Whether no value is NaN or infinite. Waits for the device."""
+    return bool(nonfinite_count([values], values.device) == 0)
+
+
+def nonfinite_count(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """How many of the tensors' extremes are NaN or infinite: a scalar on `device`, float64.
+
+    aminmax propagates NaN and takes one pass without a temporary, unlike isfinite().all().
+    """
+    extremes: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            extremes.setdefault((tensor.device, tensor.dtype), []).extend(tensor.aminmax())
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    for ends in extremes.values():
+        count += (~torch.stack(ends).isfinite()).sum().to(device, non_blocking=True)
+    return count
 
 
 class FiniteGuard:
     """Mixin for a torch optimizer that checks the gradients before each step.
 
-    Under DeepSpeed these are this rank's partition, reduced and clipped. The values that `watched` returns,
+    Under DeepSpeed these are this rank's partition, reduced and clipped. The guarded values of `readback`,
     such as the loss, are checked too. All ranks reach the same verdict.
     """
 
     on_nonfinite = "stop"
-    watched: Callable[[], Iterable[float]] = staticmethod(lambda: ())
+    readback: Readback | None = None
+    """What else the step reads from the device; the verdict travels with it. Without it, the guard reads the
+    gradients alone."""
+    on_read: Callable[[Readback], None] = staticmethod(lambda readback: None)
+    """Called before the values are read, to add what is known only then."""
     skipped = 0
     param_groups: list[dict[str, Any]]
 
     def all_finite(self) -> bool:
-        bad = torch.zeros(1)
-        bad += sum(not math.isfinite(value) for value in self.watched())
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not all_finite(p.grad):
-                    bad += 1
-        if is_distributed():
-            bad = bad.to(collective_device())
-            all_reduce_sum(bad)
-        return float(bad) == 0.0
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        readback = self.readback
+        if readback is None or readback.is_read:
+            # ZeRO 3 updates a large model in parts, with a call for each of them.
+            own = gradients[0].device if gradients else torch.device("cpu")
+            readback = Readback(collective_device() if is_distributed() else own)
+        else:
+            self.on_read(readback)
+        # Each rank counts the gradients that it holds.
+        readback.add(BAD_GRADIENTS, nonfinite_count(gradients, readback.device))
+        return readback[BAD_GRADIENTS] == [0.0] and readback.is_finite
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if not self.all_finite():
@@ -107,13 +130,21 @@ class HeadOptimizer:
         self.head = head
         self.adamw = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.0)
 
-    def step(self) -> None:
+    def offer(self, readback: Readback) -> None:
+        """Average the gradients over the ranks, and add to what is read whether they are finite."""
         gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
-        if not gradients:
-            return
-        if is_distributed():
+        if gradients and is_distributed():
             _average_over_ranks(gradients)
-        if all(all_finite(g) for g in gradients):
+        readback.add(BAD_HEAD, nonfinite_count(gradients, readback.device))
+
+    def step(self, readback: Readback, *, skip: bool = False) -> None:
+        """Update the head unless a gradient is not finite, and clear the gradients.
+
+        Args:
+            readback: has what `offer` added.
+            skip: do not update: the policy's step was skipped.
+        """
+        if not skip and readback[BAD_HEAD] == [0.0]:
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 

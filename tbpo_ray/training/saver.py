@@ -10,18 +10,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tbpo_ray.config.schema import TrainingConfig
 from tbpo_ray.storage.ownership import WriteLease
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.distributed import barrier, broadcast_flag
+from tbpo_ray.training.distributed import barrier
+from tbpo_ray.training.readback import Readback
 
 WRITTEN = ".written-"
 """Prefix of the files with which ranks announce, during a background save, that their part is written."""
 _PEER_TIMEOUT_SECONDS = 1800.0
+CADENCE = "cadence"
+"""Name of the answer of a `Cadence` in a readback."""
 
 
 class Saver:
@@ -129,17 +131,19 @@ class Saver:
 
 
 class Cadence:
-    """Returns true on all ranks together once `seconds` have passed on rank 0's clock."""
+    """Whether `seconds` have passed, by rank 0's clock on all ranks together."""
 
-    def __init__(
-        self, seconds: float, device: torch.device, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.seconds, self.device, self.clock = seconds, device, clock
+    def __init__(self, seconds: float, rank: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.rank, self.clock = seconds, rank, clock
         self.last = clock()
 
-    def due(self) -> bool:
-        """Whether the time is up; collective, so every rank must call it equally often."""
-        if not broadcast_flag(self.clock() - self.last >= self.seconds, self.device):
+    def offer(self, readback: Readback) -> None:
+        """Add rank 0's answer to what the step reads from the device."""
+        readback.add(CADENCE, self.rank == 0 and self.clock() - self.last >= self.seconds)
+
+    def due(self, readback: Readback) -> bool:
+        """Whether the time was up when `offer` was called; the same on every rank."""
+        if readback[CADENCE] == [0.0]:
             return False
         self.last = self.clock()
         return True

@@ -16,6 +16,7 @@ from tbpo_ray.training.batch import collate_columns
 from tbpo_ray.training.components import TrainingComponents
 from tbpo_ray.training.metrics_file import MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, build_optimizer, learning_rate, set_learning_rate
+from tbpo_ray.training.readback import Readback
 
 
 def train_local(
@@ -39,9 +40,7 @@ def train_local(
     head = None
     if components.head is not None:
         head = HeadOptimizer(components.head, config.objective.state_baseline.lr)
-    watched: list[float] = []
-    optimizer.watched = lambda: watched  # type: ignore[attr-defined]
-    sums = MetricSums()
+    sums, readback = MetricSums(), Readback(device)
     for micro in micro_batches:
         batch = collate_columns(micro.columns(), components.layout).to(device)
         loss_sum, metrics = step(scorer, batch, micro.step)
@@ -49,14 +48,17 @@ def train_local(
         sums.add(loss_sum, metrics, len(micro.pair_ids))
         if micro.index < micro.count - 1:
             continue
-        watched[:] = [sums.loss]
+        sums.offer(readback)
         set_learning_rate(optimizer, learning_rate(micro.step, total, config.training))
         if config.training.max_grad_norm is not None:
-            norm = float(torch.nn.utils.clip_grad_norm_(trained, config.training.max_grad_norm))
-            watched.append(norm)
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.training.max_grad_norm)
+            readback.add("grad_norm", norm, guarded=True)
+        if head is not None:
+            head.offer(readback)
+        optimizer.readback = readback  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if head is not None:
-            head.step()
-        on_step(micro.step + 1, sums.reduce(device))
-        sums = MetricSums()
+            head.step(readback)
+        on_step(micro.step + 1, sums.means(readback))
+        sums, readback = MetricSums(), Readback(device)

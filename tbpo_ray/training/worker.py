@@ -27,6 +27,7 @@ from tbpo_ray.training.deepspeed_engine import Engine, without_partitions
 from tbpo_ray.training.distributed import broadcast_object
 from tbpo_ray.training.metrics_file import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradientError, learning_rate
+from tbpo_ray.training.readback import Readback
 from tbpo_ray.training.run_paths import RunPaths
 from tbpo_ray.training.run_plan import make_schedule, resolve_run
 from tbpo_ray.training.saver import Cadence, Saver, finite
@@ -64,7 +65,8 @@ class UnknownMetricError(ValueError):
 class StepReport:
     """What one optimizer step measured on this rank."""
 
-    sums: MetricSums
+    metrics: dict[str, float]
+    """Means over the pairs of the step, of all ranks."""
     grad_norm: float
     learning_rate: float
     seconds: float
@@ -73,6 +75,8 @@ class StepReport:
     """Positions that went through the model, padding included."""
     real_tokens: int
     """The same without padding."""
+    preemption_due: bool
+    """Whether it is time to ask for preemption notices."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Worker:
         self.step = 0
         self.pairs_seen = 0
         self.saver = Saver(self.checkpoints, self.rank, self.world, config.training, lease)
-        self.preemption = Cadence(PREEMPTION_SECONDS, self.device)
+        self.preemption = Cadence(PREEMPTION_SECONDS, self.rank)
         self.notice: Any = None
         self.metrics = MetricsFile(Path(run_paths.run_dir), lease, enabled=self.rank == 0)
         for sentence in self.components.sentences:
@@ -162,30 +166,42 @@ class Worker:
             self.engine.backward(loss_sum * (self.world / pairs_in_step), last=done)
             sums.add(loss_sum, metrics, len(micro.pair_ids))
             tokens += batch.input_ids.numel()
-            real_tokens += int((batch.segment >= 0).sum())
+            real_tokens += batch.real_tokens
         rate = learning_rate(self.step, self.schedule.steps_total, self.config.training)
+        readback = Readback(self.device)
+        sums.offer(readback)
+        self.preemption.offer(readback)
+        if self.head_optimizer is not None:
+            self.head_optimizer.offer(readback)
         skipped = self.engine.skipped
-        norm = self.engine.step(rate, sums.loss)
+        norm = self.engine.step(rate, readback)
         if self.head_optimizer is not None:
             # A skipped step moves neither the policy nor the head.
-            if self.engine.skipped == skipped:
-                self.head_optimizer.step()
-            else:
-                self.head_optimizer.adamw.zero_grad(set_to_none=True)
+            self.head_optimizer.step(readback, skip=self.engine.skipped != skipped)
         self.step += 1
         self.pairs_seen += pairs_in_step
-        return StepReport(sums, norm, rate, time.perf_counter() - began, waited, tokens, real_tokens)
+        return StepReport(
+            metrics=sums.means(readback),
+            grad_norm=norm,
+            learning_rate=rate,
+            seconds=time.perf_counter() - began,
+            data_wait_seconds=waited,
+            tokens=tokens,
+            real_tokens=real_tokens,
+            preemption_due=self.preemption.due(readback),
+        )
 
     def after_step(self, report: StepReport) -> None:
         """Log, evaluate and save where they are due."""
-        self.check_best_metric(report.sums)
+        self.check_best_metric(report.metrics)
         due = self._due_actions()
         row = self._metrics_row(report) if due.log else {}
         if due.evaluate:
             row = {"step": self.step, **row, **{f"eval/{k}": v for k, v in self.evaluate().items()}}
         if row and self.rank == 0:
             self.metrics.write(row, self._timing_row(report))
-        if due.save or self.preempted():
+        preempted = report.preemption_due and self.preempted()
+        if due.save or preempted:
             self.save(row)
 
     def _due_actions(self) -> DueActions:
@@ -212,7 +228,7 @@ class Worker:
             "step": self.step,
             "epoch": self.pairs_seen / max(1, self.prepared.pairs),
             "pairs_seen": self.pairs_seen,
-            **report.sums.reduce(self.device),
+            **report.metrics,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
         }
@@ -231,12 +247,12 @@ class Worker:
             "time": time.time(),
         }
 
-    def check_best_metric(self, sums: MetricSums) -> None:
+    def check_best_metric(self, metrics: dict[str, float]) -> None:
         """Raise UnknownMetricError in the first step if `training.best_metric` is not logged."""
         name = self.config.training.best_metric
-        if self.config.training.keep_best and name.removeprefix("eval/") not in sums.sums:
+        if self.config.training.keep_best and name.removeprefix("eval/") not in metrics:
             raise UnknownMetricError(
-                f"training.best_metric={name}: not logged; choose one of {', '.join(sorted(sums.sums))}, or "
+                f"training.best_metric={name}: not logged; choose one of {', '.join(sorted(metrics))}, or "
                 "one of these with the prefix eval/ if data.eval is set"
             )
 
@@ -244,8 +260,6 @@ class Worker:
         """Whether a node of some worker has newly been announced as preempted; then a checkpoint is due."""
         import ray.train
 
-        if not self.preemption.due():
-            return False
         before, self.notice = self.notice, ray.train.get_preemption_info()
         is_new = self.notice is not None and self.notice != before
         if is_new and self.rank == 0:

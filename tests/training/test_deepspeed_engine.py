@@ -247,6 +247,7 @@ def poisoned(rank, world):
     from tbpo_ray.config.loading import load_config
     from tbpo_ray.training.deepspeed_engine import Engine
     from tbpo_ray.training.optim import NonFiniteGradientError
+    from tbpo_ray.training.readback import Readback
     from tbpo_ray.training.state import copy_fragments
 
     found = {}
@@ -259,7 +260,9 @@ def poisoned(rank, world):
         engine.backward(out.square().sum() * (POISON[what] if rank else 1.0), last=True)
         stopped = False
         try:
-            engine.step(1.0, float("nan") if what == "loss" and rank else 1.0)
+            readback = Readback(torch.device("cpu"))
+            readback.add("loss", float("nan") if what == "loss" and rank else 1.0, guarded=True)
+            engine.step(1.0, readback)
         except NonFiniteGradientError:
             stopped = True
         after = copy_fragments(engine)
