@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tbpo_ray.data.rejection_reasons import RecordError
-from tbpo_ray.models.chat import MEDIA_PARTS, Message, part_text
+from tbpo_ray.models.chat import MEDIA_PARTS, Message, function_of, part_text
 
 ROLES = {
     "system": "system",
@@ -182,7 +182,9 @@ def parse_tools(value: Any, *, bare: bool = False) -> list[dict[str, Any]] | Non
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise RecordError("tools_malformed", str(value)[:80])
     tools = [dict(item) for item in items]
-    return [{"type": "function", "function": tool} for tool in tools] if bare else tools
+    if bare:
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return tools
 
 
 def parse_json_text(value: Any, reason: str) -> Any:
@@ -243,6 +245,7 @@ def _parse_message(item: Any) -> Message:
     kind = role.lower() if isinstance(role, str) else ""
     if kind not in ROLES:
         raise RecordError("message_malformed", f"role {role!r}; known roles are {', '.join(ROLES)}")
+    _check_second_statement(fields, kind, content)
     for name in _MEDIA_FIELDS:
         if not _is_empty(fields.get(name)):
             raise RecordError("media_not_supported", f"field {name} of the {role}")
@@ -254,18 +257,39 @@ def _parse_message(item: Any) -> Message:
     return message
 
 
+def _check_second_statement(fields: Mapping[str, Any], kind: str, content: Any) -> None:
+    """Refuse a message in which `from` or `value` contradicts `role` or `content`."""
+    value, speaker = fields.get("value"), fields.get("from")
+    if isinstance(value, str) and value != content:
+        raise RecordError("message_malformed", "content and value differ")
+    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is not None and role != ROLES[kind]:
+        raise RecordError("message_malformed", f"role {kind!r} and from {speaker!r} differ")
+
+
 def _normalize_calls(fields: dict[str, Any]) -> None:
     """Bring the calls of a message to `tool_calls`, the only field that templates read."""
     calls = parse_json_text(fields.pop("tool_calls", None), "message_malformed")
     legacy = fields.pop("function_call", None)
-    if not calls and legacy:
-        calls = _calls(parse_json_text(legacy, "message_malformed"))
-    if not calls:
-        return
-    items = [calls] if isinstance(calls, Mapping) else calls
+    older = _calls(parse_json_text(legacy, "message_malformed")) if legacy else []
+    items = [calls] if calls and isinstance(calls, Mapping) else calls or older
     if not isinstance(items, list | tuple):
         raise RecordError("message_malformed", f"tool_calls {str(calls)[:80]}")
-    fields["tool_calls"] = [_parse_call(item) for item in items]
+    parsed = [_parse_call(item) for item in items]
+    if older and [_function_words(call) for call in older] != [_function_words(call) for call in parsed]:
+        raise RecordError("message_malformed", "function_call and tool_calls differ")
+    if parsed:
+        fields["tool_calls"] = parsed
+
+
+def _function_words(call: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The name and the arguments of a call, which may be JSON text."""
+    function = function_of(call)
+    arguments = function.get("arguments")
+    try:
+        return function.get("name"), json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return function.get("name"), arguments
 
 
 def _parse_call(item: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any
 
 from tbpo_ray.config.schema import DataConfig
+from tbpo_ray.data.contradictions import check_columns
 from tbpo_ray.data.messages import (
     Message,
     answer_text,
@@ -23,20 +24,19 @@ from tbpo_ray.data.messages import (
     check_unicode,
     content_text,
     is_message,
-    parse_json_text,
-    parse_tools,
 )
 from tbpo_ray.data.pair_split import prompt_before, split_pair, with_system
 from tbpo_ray.data.record_shapes import RawPair, RawShape, missing_columns, read_prompt, read_row
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.sources import RawRow, iter_raw
+from tbpo_ray.data.table_rows import TableRow
+from tbpo_ray.data.template_inputs import TEMPLATE_COLUMNS, template_inputs
 from tbpo_ray.storage.json_lines import dumps
 
 _log = logging.getLogger(__name__)
 
 FORMAT_PREFIX = "format/"
 """What the names of the counts of rows by shape begin with (`format/pairs`)."""
-_EXTRA_COLUMNS = frozenset({"tools", "functions", "chat_template_kwargs"})
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def parse_records(
     if counts is not None:
         counts[FORMAT_PREFIX + shape] += 1
     check_media_columns(columns)
-    extras = _extras(columns)
+    check_columns(columns, values.used_columns)
     metadata = _metadata(columns, values)
     records = []
     for pair in _raw_pairs(values, options, row):
@@ -152,7 +152,8 @@ def parse_records(
         check_unicode(split.chosen, "chosen")
         check_unicode(split.rejected, "rejected")
         sides = (split.prompt, split.chosen, split.rejected)
-        record = Record(*sides, **extras, metadata=metadata, source=source, row=row, tie=pair.tie)
+        inputs = template_inputs(columns, [turn for side in sides for turn in side])
+        record = Record(*sides, **inputs, metadata=metadata, source=source, row=row, tie=pair.tie)
         records.append(swap_answers(record) if options.swap_answers else record)
     return records
 
@@ -177,6 +178,7 @@ def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
     check_media_columns(columns)
     found = read_row(columns)
     values = found[1] if found is not None else read_prompt(columns)
+    check_columns(columns, values.used_columns)
     two = (values.chosen, values.rejected) if isinstance(values, RawPair) else values.answers[:2]
     answers = list(two)
     try:
@@ -188,7 +190,8 @@ def parse_prompt(raw: Any, source: str = "", row: int = 0) -> Prompt:
         while prompt and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
     _check_prompt(prompt)
-    return Prompt(prompt, _metadata(columns, values), source, row, **_extras(columns))
+    inputs = template_inputs(columns, prompt)
+    return Prompt(prompt, _metadata(columns, values), source, row, **inputs)
 
 
 def iter_records(
@@ -284,17 +287,6 @@ def _differ(difference: float, gap: float) -> bool:
     return difference > 0 and difference >= gap
 
 
-def _extras(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The tools and the template's arguments of a row."""
-    tools = parse_tools(columns.get("tools")) or parse_tools(columns.get("functions"), bare=True)
-    arguments = parse_json_text(columns.get("chat_template_kwargs"), "template_kwargs_malformed") or {}
-    if not isinstance(arguments, Mapping):
-        raise RecordError("template_kwargs_malformed", str(arguments)[:80])
-    check_unicode(tools, "tools")
-    check_unicode(arguments, "chat_template_kwargs")
-    return {"tools": tools, "template_kwargs": dict(arguments)}
-
-
 def _check_answer_value(value: Any, name: str, columns: Mapping[str, Any]) -> None:
     if value is None:
         raise RecordError(f"{name}_missing", "null" if name in columns else "columns: " + ", ".join(columns))
@@ -312,5 +304,7 @@ def _check_prompt(messages: list[Message]) -> None:
 
 
 def _metadata(columns: Mapping[str, Any], values: RawShape) -> dict[str, Any]:
-    used = values.used_columns | _EXTRA_COLUMNS
-    return {str(name): value for name, value in columns.items() if name not in used}
+    used = values.used_columns | TEMPLATE_COLUMNS
+    # A checker function gets a table's columns as every other reader of the table does.
+    given = columns.filled if isinstance(columns, TableRow) else columns
+    return {str(name): value for name, value in given.items() if name not in used}

@@ -284,8 +284,9 @@ class PairTokenizer:
             return RecordError("template_not_prefix_stable", str(error))
 
     def _template_kwargs(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a conversation; columnar files hold null for those that a record does not have."""
-        return {**self.spec.template_kwargs, **{k: v for k, v in own.items() if v is not None}}
+        """The arguments of a conversation; a null of the record's own keeps the configured argument."""
+        configured = self.spec.template_kwargs
+        return {**configured, **{k: v for k, v in own.items() if v is not None or k not in configured}}
 
     def _encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return self._encoder.encode(texts, plain=self._renderer is None)

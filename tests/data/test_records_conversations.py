@@ -90,6 +90,19 @@ PROMPTS = {
         pair([{"role": "developer", "content": "D"}, U("Q")]),
         [{"role": "developer", "content": "D"}, U("Q")],
     ),
+    "the same conversation twice": (
+        pair(messages=[S("F."), U("Q")], conversations=[S("F. "), {"from": "human", "value": "Q"}, A("yes")]),
+        [S("F."), U("Q")],
+    ),
+    "the same system column twice": (pair("Q", system="F.", system_prompt="F. "), [S("F."), U("Q")]),
+    "a system turn before one answer, the other plain": (
+        {"prompt": [U("Q")], "chosen": [S("F."), U("Q"), A("yes")], "rejected": "no"},
+        [S("F."), U("Q")],
+    ),
+    "a system turn before one answer, the other alone": (
+        {"prompt": [U("Q")], "chosen": [A("yes")], "rejected": [S("F."), U("Q"), A("no")]},
+        [S("F."), U("Q")],
+    ),
     "transcript that ends in Human": (pair("\n\nHuman: Q"), [U("Q")]),
     "text that looks like JSON": (pair('{"role": 1'), [U('{"role": 1')]),
 }
@@ -154,6 +167,35 @@ REFUSED = {
         pair([U("Q"), {"from": "function_call", "value": "not JSON"}]),
         "message_malformed",
     ),
+    "another conversation": (
+        pair(messages=[U("Q")], conversations=[{"from": "human", "value": "R"}]),
+        "prompts_differ",
+    ),
+    "more turns in another conversation": (
+        pair(messages=[U("Q")], conversations=[U("Q"), A("a"), U("R")]),
+        "prompts_differ",
+    ),
+    "two system columns": (pair("Q", system="F.", system_prompt="G."), "prompts_differ"),
+    "two contents": (pair([{**U("Q"), "value": "R"}]), "message_malformed"),
+    "two roles": (pair([{**U("Q"), "from": "gpt"}]), "message_malformed"),
+    "two calls": (
+        pair("Q", [{**CALLING, "function_call": {"name": "other", "arguments": "{}"}}]),
+        "message_malformed",
+    ),
+    "two arguments of a call": (
+        pair("Q", [{**CALLING, "function_call": {"name": "weather", "arguments": '{"city": "Rome"}'}}]),
+        "message_malformed",
+    ),
+    "other tools in a message": (
+        pair([{**S("F."), "tools": [{"type": "function", "function": {"name": "x"}}]}, U("Q")], tools=TOOLS),
+        "tools_malformed",
+    ),
+    "other tools in another message": (
+        pair([{**U("Q"), "tools": TOOLS}], [{**A("yes"), "functions": [{"name": "x"}]}]),
+        "tools_malformed",
+    ),
+    "other functions": (pair("Q", tools=TOOLS, functions=[{"name": "x"}]), "tools_malformed"),
+    "tools of a message": (pair([{**S("F."), "tools": "calculator"}, U("Q")]), "tools_malformed"),
     "tools": (pair("Q", tools="calculator"), "tools_malformed"),
     "tools of text": (pair("Q", tools=["calculator"]), "tools_malformed"),
     "template arguments": (pair("Q", chat_template_kwargs="x"), "template_kwargs_malformed"),
@@ -280,6 +322,26 @@ def test_tools_and_calls_may_be_json_texts_and_calls_bare():
     for form, call in forms:
         (record,) = parse_records(pair("Q", [{**CALLING, "tool_calls": [form]}, RESULT, A("warm")], "cold"))
         assert record.chosen[0]["tool_calls"] == [call]
+
+
+def test_a_call_in_both_of_openai_s_formats_is_one_call():
+    both_formats = {**CALLING, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    (record,) = parse_records(pair("Q", [both_formats], "cold"))
+    assert record.chosen == [CALLING]
+
+
+def test_other_fields_named_from_and_value_stay():
+    turn = {**U("Q"), "from": "Eve", "value": 0.5}
+    assert parse_records(pair([turn]))[0].prompt == [turn]
+
+
+@pytest.mark.parametrize(
+    "field", [{"tools": TOOLS}, {"tools": json.dumps(TOOLS)}, {"functions": [TOOLS[0]["function"]]}]
+)
+def test_tools_of_a_message_are_those_of_the_record(field):
+    for columns in ({}, {"tools": TOOLS}, {"functions": [TOOLS[0]["function"]]}):
+        row = pair([{**S("F."), **field}, U("Q")], [{**A("yes"), "tools": []}], **columns)
+        assert parse_records(row)[0].tools == TOOLS == parse_prompt(row).tools
 
 
 def test_content_parts_are_kept_for_templates_that_read_them():
