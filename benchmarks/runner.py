@@ -16,6 +16,7 @@ PARTS = (
     "objectives",
     "data",
     "methods",
+    "noise",
     "training",
     "overhead",
     "scaling",
