@@ -92,8 +92,9 @@ def quantiles(values: Tensor, mask: Tensor, q: list[float]) -> list[Tensor]:
         return [values.sum()] * len(q)
     ordered = torch.where(mask, values, torch.inf).sort().values
     count = mask.sum()
-    # The positions depend on the count, which stays on the device; non_blocking avoids a synchronization.
-    at = torch.tensor(q, dtype=values.dtype).to(values.device, non_blocking=True) * (count - 1).clamp(min=0)
+    # The positions depend on the count, which stays on the device, and nothing is copied to it.
+    last = (count - 1).clamp(min=0).to(values.dtype)
+    at = torch.stack([last * share for share in q])
     low = ordered[at.floor().long()]
     high = ordered[at.ceil().long()]
     result = torch.where(count > 0, torch.lerp(low, high, at.frac()), 0)
