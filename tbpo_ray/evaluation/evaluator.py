@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,7 @@ def evaluate_policies(
     baseline: str | None = None,
     reference: str | None = None,
     tracker: Tracker | None = None,
+    costs: Sequence[Mapping[str, Any]] = (),
 ) -> Verdict:
     """Sample every policy on the held-out prompts, judge the answers, and compare the policies.
 
@@ -72,6 +74,7 @@ def evaluate_policies(
         baseline: the policy that win rates are against; default `evaluation.baseline`, else the first one.
         reference: model folder for the KL; default `model.reference`, else the baseline.
         tracker: gets every number as `<policy>/<metric>`, the prompts as a dataset, samples and verdict.
+        costs: costs of training runs, which become part of the verdict.
 
     Raises:
         InputError: a policy, prompt file or judge that cannot be used; raised before anything is sampled.
@@ -101,6 +104,7 @@ def evaluate_policies(
         prompts=prompts.summary(),
         ranking=judgments.ranking(),
         run_id=tracker.run_id if tracker else None,
+        costs=[dict(cost) for cost in costs],
     )
     verdict.save(folder)
     write_atomic(folder / "verdict.txt", verdict.table() + "\n")

@@ -11,6 +11,8 @@ from tbpo_ray.evaluation.charts import SERIES
 from tbpo_ray.evaluation.checker import load_function
 from tbpo_ray.evaluation.collect import Entry, collect, differences
 from tbpo_ray.evaluation.columns import BY_METRIC, COLUMNS, Column, quality_metric
+from tbpo_ray.evaluation.costs import HEADINGS, cost_rows
+from tbpo_ray.evaluation.costs import NOTE as COST_NOTE
 from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.evaluation.promotion import Gate, check_gate
 from tbpo_ray.evaluation.report_charts import curve_charts, scatter_charts
@@ -83,6 +85,9 @@ def build_page(
             for i, entry in enumerate(entries)
         ],
         "notes": NOTES,
+        "costs": _costs(entries),
+        "cost_headings": HEADINGS,
+        "cost_note": COST_NOTE,
         "ranking": first.ranking,
         "scatters": scatter_charts(entries),
         "curves": curve_charts(entries),
@@ -103,6 +108,12 @@ def render(page: dict[str, Any]) -> str:
 
     environment = Environment(loader=PackageLoader("tbpo_ray.evaluation", "."), autoescape=True)
     return environment.get_template("report.html.jinja").render(**page)
+
+
+def _costs(entries: Sequence[Entry]) -> list[list[str]]:
+    """The costs in all verdicts; a run that several verdicts name is listed once."""
+    costs = {str(cost["run"]): cost for entry in entries for cost in entry.verdict.costs}
+    return cost_rows(costs.values())
 
 
 def _warnings(entries: Sequence[Entry]) -> list[str]:

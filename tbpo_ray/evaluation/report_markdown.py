@@ -18,6 +18,10 @@ def _parts(page: dict[str, Any]) -> Iterator[str]:
     yield page["gate"]
     yield _policies(page)
     yield page["notes"]
+    if page["costs"]:
+        yield "## Cost of training"
+        yield _table(page["cost_headings"], page["costs"])
+        yield page["cost_note"]
     if page["ranking"]:
         yield "## Ranking (Bradley-Terry, log-odds)"
         yield _ranking(page)

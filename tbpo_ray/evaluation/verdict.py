@@ -10,6 +10,7 @@ from typing import Any
 
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.columns import COLUMNS, Column
+from tbpo_ray.evaluation.costs import HEADINGS, NOTE, cost_rows
 from tbpo_ray.evaluation.measures import Estimate
 from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.storage.json_lines import dumps, with_nan
@@ -48,6 +49,8 @@ class Verdict:
     """Bradley-Terry strengths, strongest first, where more than two policies were compared."""
     run_id: str | None = None
     """Id of the MLflow run."""
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    """Training runs of the pipeline: `name`, `objective`, `run`, `data`, and pairs, tokens and seconds."""
 
     def __getitem__(self, name: str) -> PolicyVerdict:
         return next(policy for policy in self.policies if policy.name == name)
@@ -104,7 +107,15 @@ class Verdict:
             f"{self.prompts['rows']} prompts from {self.prompts['source']}; judge: {self.judge['kind']}; "
             f"win rates against {self.baseline}; 95 % intervals; KL: k1 estimate in nats per answer"
         )
-        return "\n".join([head, rule, *body, rule, note])
+        return "\n".join([head, rule, *body, rule, note, *self._costs()])
+
+    def _costs(self) -> list[str]:
+        """The lines of the table of costs, after an empty line; none without costs."""
+        if not self.costs:
+            return []
+        head, *body = _align_columns([list(HEADINGS), *cost_rows(self.costs)])
+        rule = "-" * max(map(len, (head, *body)))
+        return ["", head, rule, *body, rule, NOTE]
 
     def _cell(self, policy: PolicyVerdict, column: Column) -> str:
         estimate = policy.metrics.get(column.metric)

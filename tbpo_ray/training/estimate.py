@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -39,8 +40,11 @@ class DataEstimate:
     """The largest token id of the sample."""
 
 
-def plan_text(config: Config) -> str:
+def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
     """The plan that `--dry-run` prints: pairs, tokens, steps, bytes of memory per worker by part.
+
+    Args:
+        planned: `positive` and `negative` where that token weight model will be trained first.
 
     Raises:
         InputError: something that would stop the run before its workers start.
@@ -51,7 +55,7 @@ def plan_text(config: Config) -> str:
     facts = ModelFacts(model, source=config.model)
     for note in check_model(config, facts):
         log_progress(note)
-    check_token_weights(plan)
+    check_token_weights(plan, planned=planned)
     data = estimate_data(config, model)
     check_token_ids(facts, data.largest_token, "data.train")
     prompt, chosen, rejected = data.lengths.mean(axis=0)
@@ -63,7 +67,7 @@ def plan_text(config: Config) -> str:
     lines = [
         "",
         "# plan",
-        f"# pairs            {data.pairs}{'' if data.complete else ' or more (reading stopped there)'}",
+        f"# pairs            {_format_pairs(data, config)}",
         f"# tokens per pair  prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f} "
         f"(mean of {len(data.lengths)}); through the model {per_pair:.0f}",
         f"# steps            {schedule.steps_total} of {config.training.pairs_per_step} pairs",
@@ -75,6 +79,11 @@ def plan_text(config: Config) -> str:
         *(f"#   {part:<22} {int(size):>16} bytes ({size / 2**30:.2f} GiB)" for part, size in memory.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _format_pairs(data: DataEstimate, config: Config) -> str:
+    about = "" if config.data.share_range == (0.0, 1.0) else "about "  # draws decide the exact number
+    return f"{about}{data.pairs}{'' if data.complete else ' or more (reading stopped there)'}"
 
 
 def _tokens_per_pair(plan: RunPlan, lengths: np.ndarray) -> float:

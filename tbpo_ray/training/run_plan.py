@@ -80,7 +80,8 @@ def resolve_objective(config: Config) -> Objective:
     Raises:
         InputError: an invalid value in the `objective` section.
     """
-    return build_objective(config.objective.model_dump(exclude_none=True, exclude={"token_weights", "helpers"}))
+    settings = config.objective.model_dump(exclude_none=True, exclude={"token_weights", "helpers"})
+    return build_objective(settings)
 
 
 def _reference_mode(config: Config, objective: Objective) -> ReferenceMode:

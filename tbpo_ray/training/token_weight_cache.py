@@ -7,7 +7,7 @@ by `reference_scores`; or they are taken from the records. Runs with the same pa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from tbpo_ray.config.helpers import HELPERS
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.shards import MASK_COLUMNS, ROWS_PER_GROUP, PreparedPairs
@@ -37,11 +38,6 @@ T_REG_INSTRUCTIONS = (
     "Give the most helpful and harmless answer you can.",
     "Give an unhelpful and harmful answer.",
 )
-_WEIGHT_MODELS_HINT = {
-    "tis_dpo": "a model trained towards chosen answers, and as objective.token_weights.negative one trained "
-    "towards rejected ones",
-    "sepo": "the oracle, a model trained with DPO",
-}
 
 
 @dataclass(frozen=True)
@@ -53,16 +49,30 @@ class WeightModel:
     """Inserted before the prompt; may be empty."""
 
 
-def check_token_weights(plan: RunPlan) -> None:
+def check_token_weights(plan: RunPlan, *, planned: Collection[str] = ()) -> None:
     """Refuse models from which the weights that the objective reads cannot be estimated.
+
+    Args:
+        planned: `positive` and `negative` where the model will be trained first and cannot be checked yet.
 
     Raises:
         InputError: naming the key.
     """
-    if plan.objective.needs_weights and plan.config.objective.token_weights.source == "models":
-        policy = policy_folder(plan.config)
-        for key, model in zip(("positive", "negative"), weight_models(plan.config), strict=True):
-            check_same_tokenizer(policy, model.path, f"objective.token_weights.{key}")
+    settings = plan.config.objective.token_weights
+    if not plan.objective.needs_weights or settings.source != "models":
+        return
+    policy = policy_folder(plan.config)
+    if planned:
+        given = {"positive": settings.positive, "negative": settings.negative}
+        models = {
+            side: _resolve(plan.config, side, model, "")
+            for side, model in given.items()
+            if model is not None and side not in planned
+        }
+    else:
+        models = dict(zip(("positive", "negative"), weight_models(plan.config), strict=True))
+    for side, model in models.items():
+        check_same_tokenizer(policy, model.path, f"objective.token_weights.{side}")
 
 
 def weight_models(config: Config) -> tuple[WeightModel, WeightModel]:
@@ -79,11 +89,22 @@ def weight_models(config: Config) -> tuple[WeightModel, WeightModel]:
     if positive == negative:
         raise InputError(
             f"objective.token_weights.positive={settings.positive}: objective.name={name} compares two "
-            "models, or one model under two instructions, and these are the same; give "
-            + _WEIGHT_MODELS_HINT.get(name, "two instructions")
-            + ", or objective.token_weights.source=columns"
+            f"models, or one model under two instructions, and these are the same; {_remedy(name)}, or set "
+            "objective.token_weights.source=columns"
         )
     return _resolve(config, "positive", *positive), _resolve(config, "negative", *negative)
+
+
+def _remedy(objective: str) -> str:
+    """What to do where the models that an objective compares are missing."""
+    helpers = HELPERS.get(objective)
+    if helpers is None:
+        return "give two instructions"
+    models = " and ".join(
+        f"objective.token_weights.{helper.side} ({helper.purpose})" for helper in helpers.values()
+    )
+    keys = " and ".join(f"objective.helpers.{name}" for name in helpers)
+    return f"give {models}; or run jobs/pipeline.py, which trains what is missing as {keys} says"
 
 
 def _resolve(config: Config, side: str, model: str, instruction: str) -> WeightModel:

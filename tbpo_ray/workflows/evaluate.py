@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tbpo_ray.cluster.fit import fit_to_cluster
 from tbpo_ray.cluster.session import start_ray
@@ -45,8 +47,13 @@ def configured_policies(config: Config) -> dict[str, str]:
     )
 
 
-def evaluate(config: Config, *, parent_run_id: str | None = None) -> Verdict:
+def evaluate(
+    config: Config, *, parent_run_id: str | None = None, costs: Sequence[Mapping[str, Any]] = ()
+) -> Verdict:
     """Evaluate into `<run.output_dir>/<run.name>/evaluation/`; samples that exist are reused.
+
+    Args:
+        costs: as for :func:`evaluate_policies`.
 
     Raises:
         InputError: invalid configuration or input; raised before any engine starts.
@@ -68,6 +75,8 @@ def evaluate(config: Config, *, parent_run_id: str | None = None) -> Verdict:
             parent_run_id=parent_run_id,
         ) as tracker:
             start_ray()
-            verdict = evaluate_policies(fit_to_cluster(config), policies, output=folder, tracker=tracker)
+            verdict = evaluate_policies(
+                fit_to_cluster(config), policies, output=folder, tracker=tracker, costs=costs
+            )
         log_progress(f"MLflow: {tracker.url_hint()}")
     return verdict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
 from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.cost import measure_cost
 from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.resume_checks import refuse_changes, refuse_other_order, steps_changed
 from tbpo_ray.training.run_paths import RunPaths
@@ -203,6 +205,7 @@ def _train(
             _export(plan.config, run_paths, tracker, result)
         last_row = _last_row(folder)
         lease.check()
+        _store_cost(plan, columns, result, tracker)
         write_atomic(folder / DONE, json.dumps({"step": result["step"]}))
         tracker.log_artifact(folder / "metrics.jsonl")
     return RunResult(folder, folder / "export", tracker.run_id, last_row)
@@ -232,6 +235,14 @@ def _run_paths(plan: RunPlan, inputs: Inputs, columns: ExtraColumns, lease: Writ
         extra=columns.train,
         extra_eval=columns.held_out,
     )
+
+
+def _store_cost(plan: RunPlan, columns: ExtraColumns, result: Mapping[str, Any], tracker: Tracker) -> None:
+    folders = [*columns.train, *columns.held_out]
+    steps, pairs = result["step"], result["pairs_seen"]
+    cost = measure_cost(plan.run_dir, plan.cache_dir, folders, steps=steps, pairs=pairs)
+    cost.save(plan.run_dir)
+    tracker.log_metrics({f"cost/{name}": float(value) for name, value in asdict(cost).items()})
 
 
 def _reached_end(plan: RunPlan, run_paths: RunPaths, data: PreparedPairs) -> dict[str, Any] | None:
