@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-ORDER_VERSION = 4
+from tbpo_ray.data.deal import Deal, Limits, align, deal_even, deal_packed, deal_padded, padded_tokens
+
+ORDER_VERSION = 5
 """Version of the order that this code produces; every checkpoint records it.
 
 Increment it with every change after which the same arguments give other pairs in a step or other
@@ -25,10 +27,17 @@ ranks. Resuming a run of another version is then refused, since it would repeat 
 - 1 (not recorded in checkpoints): counted truncated tails as length, and used smaller windows.
 - 2: sorted the pairs of a step by length only if the steps themselves consisted of pairs of similar length.
 - 3: distributed the pairs of a step round-robin.
+- 4: gave all ranks equally many pairs, and counted context tokens of truncated answers as length.
 """
+GROUP_PAIRS = 8
+"""Pairs of similar length that stay together in a step, where no number of pairs limits a micro-batch."""
 _WINDOW_STEPS = 16
 """Pairs are sorted by length within windows of this many steps, or of four times as many micro-batches if
 those are more pairs."""
+
+RowKind = Literal["shared", "separate", "packed"]
+"""`shared`: a row `[prompt][chosen][rejected]` for each pair; `separate`: a row `[prompt][answer]` for each
+answer; `packed`: the shared rows of a micro-batch follow each other in one row."""
 
 
 def pair_tokens(lengths: np.ndarray, truncate_to_shorter: bool) -> np.ndarray:
@@ -43,6 +52,28 @@ def pair_tokens(lengths: np.ndarray, truncate_to_shorter: bool) -> np.ndarray:
     return np.asarray(sizes[:, 0] + answers, dtype=np.int32)
 
 
+def row_tokens(
+    lengths: np.ndarray, *, truncate_to_shorter: bool = False, rows: RowKind = "shared", sides: int = 2
+) -> np.ndarray:
+    """Positions of each pair that go through the model, without padding to other pairs: [N] int64.
+
+    The last token of an answer predicts nothing and is not among them. With separate rows both are padded to
+    the longer one.
+
+    Args:
+        lengths: tokens of prompt, chosen and rejected: [N, 3].
+        sides: answers that are trained on; 1 for SFT.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    answers = sizes[:, 1 : 1 + sides]
+    if truncate_to_shorter and sides == 2:
+        answers = np.broadcast_to(answers.min(axis=1, keepdims=True), answers.shape)
+    inputs = np.maximum(answers - 1, 0)
+    if rows == "separate":
+        return np.asarray(sides * (sizes[:, 0] + inputs.max(axis=1)))
+    return np.asarray(sizes[:, 0] + inputs.sum(axis=1))
+
+
 class Schedule:
     """Steps and micro-batches over `N` prepared pairs.
 
@@ -50,7 +81,11 @@ class Schedule:
         lengths: tokens of prompt, chosen and rejected: [N, 3] int32.
         seed: seed of the permutations.
         pairs_per_step: pairs in an optimizer step, over all ranks.
-        micro_batch_pairs: maximum number of pairs in a micro-batch.
+        micro_batch_pairs: maximum number of pairs in a micro-batch; None: no such limit.
+        micro_batch_tokens: maximum number of tokens in a micro-batch, padding included; a longer pair is
+            alone in one. None: no such limit.
+        rows: how pairs become rows, which decides what padding costs.
+        sides: answers that are trained on; 1 for SFT.
         length_batches: build steps from groups of pairs of similar length; otherwise the pairs of a step are
             drawn regardless of length. Micro-batches within a step are sorted by length in both cases.
         truncate_to_shorter: answers are truncated to the shorter one of a pair, and its length counts so.
@@ -64,7 +99,10 @@ class Schedule:
         *,
         seed: int,
         pairs_per_step: int,
-        micro_batch_pairs: int,
+        micro_batch_pairs: int | None = None,
+        micro_batch_tokens: int | None = None,
+        rows: RowKind = "shared",
+        sides: int = 2,
         length_batches: bool = True,
         truncate_to_shorter: bool = False,
         epochs: float = 1.0,
@@ -72,10 +110,15 @@ class Schedule:
     ):
         if len(lengths) == 0:
             raise ValueError("a schedule needs at least one pair")
+        if micro_batch_pairs is None and micro_batch_tokens is None:
+            raise ValueError("a schedule needs micro_batch_pairs or micro_batch_tokens")
         self.params: dict[str, Any] = {
             "seed": seed,
             "pairs_per_step": pairs_per_step,
             "micro_batch_pairs": micro_batch_pairs,
+            "micro_batch_tokens": micro_batch_tokens,
+            "rows": rows,
+            "sides": sides,
             "length_batches": length_batches,
             "truncate_to_shorter": truncate_to_shorter,
             "epochs": epochs,
@@ -83,15 +126,19 @@ class Schedule:
         }
         """All arguments except `lengths`, to build an equal schedule in another process."""
         self.pairs = len(lengths)
-        self.pairs_per_step, self.micro_batch_pairs = pairs_per_step, micro_batch_pairs
+        self.pairs_per_step = pairs_per_step
+        self.limits = Limits(micro_batch_pairs, micro_batch_tokens)
+        self.packed = rows == "packed"
         self._seed, self._length_batches = seed, length_batches
         self._tokens = pair_tokens(lengths, truncate_to_shorter)
+        self._rows = row_tokens(lengths, truncate_to_shorter=truncate_to_shorter, rows=rows, sides=sides)
         self.tokens_per_pair = float(np.asarray(lengths).sum(axis=1).mean())
         """Mean number of tokens of a prompt and its two answers, before truncation to the shorter one."""
         self.steps_per_epoch = -(-self.pairs // pairs_per_step)
         # The tolerance keeps a product such as 0.07 * 100 = 7.000000000000001 from adding a step.
         self.steps_total = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._deal: tuple[tuple[int, int], Deal] | None = None
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """The pair ids of an epoch in the order in which they fill its steps: [N] int64."""
@@ -112,48 +159,69 @@ class Schedule:
         return epochs * self.pairs + min(index * self.pairs_per_step, self.pairs)
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[np.ndarray]:
-        """The micro-batches of a rank in a step, each at most [micro_batch_pairs] int64.
+        """The micro-batches of a rank in a step, each an array of pair ids int64.
 
-        Every rank has the same number of micro-batches, some of which may be empty. The shares of the ranks
-        differ by at most one pair, and micro-batches with the same index hold pairs of similar length on all
-        ranks.
+        Every rank has the same number of micro-batches, some of which may be empty. Those with the same index
+        have nearly equally many tokens on all ranks, padding included, and not always equally many pairs.
         """
-        ids = self.step_pairs(step)
-        ids = ids[np.lexsort((ids, self._tokens[ids]))]
-        shares = [len(ids) // world + (r < len(ids) % world) for r in range(world)]
-        count = -(-shares[0] // self.micro_batch_pairs)
-        # From the longest pairs to the shortest, the rank with the fewest padded tokens so far takes the
-        # longest pairs of each micro-batch index, because all ranks wait for the slowest one.
-        loads = [0] * world
-        out, end = [], len(ids)
-        for index in reversed(range(count)):
-            for r in sorted(range(world), key=lambda r: (loads[r], r)):
-                size = shares[r] // count + (index < shares[r] % count)
-                if r == rank:
-                    out.append(ids[end - size : end])
-                loads[r] += size * int(self._tokens[ids[end - 1]])  # all padded to the longest
-                end -= size
-        return out[::-1]
+        return self.deal(step, world)[rank]
+
+    def deal(self, step: int, world: int) -> Deal:
+        """The micro-batches of all ranks in a step, see :meth:`micro_batches`."""
+        if self._deal is None or self._deal[0] != (step, world):
+            self._deal = (step, world), self._distribute(self.step_pairs(step), world)
+        return self._deal[1]
+
+    def _distribute(self, ids: np.ndarray, world: int) -> Deal:
+        if world == 1 and self.limits.tokens is None and not self.packed:
+            assert self.limits.pairs is not None
+            ids = ids[np.lexsort((ids, self._tokens[ids]))]
+            found = deal_even(self._tokens[ids], self.limits.pairs)
+        else:
+            ids = ids[np.lexsort((ids, self._rows[ids]))]
+            distribute = deal_packed if self.packed else deal_padded
+            found = distribute(self._rows[ids], world, self.limits)
+        return [[ids[part] for part in parts] for parts in found]
 
     def padding_share(self, steps: int = 64, world: int = 1) -> float:
-        """Share of padding tokens if micro-batches are padded to their longest pair, over the first steps."""
-        shares = [(step, rank) for step in range(min(steps, self.steps_total)) for rank in range(world)]
-        tokens = sum(
-            int(self._tokens[ids].sum())
-            for step, rank in shares
-            for ids in self.micro_batches(step, rank, world)
+        """Share of padding among the tokens that go through the model, over the first steps."""
+        counted = range(min(steps, self.steps_total))
+        real = sum(int(self._rows[self.step_pairs(step)].sum()) for step in counted)
+        return 1 - real / sum(
+            self.padded_tokens(step, rank, world) for step in counted for rank in range(world)
         )
-        return 1 - tokens / sum(self.padded_tokens(step, rank, world) for step, rank in shares)
 
     def padded_tokens(self, step: int, rank: int, world: int) -> int:
-        """Tokens of the micro-batches of a rank in a step, each padded to its longest pair."""
-        micro_batches = self.micro_batches(step, rank, world)
-        return sum(int(self._tokens[ids].max()) * len(ids) for ids in micro_batches if len(ids))
+        """Tokens of a rank's micro-batches in a step, padding included."""
+        return sum(
+            padded_tokens(self._rows[ids], packed=self.packed)
+            for ids in self.micro_batches(step, rank, world)
+            if len(ids)
+        )
+
+    def busy_share(self, step: int, world: int) -> float:
+        """Share of the time of a step in which the ranks compute something useful, by tokens.
+
+        It is the number of real tokens of all ranks over `world` times the sum, over the micro-batch indices,
+        of the tokens of the slowest rank, padding included: ranks go through the indices in lockstep.
+        """
+        found = self.deal(step, world)
+        lockstep = sum(
+            max(padded_tokens(self._rows[parts[index]], packed=self.packed) for parts in found)
+            for index in range(len(found[0]))
+        )
+        return float(self._rows[self.step_pairs(step)].sum()) / (world * lockstep)
+
+    def busy_bound(self, step: int, world: int) -> float:
+        """The most that :meth:`busy_share` can be: no step is shorter than its longest pair."""
+        rows = self._rows[self.step_pairs(step)]
+        total = float(rows.sum())
+        return total / (world * max(float(align(int(rows.max()))), total / world))
 
     def _permute(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(self.pairs)
-        group = min(self.micro_batch_pairs, self.pairs_per_step)
+        group = min(self.limits.pairs or GROUP_PAIRS, self.pairs_per_step)
         grouped = self.pairs // group * group
         if not self._length_batches or grouped == 0:
             return order
