@@ -60,6 +60,18 @@ _SET_ELSEWHERE = {
     "gradient_accumulation_steps": "training.pairs_per_step and training.micro_batch_pairs",
 }
 
+OPEN_TYPES: dict[str, Any] = {
+    **{f"{KEY}.{name}": kind for name, kind in _TOP_KEYS.items()},
+    **{f"{KEY}.zero_optimization.{name}": kind | None for name, kind in _ZERO_KEYS.items()},
+    **{
+        f"{KEY}.zero_optimization.{part}.{name}": kind | None
+        for part in OFFLOAD_STAGES
+        for name, kind in _OFFLOAD_KEYS.items()
+    },
+    **{f"{KEY}.{part}.enabled": bool for part in ("bf16", "fp16")},
+}
+"""Types of the dotted keys of `training.deepspeed`."""
+
 
 def zero_stage(options: Mapping[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed configuration that has been checked."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from tbpo_ray.config import field_types, yaml_text
-from tbpo_ray.config.open_values import TEXT_KEYS
+from tbpo_ray.config import field_types, yaml_limits, yaml_text
+from tbpo_ray.config.deepspeed_options import OPEN_TYPES as DEEPSPEED_TYPES
+from tbpo_ray.config.open_values import OPEN_TYPES
 from tbpo_ray.config.schema import RENAMED_KEYS, Config
 from tbpo_ray.config.validation import section_keys, unknown_key_message, validate_section
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.progress import log_progress
 from tbpo_ray.redaction import strip_credentials
 
+_TYPES = OPEN_TYPES | DEEPSPEED_TYPES
 STAGES = ("sft",)
 """Keys that hold overrides of the whole tree."""
 
@@ -49,7 +53,8 @@ def read_space(path: str | Path) -> dict[str, Any]:
     The values that a search space lists, and those of its conditions, have the types of their keys.
     """
     tree = _parse_file(path, "--space", "tune_spaces/joint.yaml")
-    return {key: _typed_entry(key, entry) for key, entry in tree.items()}
+    typed, _ = yaml_text.split_written({key: _typed_entry(key, entry) for key, entry in tree.items()})
+    return dict(typed)
 
 
 def _parse_file(path: str | Path, option: str, example: str) -> dict[str, Any]:
@@ -65,17 +70,34 @@ def _parse_file(path: str | Path, option: str, example: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{option} {path}: no such file; give a YAML file such as {example}")
+    text = _read_text(file)
     try:
-        tree = yaml_text.parse_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = str(getattr(error, "problem_mark", "") or "").strip()
-        raise InputError(f"{path}: not valid YAML {where}: {getattr(error, 'problem', error)}") from error
+        tree = yaml_text.parse_yaml(text, STAGES)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InputError(
+            f"{path}: not valid YAML, line {line}: the character {error.character!r} is not allowed"
+        ) from error
+    except yaml.YAMLError as error:
+        where = f", {yaml_limits.place(error)}" if yaml_limits.place(error) else ""
+        raise InputError(f"{path}: not valid YAML{where}: {_problem(error)}") from error
     if tree is None or (isinstance(tree, yaml_text.PlainScalar) and tree.value is None):
         return {}
     if not isinstance(tree, dict):
         kind = type(yaml_text.typed(tree)).__name__
         raise InputError(f"{path}: {option} must contain a mapping, not a {kind}")
     return tree
+
+
+def _read_text(file: Path) -> str:
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{file}: not valid YAML, line {line}: the byte 0x{content[error.start]:02x} is not UTF-8"
+        ) from error
 
 
 def _typed_entry(key: str, entry: Any) -> Any:
@@ -97,7 +119,7 @@ def _typed_entry(key: str, entry: Any) -> Any:
 def overrides_to_tree(overrides: Iterable[str]) -> dict[str, Any]:
     """Turn overrides such as `["a.b=1", "c=[x]"]` into a nested mapping.
 
-    Values are parsed as YAML, except that a key which takes a string gets the text as typed.
+    Values are parsed as YAML, except that a key which may take a string gets such a text as typed.
     """
     tree: dict[str, Any] = {}
     for item in overrides:
@@ -112,7 +134,7 @@ def _override_value(key: str, text: str) -> Any:
     annotation = _type_of(key)
     if not text:
         return None if field_types.takes_null(annotation) else ""
-    accepts_text = field_types.takes_text(annotation)
+    accepts_text = field_types.takes_text(annotation) or field_types.is_open(annotation)
     try:
         parsed = yaml_text.parse_yaml(text)
         if parsed is None:  # a comment or a document marker, which must not stand for null
@@ -147,7 +169,7 @@ def _type_of(key: str) -> Any:
     """The type of a dotted key; Any where the schema leaves it open."""
     for stage in STAGES:
         key = key.removeprefix(f"{stage}.")
-    return field_types.type_at(Config, key, hints=TEXT_KEYS)
+    return field_types.type_at(Config, key, hints=_TYPES)
 
 
 def _typed_config(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,9 +177,7 @@ def _typed_config(tree: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for key, value in tree.items():
         stage = key in STAGES and isinstance(value, dict)
-        out[key] = (
-            _typed_config(value) if stage else yaml_text.typed(value, _type_of(key), f"{key}.", TEXT_KEYS)
-        )
+        out[key] = _typed_config(value) if stage else yaml_text.typed(value, _type_of(key), f"{key}.", _TYPES)
     return out
 
 
@@ -213,7 +233,24 @@ def validate(tree: Mapping[str, Any]) -> Config:
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and "\0" in text for text in texts):
             raise InputError(f"{key}={value!r}: contains a NUL character, which no path or name may")
-    return validate_section(Config, tree)
+        # JSON has no such number, so it would be null in the run's config.yaml.
+        if any(isinstance(item, float) and not math.isfinite(item) for item in texts) and field_types.is_open(
+            _type_of(key)
+        ):
+            raise InputError(f"{key}={value!r}: must be a finite number")
+    plain, spellings = yaml_text.split_written(tree)
+    try:
+        return validate_section(Config, plain)
+    except InputError as error:
+        raise InputError(*(_as_written(fault, spellings) for fault in error.faults)) from error
+
+
+def _as_written(fault: str, spellings: Mapping[str, tuple[str, str]]) -> str:
+    """A fault that shows each number as it was written, `007` and not 7."""
+    for key, (shown, written) in spellings.items():
+        typed = re.escape(f"{key}={shown}")
+        fault = re.sub(rf"(?<![\w.]){typed}(?![\w.])", f"{key}={written}", fault)
+    return fault
 
 
 def rename_deprecated_keys(tree: Mapping[str, Any], *, log: bool = True) -> dict[str, Any]:

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_origin
 
-ENGINE_KINDS: dict[str, type] = {
-    "tokenizer": str, "revision": str, "tokenizer_revision": str, "code_revision": str, "download_dir": str,
-    "dtype": str, "quantization": str, "load_format": str, "kv_cache_dtype": str,
-    "gpu_memory_utilization": float, "swap_space": float, "cpu_offload_gb": float,
-    "max_model_len": int, "max_num_seqs": int, "max_num_batched_tokens": int, "block_size": int,
-    "pipeline_parallel_size": int, "seed": int, "enforce_eager": bool, "enable_prefix_caching": bool,
-    "enable_chunked_prefill": bool, "disable_log_stats": bool, "trust_remote_code": bool, "enable_lora": bool,
-    "max_lora_rank": int, "disable_custom_all_reduce": bool, "hf_overrides": dict,
-}  # fmt: skip
-"""Common vLLM engine arguments; others are passed through as they are."""
+from tbpo_ray.config import field_types
+from tbpo_ray.config.engine_options import ENGINE_KINDS
+
 ENGINE_SET_ELSEWHERE = {
     "model": "evaluation.policies",
     "tensor_parallel_size": "generation.tensor_parallel",
 }
 """vLLM engine arguments that the job sets, and the keys of the configuration they come from."""
 JUDGE_KINDS = ("checker", "reward_model", "llm", "implicit")
-_JUDGE_TEXTS = ("kind", "function", "model", "url", "pool", "api_key_env", "prompt_file")
-
-TEXT_KEYS: dict[str, Any] = {
-    **{f"evaluation.judge.{name}": str | None for name in _JUDGE_TEXTS},
-    "evaluation.benchmarks.tasks": list[str],
-    "evaluation.benchmarks.include_path": str | None,
-    **{f"generation.engine.{name}": str | None for name, kind in ENGINE_KINDS.items() if kind is str},
+JUDGE_TYPES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("kind", "function", "model", "revision", "url", "pool", "api_key_env", "prompt_file", "rubric"),
+        str | None,
+    ),
+    "both_orders": bool,
+    "batch_size": int, "max_tokens": int, "concurrency": int, "retries": int,
+    "temperature": float, "timeout_s": float, "price_input": float, "price_output": float,
+}  # fmt: skip
+BENCHMARK_TYPES: dict[str, Any] = {
+    "suite": str | None,
+    "tasks": list[str],
+    "shots": dict[str, int],
+    "include_path": str | None,
+    "limit": int | None,
 }
-"""Dotted keys that take a string as typed, and their types."""
+
+OPEN_TYPES: dict[str, Any] = {
+    **{f"evaluation.judge.{name}": kind for name, kind in JUDGE_TYPES.items()},
+    **{f"evaluation.benchmarks.{name}": kind for name, kind in BENCHMARK_TYPES.items()},
+    **{f"generation.engine.{name}": kind | None for name, kind in ENGINE_KINDS.items()},
+}
+"""Types of the dotted keys in mappings that the schema leaves open."""
 
 _TYPE_NAMES = {
     int: "an integer",
@@ -38,6 +46,8 @@ _TYPE_NAMES = {
     bool: "true or false",
     str: "a string",
     dict: "a mapping",
+    list: "a list",
+    type(None): "null",
 }
 
 
@@ -65,7 +75,7 @@ def check_engine(arguments: Mapping[str, Any]) -> None:
 
 
 def check_judge(settings: Mapping[str, Any]) -> None:
-    """Refuse a judge of an unknown kind, or a setting that is a list or a mapping.
+    """Refuse a judge of an unknown kind, and settings of a wrong type.
 
     Raises:
         ValueError: one line per fault; each names the dotted key.
@@ -73,18 +83,35 @@ def check_judge(settings: Mapping[str, Any]) -> None:
     kind = settings.get("kind", "checker")
     if kind not in JUDGE_KINDS:
         raise ValueError(f"evaluation.judge.kind={kind!r}: unknown; must be one of {', '.join(JUDGE_KINDS)}")
+    where = "evaluation.judge"
     faults = [
-        f"evaluation.judge.{name}={value!r}: must be a single value"
+        f"{where}.{name}={value!r}: must be a single value"
         for name, value in settings.items()
         if isinstance(value, list | dict)
     ]
+    known = {name: value for name, value in settings.items() if name in JUDGE_TYPES}
+    if faults := faults or list(type_faults(known, JUDGE_TYPES, where)):
+        raise ValueError("\n".join(faults))
+
+
+def check_benchmarks(settings: Mapping[str, Any]) -> None:
+    """Refuse unknown keys of `evaluation.benchmarks`, and values of a wrong type.
+
+    Raises:
+        ValueError: one line per fault; each names the dotted key.
+    """
+    where = "evaluation.benchmarks"
+    faults = list(type_faults(settings, BENCHMARK_TYPES, where, closed=True))
+    shots = settings.get("shots")
+    if isinstance(shots, Mapping):
+        faults += type_faults(shots, dict.fromkeys(shots, int), f"{where}.shots")
     if faults:
         raise ValueError("\n".join(faults))
 
 
 def type_faults(
     values: Mapping[str, Any],
-    kinds: Mapping[str, type],
+    kinds: Mapping[str, Any],
     where: str,
     *,
     closed: bool = False,
@@ -105,14 +132,29 @@ def type_faults(
             if near:
                 yield f"{where}.{name}: unknown key; the nearest known one is {where}.{near[0]}"
         elif not _has_type(value, kind) and not (value is None and name in optional):
-            yield f"{where}.{name}={value!r}: must be {_TYPE_NAMES[kind]}"
+            yield f"{where}.{name}={value!r}: must be {_type_name(kind)}"
 
 
-def _has_type(value: Any, kind: type) -> bool:
+def _type_name(kind: Any) -> str:
+    """A type in words, such as `a string or a list`."""
+    return " or ".join(_TYPE_NAMES[get_origin(member) or member] for member in field_types.members(kind))
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    return any(_is_of(value, member) for member in field_types.members(kind))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind) or kind
     if isinstance(value, bool):
-        return kind is bool
-    if kind is dict:
+        return origin is bool
+    if origin is dict:
         return isinstance(value, Mapping)
-    if kind is int:  # 5e8 too, as DeepSpeed's documentation writes bucket sizes
+    if origin is list:
+        item = field_types.item_type(kind)
+        return isinstance(value, list) and all(_has_type(entry, item) for entry in value)
+    if origin is int:  # 5e8 too, as DeepSpeed's documentation writes bucket sizes
         return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if origin is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, origin)

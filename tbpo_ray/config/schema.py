@@ -14,7 +14,7 @@ from pydantic import Field, StrictBool, field_validator, model_validator
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Number, Positive, Section, Share, check_name
 from tbpo_ray.config.cluster import ClusterConfig, CountOrRange
 from tbpo_ray.config.objective import ObjectiveConfig
-from tbpo_ray.config.open_values import check_engine, check_judge
+from tbpo_ray.config.open_values import check_benchmarks, check_engine, check_judge
 from tbpo_ray.config.training import TrainingConfig
 
 __all__ = [
@@ -240,6 +240,12 @@ class EvaluationConfig(Section):
     """lm-eval tasks (needs the extra `harness`): `{tasks: [...], shots: {...}, include_path: ...}`."""
     credit_pairs: CountOrZero = 0
     """Number of pairs that the token credit map shows; 0: no map."""
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _check_benchmarks(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_benchmarks(value)
+        return value
 
     @field_validator("judge")
     @classmethod

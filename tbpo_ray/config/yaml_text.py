@@ -3,24 +3,34 @@
 YAML decides the type of `007`, `1e5`, `12:30:45` or `no` from its spelling. Here the field decides: a field
 that takes a string gets the text as typed, and all others get YAML's value. Numbers follow YAML 1.2
 (`1e-3` is a number, `010` is ten, `12:30` is not a number), and dates are text.
+
+Where the schema leaves the type open, a spelling that a number would lose (`007`, `1.10`, `1_000`) is text,
+and `yes`, `no`, `on` and `off`, which YAML 1.1 and 1.2 read differently, are refused.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
-from tbpo_ray.config.field_types import item_type, scalar_types, type_at
+from tbpo_ray.config import yaml_limits
+from tbpo_ray.config.field_types import item_type, scalar_types, takes_text, type_at
+from tbpo_ray.errors import InputError
 
 _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)")
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
+# A number with one of these spellings would not be written out as it was typed.
+_LOSSY = re.compile(r"[-+]?0[0-9_].*|.*_.*|[-+]?[0-9]*\.[0-9]+0|[-+]?0b.*")
+_YAML_11_BOOLEANS = ("yes", "no", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -43,17 +53,22 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    # Sets, pairs, bytes and dates are not values of a configuration.
+    yaml_constructors = {  # noqa: RUF012 (as above)
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rsplit(":", 1)[-1] in ("str", "seq", "map")
+    }
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.start_mark
-                )
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml_limits.fault("a key must be text", key.start_mark)
+            if key.value in seen and key.value != "<<":
+                raise yaml_limits.fault(f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
         self.flatten_mapping(node)
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
         return {
             key_node.value: self.construct_object(value_node, deep=deep)
             for key_node, value_node in node.value
@@ -64,9 +79,11 @@ class Dumper(yaml.SafeDumper):
     """A safe dumper that also quotes strings which only :func:`parse_yaml` would read as numbers."""
 
 
-def _construct_plain(loader: _Loader, node: yaml.ScalarNode) -> Any:
+def _construct_plain(loader: _Loader, node: yaml.Node) -> Any:
     kind = node.tag.rsplit(":", 1)[-1]
-    text = str(node.value)
+    text = loader.construct_scalar(node)  # type: ignore[no-untyped-call] # refuses `!!int [1]`
+    if kind in ("int", "float") and len(text) > yaml_limits.MAX_DIGITS:
+        raise yaml_limits.fault(f"a number of {len(text)} characters is too long", node.start_mark)
     value: Any = None
     try:
         if kind == "bool":
@@ -76,9 +93,7 @@ def _construct_plain(loader: _Loader, node: yaml.ScalarNode) -> Any:
         elif kind == "float":
             value = _number(text)
     except (KeyError, ValueError) as error:  # an explicit tag such as `!!int abc`
-        raise yaml.constructor.ConstructorError(
-            None, None, f"{text!r} is not of the type {kind}", node.start_mark
-        ) from error
+        raise yaml_limits.fault(f"{text!r} is not of the type {kind}", node.start_mark) from error
     return PlainScalar(text, value)
 
 
@@ -103,37 +118,26 @@ for _tag in ("bool", "int", "float", "null"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_plain)
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, sections: Collection[str] = ()) -> Any:
     """Parse a YAML document; its numbers, booleans and nulls are :class:`PlainScalar`.
 
+    Args:
+        sections: top-level keys whose own keys may be dotted, as those at the top level.
+
     Raises:
-        yaml.YAMLError: the text is not YAML, or a mapping has a key twice.
+        yaml.YAMLError: the text is not YAML, has a key twice, or is deeper or larger than a configuration.
     """
+    yaml_limits.check_depth(text, _Loader)
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _refuse_cycle(node, set(), set())
+        yaml_limits.check_aliases(node)
+        yaml_limits.check_keys(node, sections)
         return loader.construct_document(node)
-    except RecursionError as error:
-        raise yaml.YAMLError("the values are nested too deeply") from error
     finally:
         loader.dispose()
-
-
-def _refuse_cycle(node: yaml.Node, parents: set[int], checked: set[int]) -> None:
-    """Raise an error for an anchor that refers to a value around it: no configuration can be that."""
-    if id(node) in parents:
-        raise yaml.constructor.ConstructorError(None, None, "a value contains itself", node.start_mark)
-    if id(node) in checked:  # an alias: values that many aliases share are walked once
-        return
-    parents.add(id(node))
-    for child in node.value if isinstance(node, yaml.CollectionNode) else []:
-        for part in child if isinstance(child, tuple) else (child,):
-            _refuse_cycle(part, parents, checked)
-    parents.remove(id(node))
-    checked.add(id(node))
 
 
 def typed(value: Any, annotation: Any = Any, prefix: str = "", hints: Mapping[str, Any] | None = None) -> Any:
@@ -146,7 +150,7 @@ def typed(value: Any, annotation: Any = Any, prefix: str = "", hints: Mapping[st
         hints: types of dotted keys inside values that the schema leaves open.
     """
     if isinstance(value, PlainScalar):
-        return _choose(value, set(scalar_types(annotation)))
+        return _choose(value, annotation, prefix.rstrip("."))
     if isinstance(value, dict):
         return {
             key: typed(entry, type_at(annotation, key, prefix, hints), f"{prefix}{key}.", hints)
@@ -157,8 +161,66 @@ def typed(value: Any, annotation: Any = Any, prefix: str = "", hints: Mapping[st
     return value
 
 
-def _choose(scalar: PlainScalar, accepted: set[Any]) -> Any:
+def _choose(scalar: PlainScalar, annotation: Any, key: str) -> Any:
+    accepted = set(scalar_types(annotation))
+    if Any in accepted:
+        return _open_value(scalar, key)
     kind = type(scalar.value)
     if kind in accepted or (kind is int and float in accepted) or (kind is float and int in accepted):
-        return scalar.value
-    return scalar.text if str in accepted else scalar.value
+        return _as_written(scalar)
+    # A list of strings takes no single value; the error message shows what was typed.
+    wanted_list = any(get_origin(member) is list for member in accepted) and takes_text(item_type(annotation))
+    return scalar.text if str in accepted or wanted_list else _as_written(scalar)
+
+
+def _open_value(scalar: PlainScalar, key: str) -> Any:
+    if isinstance(scalar.value, bool) and scalar.text.lower() in _YAML_11_BOOLEANS:
+        meant = str(scalar.value).lower()
+        raise InputError(
+            f"{key}={scalar.text}: may be a truth value or a text; must be {meant}, or '{scalar.text}' in "
+            "quotes"
+        )
+    if isinstance(scalar.value, int | float) and _LOSSY.fullmatch(scalar.text):
+        return scalar.text
+    return scalar.value
+
+
+class WrittenInt(int):
+    """An integer that was written in another way, such as `007`."""
+
+    text: str
+
+
+class WrittenFloat(float):
+    """A number that was written in another way, such as `1.10`."""
+
+    text: str
+
+
+def _as_written(scalar: PlainScalar) -> Any:
+    """The value of a scalar; a number remembers its spelling for messages."""
+    value = scalar.value
+    if isinstance(value, bool) or value is None or not math.isfinite(value) or repr(value) == scalar.text:
+        return value
+    written = WrittenInt(value) if isinstance(value, int) else WrittenFloat(value)
+    written.text = scalar.text
+    return written
+
+
+def split_written(value: Any, key: str = "") -> tuple[Any, dict[str, tuple[str, str]]]:
+    """A value with plain numbers only, and the numbers that were written in another way.
+
+    Returns:
+        The value, and each dotted key with the number as Python shows it and as it was written.
+    """
+    if isinstance(value, WrittenInt | WrittenFloat):
+        number = int(value) if isinstance(value, int) else float(value)
+        return number, {key: (repr(number), value.text)}
+    if isinstance(value, Mapping):
+        parts = {name: split_written(entry, f"{key}.{name}".lstrip(".")) for name, entry in value.items()}
+        plain = {name: part for name, (part, _) in parts.items()}
+        return plain, dict(ChainMap(*(found for _, found in parts.values())))
+    if isinstance(value, list):
+        items = [split_written(entry, f"{key}.{index}") for index, entry in enumerate(value)]
+        return [part for part, _ in items], dict(ChainMap(*(found for _, found in items)))
+    return value, {}

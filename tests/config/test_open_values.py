@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tbpo_ray.config.loading import load_config, stage_config
+from tbpo_ray.config.engine_options import ENGINE_KINDS
+from tbpo_ray.config.loading import load_config, stage_config, to_tree, to_yaml, validate
 from tbpo_ray.errors import InputError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "jobs" / "configs").glob("*.yaml"))
@@ -120,6 +127,9 @@ def test_a_valid_deepspeed_mapping(value):
         ("model.lora={target_modules: {a: b}}", "model.lora.target_modules={'a': 'b'}"),
         ("data.template_kwargs={messages: 1}", "data.template_kwargs"),
         ("data.template_kwargs=x", "data.template_kwargs='x'"),
+        ("data.template_kwargs={a: {b: .nan}}", "data.template_kwargs.a.b=nan"),
+        ("data.template_kwargs={a: [1, -.inf]}", "data.template_kwargs.a=[1, -inf]"),
+        ("training.deepspeed={gradient_clipping: .nan}", "training.deepspeed.gradient_clipping=nan"),
         ("run.name.x=1", "run.name={'x': 1}"),
     ],
 )
@@ -127,3 +137,162 @@ def test_other_malformed_mappings(override, key):
     with pytest.raises(InputError) as caught:
         load_config(None, [override])
     assert any(key in fault for fault in caught.value.faults), caught.value.faults
+
+
+def test_benchmark_settings_of_a_wrong_type():
+    for override, key in (
+        ("{tasks: arc}", "evaluation.benchmarks.tasks='arc'"),
+        ("{tasks: [{a: b}]}", "evaluation.benchmarks.tasks=[{'a': 'b'}]"),
+        ("{shots: 5}", "evaluation.benchmarks.shots=5"),
+        ("{shots: {arc: many}}", "evaluation.benchmarks.shots.arc='many'"),
+        ("{limit: all}", "evaluation.benchmarks.limit='all'"),
+        ("{task: [arc]}", "evaluation.benchmarks.task: unknown key"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load_config(None, [f"evaluation.benchmarks={override}"])
+        assert caught.value.faults[0].startswith(key)
+
+
+def _vllm_annotations() -> Iterator[tuple[str, str]]:
+    """Names and types of the fields of the installed vLLM's engine arguments, without importing it."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    file = Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py"
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name in ("EngineArgs", "AsyncEngineArgs"):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    yield field.target.id, ast.unparse(field.annotation).removesuffix(" | None")
+
+
+def test_engine_options_have_the_types_of_vllm():
+    simple: dict[str, Any] = {
+        "str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str],
+        "list[int]": list[int], "str | list[str]": str | list[str], "bool | str": bool | str,
+        "set[str]": list[str], "dict": dict, "dict[str, Any]": dict, "dict[str, str]": dict,
+    }  # fmt: skip
+    found = dict(_vllm_annotations())
+    assert len(found) > 100
+    wrong = {
+        name: kind
+        for name, kind in found.items()
+        if kind in simple and not name.startswith("_") and ENGINE_KINDS.get(name) != simple[kind]
+    }
+    assert wrong == {}
+    assert set(ENGINE_KINDS) - set(found) == {"swap_space"}  # of older versions
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in ENGINE_KINDS.items() if kind is str))
+def test_a_text_of_an_engine_is_taken_as_typed(name):
+    if name == "model":
+        return
+    assert load_config(None, [f"generation.engine={{{name}: 007}}"]).generation.engine == {name: "007"}
+
+
+FULL: dict[str, Any] = {
+    "run": {"name": "a", "output_dir": "b", "seed": 1},
+    "model": {
+        "name_or_path": "m", "reference": "r", "revision": "c", "attention": "eager",
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.1, "target_modules": ["q_proj"]},
+    },
+    "data": {
+        "train": [{"source": "x", "weight": 2.0}, {"source": "y"}],
+        "eval": [{"source": "z", "weight": 1}],
+        "max_length": 64, "max_prompt_length": 32, "quarantine_limit": 0.1,
+        "template_kwargs": {"enable_thinking": False},
+    },
+    "objective": {
+        "name": "tbpo_q", "beta": 0.1, "bregman": {"generator": "sba", "lam": 0.0, "scale": 4.0},
+        "state_baseline": {"kind": "learned", "center": False, "clip": 1.0},
+    },
+    "training": {
+        "epochs": 1.0, "max_steps": 3, "precision": "fp32", "optimizer": "adamw",
+        "deepspeed": {
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": True},
+            "zero_optimization": {
+                "stage": 3, "overlap_comm": True, "reduce_bucket_size": 100,
+                "offload_optimizer": {"device": "cpu", "pin_memory": True},
+                "offload_param": {"device": "nvme", "nvme_path": "/x", "buffer_count": 5},
+            },
+        },
+    },
+    "cluster": {
+        "num_workers": [1, 2], "use_gpu": "auto", "resources_per_worker": {"CPU": 1.0},
+        "labels": {"train": {"zone": "a"}},
+    },
+    "tracking": {"uri": "http://h", "experiment": "e"},
+    "generation": {
+        "max_tokens": 8, "engines": [1, 2],
+        "engine": {
+            "max_num_seqs": 4, "dtype": "float32", "hf_overrides": {"a": 1}, "cudagraph_capture_sizes": [1],
+        },
+    },
+    "evaluation": {
+        "prompts": "p", "policies": {"a": "b"}, "slice_by": ["c"], "baseline": "a",
+        "judge": {
+            "kind": "llm", "url": "http://h", "model": "m", "max_tokens": 3, "temperature": 0.5,
+            "both_orders": True, "prompt_file": "f",
+        },
+        "benchmarks": {"tasks": ["arc"], "shots": {"arc": 3}, "limit": 2, "include_path": "d"},
+    },
+    "tune": {"trials": 2, "metric": ["a", "b"], "mode": ["max", "min"], "scheduler": "asha"},
+    "compare": {"promote": {"model_name": "m", "metric": "x", "at_least": 0.5}, "output": "o"},
+    "sft": {"training": {"max_steps": 2}},
+    "runs": ["a", "b"],
+}  # fmt: skip
+"""A configuration in which every kind of nested value occurs."""
+JUNK: tuple[Any, ...] = (
+    None, True, 0, -7, 1.5, float("nan"), 10**30, "", "junk", [], ["junk"], [1], [[]], [None], [{"a": "b"}],
+    {}, {"junk": 1}, {"stage": "junk"}, {"source": []}, {"kind": ["junk"]}, {"a": {"b": {"c": []}}},
+)  # fmt: skip
+
+
+def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from _places(value, (*path, key))
+
+
+def _replaced(path: tuple[Any, ...], junk: Any) -> dict[str, Any]:
+    tree = copy.deepcopy(FULL)
+    place: Any = tree
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = copy.deepcopy(junk)
+    return tree
+
+
+@pytest.mark.parametrize("path", _places(FULL), ids=lambda path: ".".join(map(str, path)))
+def test_junk_anywhere_is_refused_by_its_key_or_accepted_whole(path):
+    keys = [".".join(str(part) for part in path[:size]) for size in range(1, len(path) + 1)]
+    refused = 0
+    for junk in JUNK:
+        try:
+            config = validate(_replaced(path, junk))
+        except InputError as error:
+            refused += 1
+            assert all(fault.startswith(keys[0]) for fault in error.faults), (junk, error.faults)
+            # A list may contradict another list of its section, which is then named.
+            nearest = keys[-2:] if path[:2] != ("tune", "metric") else keys
+            assert any(key in fault for fault in error.faults for key in nearest), (junk, error.faults)
+        else:
+            again = validate(to_tree(config))  # a default such as 600 is then 600.0
+            assert repr(validate(to_tree(again))) == repr(again)
+    assert refused or path[0] == "sft" or path[1] == "template_kwargs" or "hf_overrides" in path
+
+
+@pytest.mark.parametrize("section", sorted(FULL))
+def test_junk_in_a_file_is_refused_by_its_key_or_accepted_whole(section, tmp_path):
+    file = tmp_path / "c.yaml"
+    for junk in JUNK:
+        file.write_text(yaml.safe_dump({section: junk}))
+        try:
+            config = load_config(file)
+        except InputError as error:
+            assert all(fault.startswith(section) for fault in error.faults), (junk, error.faults)
+        else:
+            file.write_text(to_yaml(config), encoding="utf-8")
+            assert to_yaml(load_config(file)) == to_yaml(config)
