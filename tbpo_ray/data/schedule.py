@@ -93,7 +93,7 @@ class Schedule:
         max_steps: number of steps instead of `epochs`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the settings of a run that decide its order)
         self,
         lengths: np.ndarray,
         *,

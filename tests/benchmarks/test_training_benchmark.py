@@ -184,5 +184,5 @@ def test_the_bound_of_distributing_pairs_across_ranks() -> None:
     schedule = Schedule(
         lengths, seed=0, pairs_per_step=4, micro_batch_pairs=1, max_steps=3, truncate_to_shorter=True
     )
-    # With two pairs each, one rank gets 200 + 20 tokens and the other 20 + 20.
-    assert scaling.distribution_bound(schedule) == pytest.approx(260 / 220)
+    # With two pairs each, one rank gets rows of 200 + 24 tokens and the other 24 + 24.
+    assert scaling.distribution_bound(schedule) == pytest.approx(272 / 224)
