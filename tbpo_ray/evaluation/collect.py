@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tbpo_ray.config.loading import flatten, read_yaml, rename_deprecated_keys
 from tbpo_ray.config.schema import Config
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.evaluation.verdict import VERDICT, PolicyVerdict, Verdict
 from tbpo_ray.redaction import redact_tree
+from tbpo_ray.storage.json_lines import loads_numbers
 from tbpo_ray.storage.paths import output_dir
 from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
 
@@ -110,5 +110,12 @@ def _entry(label: str, policy: PolicyVerdict, verdict: Verdict, samples: Path) -
 def _rows(file: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics file; the last line is incomplete while a run writes it, and is skipped."""
     lines = file.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines[:-1] if line]
-    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows += [loads_numbers(line)] if line else []
+        except (ValueError, AttributeError) as error:
+            raise InputError(
+                f"{file}: line {number} is not a row of metrics ({first_line(error, 80)})"
+            ) from error
+    return rows

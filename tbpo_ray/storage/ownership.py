@@ -28,6 +28,7 @@ import psutil
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import write_atomic
+from tbpo_ray.storage.json_lines import read_object
 
 OWNER, HEARTBEAT, WORKER_GROUP = ".owner.json", ".owner.beat", ".gang"
 HEARTBEAT_SECONDS = 2.0
@@ -112,8 +113,9 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._is_held():
-            (self.folder / OWNER).unlink(missing_ok=True)
+        with contextlib.suppress(InputError):  # damaged: the next driver says so
+            if self._is_held():
+                (self.folder / OWNER).unlink(missing_ok=True)
         self._lock.close()
 
     def _await_turn(self) -> None:
@@ -156,7 +158,8 @@ class RunLock:
     def _send_heartbeats(self) -> None:
         count = 0
         while True:
-            with contextlib.suppress(OSError):  # a transient storage error must not end the heartbeat
+            # A transient storage error must not end the heartbeat.
+            with contextlib.suppress(OSError, InputError):
                 if not self._is_held():
                     return
                 # In place: over NFS, other machines see a changed file sooner than a replaced one.
@@ -196,12 +199,16 @@ class _HeartbeatWatch:
 
 
 def _read_owner(folder: Path) -> dict[str, Any]:
-    """The content of `.owner.json`; empty if no driver holds the run."""
+    """The content of `.owner.json`; empty if no driver holds the run.
+
+    Raises:
+        InputError: the file is damaged, so that nobody can tell who holds the run.
+    """
+    remedy = "remove it if no driver of this run is alive"
     try:
-        owner: dict[str, Any] = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return read_object(folder / OWNER, remedy, ("token", "host", "machine", "pid", "born"))
     except FileNotFoundError:
         return {}
-    return owner
 
 
 def _describe(owner: dict[str, Any]) -> str:

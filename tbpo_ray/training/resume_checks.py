@@ -12,7 +12,7 @@ from tbpo_ray.config.loading import to_yaml
 from tbpo_ray.config.objective import READ_BY
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import ORDER_VERSION
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.storage.paths import STUDY_STATE
 from tbpo_ray.training.checkpoint import last_state
 
@@ -43,7 +43,7 @@ def refuse_changes(config: Config, folder: Path) -> None:
     # Without a checkpoint nothing has been computed yet that a change could contradict.
     if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
         return
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    stored = _stored_config(file)
     unread = [section for section, readers in READ_BY.items() if config.objective.name not in readers]
     changes = changed_values(stored, yaml.safe_load(to_yaml(config)), ignored=(*NO_EFFECT, *unread))
     faults = [
@@ -86,5 +86,25 @@ def steps_changed(config: Config, folder: Path) -> bool:
     file = folder / "config.yaml"
     if not file.is_file():
         return False
-    old, new = yaml.safe_load(file.read_text(encoding="utf-8"))["training"], config.training
-    return (old["max_steps"], old["epochs"]) != (new.max_steps, new.epochs)
+    old, new = _stored_config(file)["training"], config.training
+    return (old.get("max_steps"), old.get("epochs")) != (new.max_steps, new.epochs)
+
+
+def _stored_config(file: Path) -> dict[str, Any]:
+    """The configuration that a run wrote when it was started.
+
+    Raises:
+        InputError: the file is empty or damaged.
+    """
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = f"is not YAML ({first_line(error, 80)})"
+    else:
+        if isinstance(stored, dict) and isinstance(stored.get("training"), dict):
+            return stored
+        problem = "holds no configuration of a run"
+    raise InputError(
+        f"{file}: {problem}, so it cannot be told what the run was started with; restore the file, or use "
+        "another run.name"
+    )
