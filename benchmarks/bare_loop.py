@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from benchmarks.full_logits import FullLogitsScorer
 from benchmarks.measure import Measured, run_child, trim_memory
 from benchmarks.output_layer import reset_peak, resident_bytes
 from benchmarks.pairs import Case
@@ -25,8 +25,7 @@ from tbpo_ray.config.loading import stage_config, to_tree
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.reader import MicroBatch
 from tbpo_ray.data.shards import PreparedPairs
-from tbpo_ray.training.batch import PairBatch
-from tbpo_ray.training.scorer import PairScorer, ScorerOutputs
+from tbpo_ray.training.scorer import PairScorer
 
 
 @dataclass(frozen=True)
@@ -66,25 +65,6 @@ def score_reference(case: Case, extra: Path, **changes: Any) -> Measured:
     config = stage_config(case.config, {}, **changes)
     job = Job(to_tree(config), case.model, case.prepared.path, [str(extra)], score=True)
     return run_child(["-m", "benchmarks.bare_loop"], asdict(job))
-
-
-class FullLogitsScorer(PairScorer):
-    """The plain output layer: logits of every position, log-softmax over them, then the labels' values."""
-
-    def label_logps(self, batch: PairBatch) -> Tensor:
-        """[S, B, T]"""
-        logits = self.output_layer(self.states(batch))
-        logp = torch.log_softmax(logits.float(), -1).view(-1, logits.shape[-1])
-        return logp[batch.predict, batch.labels] * batch.mask
-
-    def forward(self, batch: PairBatch, *_: Any, reference: Any = None, **__: Any) -> ScorerOutputs:
-        logp = self.label_logps(batch)
-        zeros = torch.zeros_like(logp)
-        return logp, zeros, zeros, reference[0] if reference is not None else zeros, zeros[..., None]
-
-    @torch.no_grad()
-    def output_layer_inputs(self, batch: PairBatch, **_: Any) -> Any:
-        return self.label_logps(batch), None, None
 
 
 def train(job: Job) -> Measured:
