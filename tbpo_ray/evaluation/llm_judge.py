@@ -2,18 +2,18 @@
 
 The endpoint may be a hosted service or `vllm serve FOLDER`; `pool_judge` runs the judge on this cluster
 instead. Each pair is judged twice, with the answers swapped: two verdicts for the same answer are a win,
-contradicting verdicts a tie. A reply that cannot be parsed is counted and gives no verdict.
+contradicting verdicts a tie. A pair of which a reply is missing or cannot be parsed is counted and has no
+verdict: the other order alone would count the judge's preference for a position as a win.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import re
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -25,14 +25,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from tbpo_ray.config.validation import validate_section
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.evaluation.judge import Judge
+from tbpo_ray.evaluation.judge_endpoint import ChatEndpoint, clean_text
+from tbpo_ray.evaluation.rubrics import DEFAULT_RUBRIC, load_rubric
+from tbpo_ray.evaluation.win_rates import win_rate
 from tbpo_ray.generation.samples import Sample
 from tbpo_ray.progress import log_progress
-from tbpo_ray.redaction import redact_text, strip_credentials
+from tbpo_ray.redaction import strip_credentials
 from tbpo_ray.storage.files import write_atomic
 
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
-_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 _PLACEHOLDERS = ("{prompt}", "{answer_a}", "{answer_b}")
+_RUBRIC = "{rubric}"
 
 
 class LlmSettings(BaseModel):
@@ -49,8 +52,11 @@ class LlmSettings(BaseModel):
     api_key_env: str | None = None
     """Name of the environment variable with the API key; the key itself is never written to a file."""
     prompt_file: str | None = None
-    """A text file with the placeholders {prompt}, {answer_a} and {answer_b} that asks for [[A]], [[B]] or
-    [[TIE]]; default: a built-in prompt."""
+    """A text file with the placeholders {prompt}, {answer_a}, {answer_b} and, where the rubric goes,
+    {rubric}, that asks for [[A]], [[B]] or [[TIE]]; default: a built-in prompt."""
+    rubric: str | None = None
+    """What makes an answer better: `general`, `helpful`, `harmless`, `summary` or a text file; default: the
+    rubric of `evaluation.suite`, else `general`."""
     both_orders: bool = True
     """Judge each pair twice, with the answers swapped."""
     max_tokens: int = Field(512, ge=1)
@@ -62,7 +68,7 @@ class LlmSettings(BaseModel):
     retries: int = Field(4, ge=0)
     """Number of retries of a request after a timeout or a transient error, with exponential backoff."""
     timeout_s: float = Field(120, gt=0)
-    """Timeout of one request, in seconds."""
+    """Timeout of one attempt, from the connection to the last byte of the reply, in seconds."""
     price_input: float = Field(0.0, ge=0)
     """Price of a million prompt tokens, for the cost reported in the verdict."""
     price_output: float = Field(0.0, ge=0)
@@ -73,6 +79,10 @@ class LlmSettings(BaseModel):
     def _check_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("must be an http(s) URL such as http://127.0.0.1:8000/v1")
+        try:
+            httpx.URL(value or "http://x")
+        except httpx.InvalidURL as error:
+            raise ValueError(f"must be an http(s) URL such as http://127.0.0.1:8000/v1 ({error})") from error
         return value and value.rstrip("/")
 
     @model_validator(mode="after")
@@ -93,21 +103,33 @@ class LlmJudge(Judge):
 
     def __init__(self, settings: LlmSettings, cache: Path):
         self.settings = settings
-        self.template = _template(settings)
+        self.template, self._rubric = _template(settings)
         self._cache_file = cache
-        self._cache: dict[str, str] = _read_cache(cache)
-        self._lock = threading.Lock()
+        self._cache, damaged = _read_cache(cache)
+        self._endpoint = ChatEndpoint(
+            settings.url or "", timeout_s=settings.timeout_s, retries=settings.retries
+        )
+        self._first_preferred: list[float] = []
+        """For each pair with a verdict in both orders, the mean preference for the answer shown first."""
         self.counts: dict[str, float] = {
             "calls": 0,
             "cached": 0,
             "retries": 0,
+            "timeouts": 0,
+            "malformed": 0,
+            "rejected": 0,
+            "errors": 0,
             "unparsable": 0,
+            "incomplete": 0,
             "contradicting": 0,
             "ties": 0,
             "verdicts": 0,
             "prompt_tokens": 0,
             "completion_tokens": 0,
         }
+        if damaged:
+            self.counts["damaged_cache_lines"] = damaged
+            log_progress(f"{cache}: {damaged} lines are not replies of a judge; those pairs are judged again")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], cache: Path) -> LlmJudge:
@@ -144,23 +166,19 @@ class LlmJudge(Judge):
         ]
 
     def complete(self, prompts: Sequence[str]) -> list[str]:
-        """Send the filled-in prompts and return the replies, in the same order."""
-        with (
-            httpx.Client(timeout=self.settings.timeout_s, headers=self._headers()) as client,
-            ThreadPoolExecutor(self.settings.concurrency) as pool,
-        ):
-            futures = [pool.submit(self._complete, client, prompt) for prompt in prompts]
-            replies: list[str] = []
-            try:
-                for done, future in enumerate(futures, start=1):
-                    replies.append(future.result())
-                    if done % 200 == 0:
-                        log_progress(f"judge: {done} of {len(prompts)} replies")
-            except RunFailedError:
-                for future in futures:
-                    future.cancel()
-                raise
-        return replies
+        """Send the filled-in prompts and return the replies, in the same order; empty where there is none.
+
+        Raises:
+            RunFailedError: the endpoint is unreachable, or gives no usable reply.
+        """
+        try:
+            return _run(self._complete_all([clean_text(prompt) for prompt in prompts]))
+        except RunFailedError as error:
+            raise RunFailedError(
+                f"{error}; the verdicts so far are in {self._cache_file}, run the command again to resume"
+            ) from error
+        finally:
+            self.counts |= self._endpoint.counts
 
     def report(self) -> dict[str, Any]:
         s = self.settings
@@ -168,21 +186,60 @@ class LlmJudge(Judge):
             self.counts["prompt_tokens"] * s.price_input + self.counts["completion_tokens"] * s.price_output
         ) / 1e6
         judge = {"pool": s.pool} if s.url is None else {"model": s.model, "url": strip_credentials(s.url)}
-        return {"kind": self.kind, **judge, **self.counts, "cost": round(cost, 6)}
+        report = {"kind": self.kind, **judge, "rubric": self._rubric, **self.counts}
+        return report | {"cost": round(cost, 6), "first_preferred": self._position_bias()}
+
+    def _position_bias(self) -> dict[str, float] | None:
+        """How often the answer shown first was preferred, over pairs judged in both orders; 0.5: no bias."""
+        if not self._first_preferred:
+            return None
+        rate = win_rate(self._first_preferred)
+        return {"value": rate.rate, "low": rate.low, "high": rate.high, "pairs": rate.n}
 
     def _combine(self, verdicts: Sequence[float | None]) -> float | None:
         """Combine the verdicts of both orders; each verdict is about the answer that came first."""
-        known = [v if i == 0 else 1 - v for i, v in enumerate(verdicts) if v is not None]
+        known = [verdict for verdict in verdicts if verdict is not None]
         self.counts["unparsable"] += len(verdicts) - len(known)
-        if not known:
+        if len(known) < len(verdicts):
+            self.counts["incomplete"] += bool(known)
             return None
-        preference = sum(known) / len(known)
-        self.counts["contradicting"] += len(known) == 2 and abs(known[0] - known[1]) == 1
+        if len(known) == 2:
+            self._first_preferred.append(sum(known) / 2)
+            self.counts["contradicting"] += abs(known[0] + known[1] - 1) == 1
+        preference = sum(v if i == 0 else 1 - v for i, v in enumerate(known)) / len(known)
         self.counts["ties"] += preference == 0.5
         self.counts["verdicts"] += 1
         return preference
 
-    def _complete(self, client: httpx.Client, prompt: str) -> str:
+    async def _complete_all(self, prompts: Sequence[str]) -> list[str]:
+        limit = self.settings.concurrency
+        gate = asyncio.Semaphore(limit)
+        async with httpx.AsyncClient(
+            timeout=self.settings.timeout_s,
+            headers=self._headers(),
+            limits=httpx.Limits(max_connections=limit, max_keepalive_connections=limit),
+        ) as client:
+            tasks = [asyncio.create_task(self._complete(client, gate, prompt)) for prompt in prompts]
+            replies: list[str] = []
+            try:
+                for done, task in enumerate(asyncio.as_completed(tasks), start=1):
+                    await task  # in the order of their ends, so that the first failure stops the others
+                    if done % 200 == 0:
+                        log_progress(f"judge: {done} of {len(prompts)} replies")
+                replies = [task.result() for task in tasks]
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        failed = sum(self._endpoint.counts[name] for name in ("timeouts", "malformed", "rejected", "errors"))
+        if failed and not any(replies):
+            raise RunFailedError(
+                f"the judge at {self._endpoint.name} gave no usable reply to {len(prompts)} requests; the "
+                f"last problem: {self._endpoint.last_problem}"
+            )
+        return replies
+
+    async def _complete(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, prompt: str) -> str:
         body = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -190,47 +247,20 @@ class LlmJudge(Judge):
             "temperature": self.settings.temperature,
         }
         key = hashlib.sha256(json.dumps([self.settings.url, body], sort_keys=True).encode()).hexdigest()
-        with self._lock:
+        async with gate:
             if key in self._cache:
                 self.counts["cached"] += 1
                 return self._cache[key]
-        reply, usage = self._request(client, body)
-        with self._lock:
-            self.counts["calls"] += 1
-            self.counts["prompt_tokens"] += usage.get("prompt_tokens") or 0
-            self.counts["completion_tokens"] += usage.get("completion_tokens") or 0
-            self._cache[key] = reply
+            reply = await self._endpoint.ask(client, body)
+        self.counts["calls"] += 1
+        self.counts["prompt_tokens"] += reply.prompt_tokens
+        self.counts["completion_tokens"] += reply.completion_tokens
+        # A reply without a verdict is asked for again by a rerun, and not kept as if it were one.
+        if parse_verdict(reply.text) is not None:
+            self._cache[key] = reply.text
             with self._cache_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
-        return reply
-
-    def _request(self, client: httpx.Client, body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        assert self.settings.url is not None
-        address, problem = f"{self.settings.url}/chat/completions", ""
-        for attempt in range(self.settings.retries + 1):
-            if attempt:
-                with self._lock:
-                    self.counts["retries"] += 1
-                time.sleep(min(2.0 ** (attempt - 1), 30.0))
-            try:
-                response = client.post(address, json=body)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code in _TRANSIENT:
-                problem = f"status {response.status_code}"
-                continue
-            if response.status_code != 200:
-                raise RunFailedError(
-                    f"the judge at {strip_credentials(address)} returned status {response.status_code}: "
-                    f"{redact_text(response.text[:300])}"
-                )
-            return _reply(response, strip_credentials(address))
-        raise RunFailedError(
-            f"the judge at {strip_credentials(address)} did not reply in {self.settings.retries + 1} "
-            f"attempts ({redact_text(problem)}); the replies so far are in {self._cache_file}, run the "
-            "command again to resume"
-        )
+                file.write(json.dumps({"key": key, "reply": reply.text}, ensure_ascii=False) + "\n")
+        return reply.text
 
     def _headers(self) -> dict[str, str]:
         name = self.settings.api_key_env
@@ -253,33 +283,64 @@ def fill_template(template: str, prompt: str, answer_a: str, answer_b: str) -> s
     return re.sub("|".join(map(re.escape, values)), lambda match: values[match[0]], template)
 
 
-def _reply(response: httpx.Response, address: str) -> tuple[str, dict[str, Any]]:
+def _run(work: Coroutine[Any, Any, list[str]]) -> list[str]:
+    """Run a coroutine to its end, also where a loop is running already, as in a notebook."""
     try:
-        tree = response.json()
-        return tree["choices"][0]["message"]["content"] or "", tree.get("usage") or {}
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise RunFailedError(f"{address}: the reply is not that of an OpenAI-compatible endpoint") from error
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
-def _template(settings: LlmSettings) -> str:
+def _template(settings: LlmSettings) -> tuple[str, str | None]:
+    """The prompt with the rubric filled in, and the name of that; None for a prompt file without its place.
+
+    Raises:
+        InputError: a file that does not exist or lacks a placeholder, or an unknown rubric.
+    """
+    name = settings.rubric or DEFAULT_RUBRIC
+    rubric = load_rubric(name)
     if settings.prompt_file is None:
-        return resources.files("tbpo_ray.evaluation").joinpath("judge_prompt.txt").read_text(encoding="utf-8")
+        text = resources.files("tbpo_ray.evaluation").joinpath("judge_prompt.txt").read_text(encoding="utf-8")
+        return _insert_rubric(text, rubric), name
     file = Path(settings.prompt_file)
     if not file.is_file():
         raise InputError(f"evaluation.judge.prompt_file={file}: no such file")
     text = file.read_text(encoding="utf-8")
     missing = [name for name in _PLACEHOLDERS if name not in text]
+    if settings.rubric is not None and _RUBRIC not in text:
+        missing.append(f"{_RUBRIC} for evaluation.judge.rubric={settings.rubric}")
     if missing:
         raise InputError(f"evaluation.judge.prompt_file={file}: must contain {', '.join(missing)}")
-    return text
+    return _insert_rubric(text, rubric), name if _RUBRIC in text else None
 
 
-def _read_cache(file: Path) -> dict[str, str]:
-    """Read the replies by key, and remove a last line that a crash left incomplete."""
+def _insert_rubric(template: str, rubric: str) -> str:
+    """Replace `{rubric}`; placeholders that the rubric itself spells are kept as text of the rubric."""
+    hidden = re.sub(r"\{(prompt|answer_a|answer_b)\}", r"{ \1 }", rubric)
+    return template.replace(_RUBRIC, hidden)
+
+
+def _read_cache(file: Path) -> tuple[dict[str, str], int]:
+    """The verdicts by key and the number of damaged lines; removes an incomplete last line of a crash."""
     if not file.is_file():
-        return {}
-    *lines, incomplete = file.read_text(encoding="utf-8").split("\n")
+        return {}, 0
+    *lines, incomplete = file.read_bytes().decode("utf-8", "replace").split("\n")
     if incomplete:
         # Otherwise the next reply would be appended to the incomplete line, and be lost too.
         write_atomic(file, "".join(f"{line}\n" for line in lines))
-    return {row["key"]: row["reply"] for row in map(json.loads, filter(None, lines))}
+    replies: dict[str, str] = {}
+    damaged = 0
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+            key, reply = row["key"], row["reply"]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            damaged += 1
+            continue
+        if not (isinstance(key, str) and isinstance(reply, str)):
+            damaged += 1
+        elif parse_verdict(reply) is not None:  # earlier versions kept replies without a verdict
+            replies[key] = clean_text(reply)
+    return replies, damaged
