@@ -42,6 +42,12 @@ from tbpo_ray.tuning.trial_tracking import log_ended_trial
 from tbpo_ray.workflows.confirmation import confirm_best
 from tbpo_ray.workflows.evaluate import evaluate
 from tbpo_ray.workflows.pipeline import stages
+from tbpo_ray.workflows.study_helpers import (
+    check_study_helpers,
+    study_helper_plan,
+    train_study_helpers,
+    with_study_helpers,
+)
 from tbpo_ray.workflows.train import check_run, prepare_inputs, resolve_models, score_inputs, train
 
 if TYPE_CHECKING:
@@ -87,6 +93,7 @@ def check_study(config: Config, space: Space) -> list[Config]:
             f"tune.trials={points} would run all"
         )
     probes = trial_probes(trial_base_config(config), space, check_run)
+    check_study_helpers(config, space.source, probes)
     check_metrics(config, probes)
     check_grace_steps(config, config.training.max_steps)
     return probes
@@ -99,8 +106,9 @@ def study_plan(config: Config) -> str:
         InputError: something that would stop a trial.
     """
     tune = config.tune
+    text, planned = study_helper_plan(config)
     search = f"{tune.trials} trials x {tune.repeats} seed(s), {tune.algorithm}, {tune.scheduler}"
-    return f"\n# search: {search}; each trial at most" + plan_text(config)
+    return f"{text}\n# search: {search}; each trial at most" + plan_text(config, planned=planned)
 
 
 def tune(config: Config, space: Space) -> StudyResult:
@@ -195,6 +203,7 @@ class _Study:
             log_progress("supervised fine-tuning: all trials start from its policy")
             result = train(sft, kind="sft", wait=True)
             self.tracker.set_tags({"start.run": result.mlflow_run_id})
+        start = train_study_helpers(start, self.tracker)
         policy, reference = resolve_models(resolve_run(start))
         # The resolved folder is what the trials load, so a GGUF file is not converted again by each of them.
         fixed: dict[str, Any] = {"model__name_or_path": policy, "model__gguf_file": None, "sft": {}}
@@ -399,6 +408,7 @@ class _Study:
             model__gguf_file=model.gguf_file,
             sft={},
         )
+        best_config = with_study_helpers(best_config, self.config)
         write_atomic(self.folder / "best.yaml", to_yaml(best_config))
         files = write_report(self.config, self.space, self.state, front, note, self.folder, self.tracker)
         for file in (*files, self.folder / "best.yaml", self.folder / STUDY_STATE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -391,3 +392,24 @@ def test_the_metric_is_logged_at_the_steps_that_compare_trials(tmp_path, monkeyp
     assert study._prepare(study.config).training.log_every == 2
     held_out = Study(tmp_path, [*settings[1:], "tune.metric=eval/rewards/accuracy"])
     assert held_out._prepare(held_out.config).training.log_every == 10
+
+
+def test_keys_that_change_a_study_s_helper_models_are_refused(tmp_path):
+    def check(space: dict[str, Any], *more: str) -> None:
+        settings = [f"run.output_dir={tmp_path}", *more]
+        check_study(load_config("jobs/configs/tiny.yaml", settings), Space.parse(space))
+
+    names = {"objective.name": {"choice": ["dpo", "sepo"]}}
+    steps = "objective.helpers.oracle.training.max_steps"
+    check(
+        {"objective.beta": {"uniform": [0.5, 2.0]}, "data.max_length": {"grid": [64]}}, "objective.name=sepo"
+    )
+    with pytest.raises(
+        InputError, match=r"space: objective\.name: the helper models of .*=sepo are trained once"
+    ):
+        check(names)
+    check(names, "objective.token_weights.positive=/some/model")
+    with pytest.raises(InputError, match=re.escape(steps)):
+        check({steps: {"grid": [1, 2]}}, "objective.name=sepo")
+    with pytest.raises(InputError, match=r"objective\.helpers\.oracle\.data\.share=2"):
+        check({X: {"uniform": [0.5, 2.0]}}, "objective.name=sepo", "objective.helpers.oracle.data.share=2")
