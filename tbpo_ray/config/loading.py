@@ -26,6 +26,8 @@ from tbpo_ray.redaction import strip_credentials
 _TYPES = OPEN_TYPES | DEEPSPEED_TYPES
 STAGES = ("sft",)
 """Keys that hold overrides of the whole tree."""
+_WHOLE_TREE = re.compile(r"(?:sft|objective\.helpers\.[^.]+)\.")
+"""What the dotted keys below an override of the whole tree begin with."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -167,17 +169,25 @@ def _problem(error: yaml.YAMLError) -> str:
 
 def _type_of(key: str) -> Any:
     """The type of a dotted key; Any where the schema leaves it open."""
-    for stage in STAGES:
-        key = key.removeprefix(f"{stage}.")
-    return field_types.type_at(Config, key, hints=_TYPES)
+    stage = _WHOLE_TREE.match(key)
+    return field_types.type_at(Config, key[stage.end() :] if stage else key, hints=_TYPES)
 
 
-def _typed_config(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the plain scalars of a configuration, nested or dotted, by values of their keys' types."""
+def _typed_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Replace the plain scalars of a configuration, nested or dotted, by values of their keys' types.
+
+    Args:
+        prefix: the dotted key of the tree with a trailing dot, if it is a section.
+    """
     out = {}
     for key, value in tree.items():
-        stage = key in STAGES and isinstance(value, dict)
-        out[key] = _typed_config(value) if stage else yaml_text.typed(value, _type_of(key), f"{key}.", _TYPES)
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and _WHOLE_TREE.fullmatch(f"{dotted}."):
+            out[key] = _typed_config(value)
+        elif isinstance(value, dict) and is_at_or_below("objective.helpers", dotted):
+            out[key] = _typed_config(value, f"{dotted}.")
+        else:
+            out[key] = yaml_text.typed(value, _type_of(dotted), f"{dotted}.", _TYPES)
     return out
 
 

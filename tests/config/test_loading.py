@@ -150,3 +150,20 @@ def test_the_sft_stage_does_not_inherit_label_smoothing():
     stage = sft_config(config, run__name="first")
     assert (stage.objective.name, stage.objective.label_smoothing) == ("sft", 0.0)
     assert (stage.training.max_steps, stage.run.name) == (3, "first")
+
+
+def test_overrides_of_a_helper_have_the_types_of_their_keys(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "objective:\n  helpers:\n    oracle:\n"
+        "      model.revision: 007\n      training: {learning_rate: 1e-5}\n"
+        "objective.helpers.positive: {model: {revision: 1.10}}\n",
+        encoding="utf-8",
+    )
+    config = load_config(file, ["objective.helpers.oracle.model.chat_template=1e5"])
+    assert flatten(config.objective.helpers) == {
+        "oracle.model.revision": "007",
+        "oracle.training.learning_rate": 1e-5,
+        "oracle.model.chat_template": "1e5",
+        "positive.model.revision": "1.10",
+    }
