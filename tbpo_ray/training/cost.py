@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.training import token_weight_cache
+from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.reference_scores import scorings
 
 COST = "cost.json"
@@ -27,9 +28,10 @@ class RunCost:
     """Tokens that went through the model in training, without padding."""
     seconds: float
     """Duration of the training steps, without starting workers, evaluations and checkpoints."""
-    scored_pairs: int
-    """Pairs whose log-probs were computed before training, once for each frozen model and instruction."""
-    scoring_seconds: float
+    scored_pairs: int | None = None
+    """Pairs whose log-probs were computed before training, once for each frozen model and instruction; None
+    if it is not known."""
+    scoring_seconds: float | None = None
     """Duration of that, also if another run with the same pairs had it done."""
 
     def save(self, run_dir: Path) -> None:
@@ -46,27 +48,34 @@ def measure_cost(run_dir: Path, cache: Path, folders: Iterable[str], *, steps: i
         steps: steps of the run. Steps that a failure made it repeat count as often as they were computed.
         pairs: pairs that it was trained on.
     """
-    rows = _timings(run_dir)
-    seconds = sum(row["step_seconds"] for row in rows)
-    tokens = sum(row["step_seconds"] * row["tokens_per_second"] for row in rows)
-    # With training.log_every above 1, each row stands for that many steps.
-    scale = steps / max(1, len({row["step"] for row in rows}))
-    read = set().union(*map(_score_folders, folders))
+    read: set[str] = set().union(*map(_score_folders, folders))
     scored = [scoring for scoring in scorings(cache) if scoring["folder"] in read]
-    return RunCost(
-        steps=steps,
-        pairs=pairs,
-        tokens=round(tokens * scale),
-        seconds=seconds * scale,
+    return replace(
+        _training_cost(run_dir, steps, pairs),
         scored_pairs=sum(scoring["pairs"] for scoring in scored),
         scoring_seconds=sum(scoring["seconds"] for scoring in scored),
     )
 
 
 def read_cost(run_dir: Path) -> RunCost | None:
-    """The stored cost of a run; None if it was trained by a version that did not store any."""
+    """The cost of a finished run, for one that an older version trained without that of scoring.
+
+    None if the run has left no metrics.
+    """
     file = run_dir / COST
-    return RunCost(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if file.is_file():
+        return RunCost(**json.loads(file.read_text(encoding="utf-8")))
+    rows = read_metrics(run_dir)
+    return _training_cost(run_dir, rows[-1]["step"], rows[-1]["pairs_seen"]) if rows else None
+
+
+def _training_cost(run_dir: Path, steps: int, pairs: int) -> RunCost:
+    rows = _timings(run_dir)
+    seconds = sum(row["step_seconds"] for row in rows)
+    tokens = sum(row["step_seconds"] * row["tokens_per_second"] for row in rows)
+    # With training.log_every above 1, each row stands for that many steps.
+    scale = steps / max(1, len({row["step"] for row in rows}))
+    return RunCost(steps, pairs, tokens=round(tokens * scale), seconds=seconds * scale)
 
 
 def _timings(run_dir: Path) -> list[dict[str, Any]]:

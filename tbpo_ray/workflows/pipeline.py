@@ -138,7 +138,7 @@ class _Stages:
 
 
 def _cost(name: str, config: Config) -> dict[str, Any]:
-    """The verdict's entry for a training run, without numbers if an older version trained it."""
+    """The verdict's entry for a training run."""
     folder = run_dir(config)
     cost = read_cost(folder)
     entry = {"name": name, "objective": config.objective.name, "run": str(folder)}
@@ -155,5 +155,5 @@ def _cost_metrics(costs: Sequence[dict[str, Any]]) -> dict[str, float]:
         f"cost/{cost['name'].replace(' ', '_')}/{name}": float(cost[name])
         for cost in costs
         for name in names
-        if name in cost
+        if cost.get(name) is not None
     }

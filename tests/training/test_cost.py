@@ -40,6 +40,13 @@ def test_a_row_of_several_steps_stands_for_all_of_them(tmp_path):
     assert (cost.seconds, cost.tokens, cost.scored_pairs) == (pytest.approx(8.0), 400, 0)
 
 
+def test_a_run_of_an_older_version(tmp_path):
+    write_timings(tmp_path, [1, 2])
+    rows = [{"step": step, "pairs_seen": 8 * step, "loss": 1.0} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_cost(tmp_path) == RunCost(2, 16, tokens=200, seconds=4.0)
+
+
 def test_a_run_without_timings_or_stored_cost(tmp_path):
     assert measure_cost(tmp_path, tmp_path, [], steps=2, pairs=8).seconds == 0
     assert read_cost(tmp_path) is None
