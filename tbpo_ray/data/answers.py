@@ -12,19 +12,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError, function_of, part_text
+from tbpo_ray.models.turn_tokens import THOUGHT_FIELDS
 
 _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 """The beginning of a marker such as `<think>` at the end of a text."""
 
-THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that hold an assistant's thoughts."""
-
 _WORD = re.compile(r"\w+")
-_MARKUP = re.compile(r"^\s|\s\Z|^\Z|[<>\[\]{}|\\`\U000e0000-\U0010ffff]")
+_MARKUP = re.compile(
+    r"^\s|\s\Z|^\Z|[<>\[\]{}|\\`/\u2190-\u25ff\u27c0-\u2bff\u3008-\u301b\uff5c\U000e0000-\U0010ffff]"
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ class RenderedAnswers:
     - `answer_rendered_plain`: the template refuses or hides an answer, which is then its text and an end;
     - `answer_altered_by_template`: the template does not write the answer as it is, such as without thoughts
       or without tool calls;
-    - `tools_ignored_by_template`: the template does not write the tools.
+    - `tools_ignored_by_template`: the template does not write the tools;
+    - `turn_without_end`: the template ends a turn only where it is the last one, so that an earlier turn of
+      an answer has no end token.
     """
+    guard: str = ""
+    """What marks the special tokens that the answers spell; see :func:`tbpo_ray.data.encoding.guard`."""
 
 
 class NotPrefixStableError(ValueError):
@@ -62,13 +67,18 @@ class AnswerRenderer:
 
     Attributes:
         template: renders them.
-        end: the token behind an assistant turn; None where the template has none.
+        ends: the tokens behind an assistant turn, of which the last ends it; empty where there are none.
         special: matches the texts of special tokens.
     """
 
     template: ChatTemplate
-    end: str | None
+    ends: tuple[str, ...]
     special: re.Pattern[str]
+
+    @property
+    def end(self) -> str | None:
+        """The token that ends an assistant turn."""
+        return self.ends[-1] if self.ends else None
 
     def render(
         self,
@@ -91,10 +101,11 @@ class AnswerRenderer:
         options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
         opening = self.template.render(prompt, add_generation_prompt=True, **options)
         notes: list[str] = []
+        task = _Task(self, prompt, opening, options, notes)
         found: list[tuple[str, list[Segment]]] = []
         for turns in answers:
             like = None if notes else _like(answers[0], turns, found, opening)
-            found.append(like or self._split(prompt, turns, opening, options, notes))
+            found.append(like or task.split(turns))
         # If only one answer follows the generation prompt, the prompt that both share is the shorter one.
         shortest = min((start for start, _ in found), key=len)
         if any(not start.startswith(shortest) for start, _ in found):
@@ -102,13 +113,20 @@ class AnswerRenderer:
         segments = [
             [Segment(start[len(shortest) :] + first.text, True), *others] for start, (first, *others) in found
         ]
-        if tools and self._ignores_tools(prompt, opening, template_kwargs):
+        if tools and self._ignores_tools(prompt, tools, opening, template_kwargs):
             notes.append("tools_ignored_by_template")
         return RenderedAnswers(shortest, segments, notes)
 
     def _ignores_tools(
-        self, prompt: Sequence[Message], opening: str, template_kwargs: Mapping[str, Any] | None
+        self,
+        prompt: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        opening: str,
+        template_kwargs: Mapping[str, Any] | None,
     ) -> bool:
+        name = str(function_of(tools[0]).get("name") or "")
+        if name and name in opening and name not in str(prompt):
+            return False
         try:
             without = self.template.render(
                 prompt, add_generation_prompt=True, template_kwargs=template_kwargs
@@ -117,96 +135,7 @@ class AnswerRenderer:
             return False
         return without == opening
 
-    def _split(
-        self,
-        prompt: Sequence[Message],
-        turns: Sequence[Message],
-        opening: str,
-        options: dict[str, Any],
-        notes: list[str],
-    ) -> tuple[str, list[Segment]]:
-        """The text in front of an answer, and its segments, the last one up to its end token."""
-        content = turns[0].get("content")
-        plain = len(turns) == 1 and isinstance(content, str) and turns[0].keys() <= {"role", "content"}
-        try:
-            start, segments = self._turns(prompt, turns, opening, options)
-        except (TemplateRefusedError, NotPrefixStableError):
-            if not plain:
-                raise
-            segments = []
-        if plain:
-            assert isinstance(content, str)
-            if not segments or not segments[0].text.removesuffix(self.end or "").strip():
-                notes.append("answer_rendered_plain")
-                return opening, [Segment(content + (self.end or ""), True)]
-        if self._altered_turns(turns, segments):
-            notes.append("answer_altered_by_template")
-        if start != opening:
-            notes.append("generation_prompt_differs")
-        # What follows the prompt is always trained: the first segment is never empty.
-        return start, [segment for segment in segments if segment.text]
-
-    def _altered_turns(self, turns: Sequence[Message], segments: Sequence[Segment]) -> bool:
-        """Whether the template does not write all of the assistant's turns as they are.
-
-        Raises:
-            RecordError: it writes nothing but special tokens for a turn that says something.
-        """
-        spoken = [turn for turn in turns if turn["role"] == "assistant"]
-        written = [segment.text for segment in segments if segment.trained]
-        for turn, text in zip(spoken, written, strict=True):
-            if _says_something(turn) and not self.special.sub("", text).strip():
-                raise RecordError("answer_without_tokens", "the chat template hides a turn of the assistant")
-        return any(map(_altered, spoken, written))
-
-    def _turns(
-        self, prompt: Sequence[Message], turns: Sequence[Message], opening: str, options: dict[str, Any]
-    ) -> tuple[str, list[Segment]]:
-        whole = self.template.render([*prompt, *turns], **options)
-        begin = reached = self._start(prompt, opening, whole, options)
-        segments: list[Segment] = []
-        for k, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            known = [*prompt, *turns[:k]]
-            start, upto = begin, whole
-            if k > 0:
-                opened = self.template.render(known, add_generation_prompt=True, **options)
-                start = self._start(known, opened, whole, options)
-                segments.append(Segment(whole[reached:start], False))
-            last = k == len(turns) - 1
-            if not last:
-                upto = self.template.render([*known, turn], **options)
-            text = self._cut(upto[start:], last=last)
-            if not last and not (upto.startswith(whole[:start]) and whole.startswith(text, start)):
-                text = self._cut_within(whole[start:], turn)
-            if not text and (k == 0 or _says_something(turn)):
-                raise NotPrefixStableError("the template writes nothing for a turn of the answer")
-            segments.append(Segment(text, True))
-            reached = start + len(text)
-        return whole[:begin], segments
-
-    def _start(self, known: Sequence[Message], opening: str, whole: str, options: dict[str, Any]) -> int:
-        """Where in `whole` the assistant's turn behind `known` begins.
-
-        Args:
-            opening: `known` with its generation prompt.
-        """
-        if whole.startswith(opening):
-            return len(opening)
-        # The generation prompt may hold more than the template writes in front of a finished answer, such as
-        # an opened `<think>`: the answer then begins behind what both have in common. Only the template's own
-        # text is compared, since an answer may happen to begin like the generation prompt.
-        frame = self.template.frame(known, **options)
-        if frame is not None:
-            alone, header, _ = frame
-            if opening.startswith(alone):
-                header = self._common_header(opening[len(alone) :], header)
-            if whole.startswith(alone + header):
-                return len(alone) + len(header)
-        raise NotPrefixStableError("the prompt is written differently in front of an answer")
-
-    def _common_header(self, opened: str, header: str) -> str:
+    def common_header(self, opened: str, header: str) -> str:
         """What a generation prompt and the text in front of a finished answer have in common.
 
         It ends at a boundary of both texts: two special tokens or words may begin with the same characters.
@@ -225,17 +154,7 @@ class AnswerRenderer:
             moved = at < before
         return header[:at]
 
-    def _cut_within(self, text: str, turn: Message) -> str:
-        """`text` up to the end of its first turn, which the template writes differently as the last one.
-
-        Some templates put an empty thought in front of the last turn only.
-        """
-        match = self.special.search(text)
-        if match is None or match.group() != self.end or _altered(turn, text[: match.start()]):
-            raise NotPrefixStableError("a turn of the answer changes once others follow")
-        return text[: match.end()]
-
-    def _cut(self, text: str, *, last: bool) -> str:
+    def cut(self, text: str, *, last: bool) -> str:
         """`text` up to the end of the assistant's turn."""
         if self.end is not None:
             at = text.rfind(self.end)
@@ -247,6 +166,149 @@ class AnswerRenderer:
         if not last or (matches and matches[-1].end() == len(text)):
             return text
         return text + (self.end or "")
+
+    def cut_within(self, text: str, turn: Message, as_last: str) -> str:
+        """`text` up to the end of its first turn, which the template writes differently as the last one.
+
+        Some templates put an empty thought in front of the last turn only.
+
+        Args:
+            as_last: the turn's text as the last one.
+        """
+        inside = {match.group() for match in self.special.finditer(as_last)} - {self.end}
+        match = next((match for match in self.special.finditer(text) if match.group() not in inside), None)
+        if match is None or match.group() != self.end or _altered(turn, text[: match.start()]):
+            raise NotPrefixStableError("a turn of the answer changes once others follow")
+        return text[: match.end()]
+
+
+@dataclass
+class _Task:
+    """The answers to one prompt.
+
+    Attributes:
+        opening: the prompt with its generation prompt.
+        options: arguments of the template.
+        notes: see :class:`RenderedAnswers`.
+    """
+
+    renderer: AnswerRenderer
+    prompt: Sequence[Message]
+    opening: str
+    options: dict[str, Any]
+    notes: list[str]
+
+    @cached_property
+    def _frame(self) -> tuple[str, str, str] | None:
+        """The frame of an answer to the prompt, which both answers share."""
+        return self.renderer.template.frame(self.prompt, ends=self.renderer.ends, **self.options)
+
+    def split(self, turns: Sequence[Message]) -> tuple[str, list[Segment]]:
+        """The text in front of an answer, and its segments, the last one up to its end token."""
+        content = turns[0].get("content")
+        plain = len(turns) == 1 and isinstance(content, str) and turns[0].keys() <= {"role", "content"}
+        try:
+            start, segments = self._turns(turns)
+        except (TemplateRefusedError, NotPrefixStableError):
+            if not plain:
+                raise
+            segments = []
+        if plain:
+            assert isinstance(content, str)
+            ends = "".join(self.renderer.ends)
+            text = segments[0].text if segments else ""
+            if not text.removesuffix(ends).removesuffix(self.renderer.end or "").strip():
+                self.notes.append("answer_rendered_plain")
+                return self.opening, [Segment(content + ends, True)]
+        if self._altered_turns(turns, segments):
+            self.notes.append("answer_altered_by_template")
+        if start != self.opening:
+            self.notes.append("generation_prompt_differs")
+        # What follows the prompt is always trained: the first segment is never empty.
+        return start, [segment for segment in segments if segment.text]
+
+    def _altered_turns(self, turns: Sequence[Message], segments: Sequence[Segment]) -> bool:
+        """Whether the template does not write all of the assistant's turns as they are.
+
+        Raises:
+            RecordError: it writes nothing but special tokens for a turn that says something.
+        """
+        spoken = [turn for turn in turns if turn["role"] == "assistant"]
+        written = [segment.text for segment in segments if segment.trained]
+        for turn, text in zip(spoken, written, strict=True):
+            if _says_something(turn) and not self.renderer.special.sub("", text).strip():
+                raise RecordError("answer_without_tokens", "the chat template hides a turn of the assistant")
+        return any(map(_altered, spoken, written))
+
+    def _turns(self, turns: Sequence[Message]) -> tuple[str, list[Segment]]:
+        render = self.renderer.template.render
+        whole = render([*self.prompt, *turns], **self.options)
+        begin = reached = self._start(self.prompt, self.opening, whole)
+        segments: list[Segment] = []
+        for k, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            start = begin
+            if k > 0:
+                known = [*self.prompt, *turns[:k]]
+                opened = render(known, add_generation_prompt=True, **self.options)
+                start = self._start(known, opened, whole)
+                segments.append(Segment(whole[reached:start], False))
+            if k == len(turns) - 1:
+                text = self.renderer.cut(whole[start:], last=True)
+            else:
+                text = self._inner_turn(whole, start, [*self.prompt, *turns[: k + 1]])
+            if not text and (k == 0 or _says_something(turn)):
+                raise NotPrefixStableError("the template writes nothing for a turn of the answer")
+            segments.append(Segment(text, True))
+            reached = start + len(text)
+        return whole[:begin], segments
+
+    def _inner_turn(self, whole: str, start: int, known: Sequence[Message]) -> str:
+        """The text of an assistant's turn that others follow.
+
+        Args:
+            start: where it begins in the text of the whole conversation.
+            known: the conversation up to this turn.
+        """
+        renderer = self.renderer
+        upto = renderer.template.render(known, **self.options)
+        text = renderer.cut(upto[start:], last=False)
+        if upto.startswith(whole[:start]):
+            if whole.startswith(text, start):
+                return text
+            # Some templates write an end only behind the last turn.
+            body = text.removesuffix("".join(renderer.ends)).rstrip()
+            follows = whole[start + len(body) :].lstrip()
+            same = body and whole.startswith(body, start) and not _altered(known[-1], body)
+            if same and not follows.startswith(renderer.ends):
+                self.notes.append("turn_without_end")
+                return body
+        return renderer.cut_within(whole[start:], known[-1], text)
+
+    def _start(self, known: Sequence[Message], opening: str, whole: str) -> int:
+        """Where in `whole` the assistant's turn behind `known` begins.
+
+        Args:
+            opening: `known` with its generation prompt.
+        """
+        if whole.startswith(opening):
+            return len(opening)
+        # The generation prompt may hold more than the template writes in front of a finished answer, such as
+        # an opened `<think>`: the answer then begins behind what both have in common. Only the template's own
+        # text is compared, since an answer may happen to begin like the generation prompt.
+        renderer = self.renderer
+        if known is self.prompt:
+            frame = self._frame
+        else:
+            frame = renderer.template.frame(known, ends=renderer.ends, **self.options)
+        if frame is not None:
+            alone, header, _ = frame
+            if opening.startswith(alone):
+                header = renderer.common_header(opening[len(alone) :], header)
+            if whole.startswith(alone + header):
+                return len(alone) + len(header)
+        raise NotPrefixStableError("the prompt is written differently in front of an answer")
 
 
 def _like(

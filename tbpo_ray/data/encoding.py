@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
-GUARD = "\U0010ffff"
+_GUARD = "\U0010ffff"
 """A noncharacter that is put into a spelled special token while a template runs, so that the token which the
 template writes and the text which the record holds can be told apart."""
-_FIRST_PLACEHOLDER = 0xF0000
+_PLACEHOLDER = "\U000f0000"
+_FIRST_INDEX = 0xF0001
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Continuation:
     before: str
     before_ids: Sequence[int]
     text: str
+    guard: str = ""
+    """What marks the special tokens that `text` spells; empty if it spells none."""
 
 
 class Encoder:
@@ -48,11 +50,12 @@ class Encoder:
         self.added: dict[int, AddedToken] = self.backend.get_added_tokens_decoder()
         texts = {text for text in special if text}
         texts |= {token.content for token in self.added.values() if token.special}
-        self._special_texts = texts
+        self.special_texts = frozenset(texts)
         # The longest first, since one token may be the beginning of another.
-        self.special = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+        self.special = any_of(texts)
+        """Matches them; white space, which may be a token too, is always text."""
         self._prepends, self._prepends_once = _prefix_habit(json.loads(backend))
-        self._placeholders: dict[str, str] = {}
+        self._plain_backends: dict[str, tuple[Any, dict[str, str]]] = {}
 
     def encode(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
         """Token ids without BOS and EOS; with `plain`, special tokens spelled in a text stay text."""
@@ -61,13 +64,13 @@ class Encoder:
         return [encoding.ids for encoding in encoded]
 
     def encode_behind(self, items: Sequence[Continuation]) -> list[list[int]]:
-        """Token ids of each text behind the one before it; a text with :data:`GUARD` is encoded by parts."""
-        texts: list[str] = []
+        """Token ids of each text behind the one before it; a guarded text is encoded by parts."""
+        texts: list[tuple[str, str]] = []
         for item in items:
             lead, in_context = self._context(item)
-            texts.append(lead + item.text)
+            texts.append((lead + item.text, item.guard))
             if in_context:
-                texts.append(item.before + item.text)
+                texts.append((item.before + item.text, item.guard))
         encoded = self._encode_guarded(texts)
         return [self._behind(item, encoded) for item in items]
 
@@ -87,88 +90,134 @@ class Encoder:
             ids = together[size:] if together[:size] == list(item.before_ids) else ids
         return ids
 
-    def _encode_guarded(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        if not any(GUARD in text for text in texts):
-            return iter(self.encode(texts))
-        ordinary = iter(self.encode([text for text in texts if GUARD not in text]))
-        return iter([self._encode_parts(text) if GUARD in text else next(ordinary) for text in texts])
+    def _encode_guarded(self, texts: Sequence[tuple[str, str]]) -> Iterator[list[int]]:
+        guarded = [bool(mark) and mark in text for text, mark in texts]
+        ordinary = iter(
+            self.encode([text for (text, _), by_parts in zip(texts, guarded, strict=True) if not by_parts])
+        )
+        return iter(
+            [
+                self._encode_parts(text, mark) if by_parts else next(ordinary)
+                for (text, mark), by_parts in zip(texts, guarded, strict=True)
+            ]
+        )
 
-    def _encode_parts(self, text: str) -> list[int]:
+    def _encode_parts(self, text: str, mark: str) -> list[int]:
         """Token ids of a text in which some special tokens are spelled (guarded) and others are meant.
 
         Those that are meant become placeholders: added tokens that the tokenizer splits at, as it would
         split at the special tokens themselves, while it reads all other special tokens as text.
         """
-        backend = self._plain_backend
+        start = unused(_PLACEHOLDER, [text])
+        if start not in self._plain_backends:
+            self._plain_backends[start] = (self._plain_backend(), {})
+        backend, placeholders = self._plain_backends[start]
         ids: dict[int, int] = {}
 
         def placeholder(match: re.Match[str]) -> str:
             token = match.group()
             meant = self.backend.token_to_id(token)
-            if meant is None:
+            if meant is None or text.startswith(mark, match.end()):
                 return token
-            if token not in self._placeholders:
-                self._placeholders[token] = chr(_FIRST_PLACEHOLDER + len(self._placeholders))
-                backend.add_tokens([self._like(token, self._placeholders[token])])
-            character = self._placeholders[token]
-            ids[backend.token_to_id(character)] = meant
-            return character
+            if token not in placeholders:
+                placeholders[token] = start + chr(_FIRST_INDEX + len(placeholders))
+                backend.add_tokens([self._like(token, placeholders[token])])
+            ids[backend.token_to_id(placeholders[token])] = meant
+            return placeholders[token]
 
-        replaced = self.special.sub(placeholder, text).replace(GUARD, "")
+        replaced = self.special.sub(placeholder, text).replace(mark, "")
         encoded = backend.encode(replaced, add_special_tokens=False).ids
         return [ids.get(token, token) for token in encoded]
 
-    def _like(self, token: str, character: str) -> AddedToken:
+    def _like(self, token: str, placeholder: str) -> AddedToken:
         from tokenizers import AddedToken
 
         known = {added.content: added for added in self.added.values()}.get(token)
         strips = {"lstrip": known.lstrip, "rstrip": known.rstrip} if known is not None else {}
-        return AddedToken(character, normalized=False, special=False, **strips)
+        return AddedToken(placeholder, normalized=False, special=False, **strips)
 
-    @cached_property
     def _plain_backend(self) -> Any:
         from tokenizers import Tokenizer
 
         tree = json.loads(self._source)
         for token in tree["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in self._special_texts
+            token["special"] = token["special"] or token["content"] in self.special_texts
         backend = Tokenizer.from_str(json.dumps(tree))
         backend.encode_special_tokens = True
         return backend
 
 
-def guard(messages: Sequence[dict[str, Any]], special: re.Pattern[str]) -> list[dict[str, Any]]:
-    """The messages with :data:`GUARD` in every spelled special token of their strings, roles excepted."""
-    return [
-        {key: value if key == "role" else _guard(value, special) for key, value in message.items()}
-        for message in messages
-    ]
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of texts that are not blank, which matches nothing if there are none."""
+    # The longest first, since one token may be the beginning of another.
+    known = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, known)) or r"(?!)")
 
 
-def _guard(value: Any, special: re.Pattern[str]) -> Any:
+def unused(character: str, texts: Iterable[str]) -> str:
+    """The shortest repetition of a character that no text has."""
+    found = character
+    joined = "\n".join(texts)
+    while found in joined:
+        found += character
+    return found
+
+
+def guard(
+    messages: Sequence[dict[str, Any]],
+    special: re.Pattern[str],
+    foreign: re.Pattern[str],
+    before: Sequence[dict[str, Any]] = (),
+) -> tuple[list[dict[str, Any]], str]:
+    """The messages with a mark in every spelled special token of their strings, roles excepted, and the mark.
+
+    Args:
+        special: matches special tokens.
+        foreign: matches those that the content of an assistant's turn never means.
+        before: further messages, whose text must not contain the mark either.
+    """
+    mark = unused(_GUARD, [text for turn in (*messages, *before) for text in _strings(turn)])
+    guarded = []
+    for message in messages:
+        own = {"content"} if message.get("role") == "assistant" else set()
+        guarded.append(
+            {
+                key: value if key == "role" else _guard(value, foreign if key in own else special, mark)
+                for key, value in message.items()
+            }
+        )
+    return guarded, mark
+
+
+def _guard(value: Any, special: re.Pattern[str], mark: str) -> Any:
     if isinstance(value, str):
-        return special.sub(lambda match: match.group()[0] + GUARD + match.group()[1:], value)
+        return special.sub(lambda match: match.group()[0] + mark + match.group()[1:], value)
     if isinstance(value, dict):
         # The keys are the record's own too: those of a tool call's arguments are written out.
-        return {_guard(key, special): _guard(item, special) for key, item in value.items()}
-    return [_guard(item, special) for item in value] if isinstance(value, list) else value
+        return {_guard(key, special, mark): _guard(item, special, mark) for key, item in value.items()}
+    return [_guard(item, special, mark) for item in value] if isinstance(value, list) else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
 
 
 def spells(messages: Sequence[dict[str, Any]], special: re.Pattern[str]) -> bool:
     """Whether a string in the messages spells a special token, roles excepted."""
-    for message in messages:
-        for key, value in message.items():
-            if key != "role" and (special.search(value) if type(value) is str else _spells(value, special)):
-                return True
-    return False
-
-
-def _spells(value: Any, special: re.Pattern[str]) -> bool:
-    if isinstance(value, str):
-        return special.search(value) is not None
-    if isinstance(value, dict):
-        return any(_spells(item, special) for pair in value.items() for item in pair)
-    return isinstance(value, list) and any(_spells(item, special) for item in value)
+    return any(
+        key != "role"
+        and any(special.search(text) for text in ([value] if type(value) is str else _strings(value)))
+        for message in messages
+        for key, value in message.items()
+    )
 
 
 def _prefix_habit(tree: dict[str, Any]) -> tuple[bool, bool]:

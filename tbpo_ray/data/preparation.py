@@ -33,7 +33,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import atomic_folder
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Increment it when the same input would give other pairs, so that existing shards are rebuilt."""
 _STALE_SECONDS = 24 * 3600
 """A build folder without a new shard for this long was left behind by a killed process."""

@@ -19,7 +19,6 @@ from tbpo_ray.config.schema import DataConfig
 from tbpo_ray.data.contradictions import check_columns
 from tbpo_ray.data.messages import (
     Message,
-    answer_text,
     check_media_columns,
     check_unicode,
     content_text,
@@ -59,15 +58,6 @@ class Record:
     """0-based position in `source`."""
     tie: bool = False
     """Whether neither answer is better; only with :attr:`ReadOptions.keep_ties`."""
-
-    @property
-    def chosen_text(self) -> str:
-        """The text of the chosen answer, for people, judges and hashes."""
-        return answer_text(self.chosen)
-
-    @property
-    def rejected_text(self) -> str:
-        return answer_text(self.rejected)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ generation see exactly the same prompt tokens. These rules apply, and each use o
 
 - a prompt starts with exactly one BOS if the tokenizer or its template uses BOS;
 - an answer ends in exactly one end token, unless it was truncated; text of an answer that spells a special
-  token is plain text;
+  token is plain text, except for markers such as `<think>` in the content of an assistant's turn, which are
+  the tokens that the template itself writes or looks for;
 - a prompt longer than `data.max_prompt_length` is truncated at the front (BOS is kept), never at the end;
 - an answer is truncated at `data.max_length`, and always keeps at least one token;
 - the turns of users and tools inside an answer are context: their tokens are masked.
@@ -21,7 +22,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from tbpo_ray.data.answers import (
     plain_segments,
     plain_text,
 )
-from tbpo_ray.data.encoding import GUARD, Continuation, Encoder, guard, spells
+from tbpo_ray.data.encoding import Continuation, Encoder, any_of, guard, spells
 from tbpo_ray.data.records import Record
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.errors import InputError
@@ -179,13 +180,16 @@ class PairTokenizer:
         spec = self.spec
         added = {token.content: index for index, token in self._encoder.added.items()}
         special = [token.content for token in self._encoder.added.values() if token.special]
-        end = template.turn_end(added, special)
-        if end is not None:
-            self.end = added[end]
-            self._end_text = end
+        ends = template.turn_ends(added, special)
+        if ends:
+            self.end = added[ends[-1]]
+            self._end_text = ends[-1]
             # An answer that spells its own end must not end there, whatever kind of token that is.
-            self._encoder = Encoder(spec.backend, [*spec.special_tokens.values(), end])
-        self._renderer = AnswerRenderer(template, end, self._encoder.special)
+            self._encoder = Encoder(spec.backend, [*spec.special_tokens.values(), *ends])
+        texts = self._encoder.special_texts
+        self._markers = template.markers(texts, ends)
+        self._foreign = any_of(texts - self._markers)
+        self._renderer = AnswerRenderer(template, ends, self._encoder.special)
 
     def prompts(
         self,
@@ -232,16 +236,6 @@ class PairTokenizer:
             out.append(prompt if isinstance(prompt, RecordError) else self._pair(prompt, item, both))
         return out
 
-    def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of an answer's tokens without its end token."""
-        ids = list(ids)
-        ends = (self.end, self.spec.eos)
-        return str(
-            self._encoder.backend.decode(
-                ids[:-1] if ids[-1:] and ids[-1] in ends else ids, skip_special_tokens=False
-            )
-        )
-
     def _render_prompt(
         self,
         messages: Sequence[Message],
@@ -267,15 +261,20 @@ class PairTokenizer:
             if refusal is not None:
                 return refusal
             return RenderedAnswers(plain_text(record.prompt), [plain_segments(turns) for turns in answers])
+        mark = ""
         if any(spells(turns, self._encoder.special) for turns in answers):
-            answers = [guard(turns, self._encoder.special) for turns in answers]
+            turns = [*record.chosen, *record.rejected]
+            guarded, mark = guard(turns, self._encoder.special, self._foreign, record.prompt)
+            given, answers = answers, [guarded[: len(record.chosen)], guarded[len(record.chosen) :]]
+            self.counts["special_text_in_answer"] += sum(a != b for a, b in zip(given, answers, strict=True))
         try:
-            return self._renderer.render(
+            rendered = self._renderer.render(
                 record.prompt,
                 answers,
                 tools=record.tools,
                 template_kwargs=self._template_kwargs(record.template_kwargs),
             )
+            return replace(rendered, guard=mark)
         except RecordError as error:
             return error
         except TemplateRefusedError as error:
@@ -301,8 +300,8 @@ class PairTokenizer:
             for segments in pair.answers:
                 text = segments[0].text
                 if len(segments) == 1:
-                    text = text.removesuffix(self._end_text)
-                items.append(Continuation(pair.prompt, prompt, text))
+                    text = self._without_end(text)
+                items.append(Continuation(pair.prompt, prompt, text, pair.guard))
                 sides.append(segments)
         encoded = self._encode_behind(items)
         # The last segment's end token is added below.
@@ -313,13 +312,19 @@ class PairTokenizer:
         decoded = self._encoder.backend.decode_batch([a.ids for a in answers], skip_special_tokens=False)
         for answer, back, first, segments in zip(answers, decoded, items, sides, strict=True):
             texts = [first.text, *(segment.text for segment in segments[1:])]
-            text = "".join(texts).removesuffix(self._end_text if segments[1:] else "")
+            text = self._without_end("".join(texts)) if segments[1:] else first.text
             if not self._same_text(text, back, first, answer.ids):
                 answer.text_differs = back[:80]
             if self._lacks_end(segments[-1].text):
                 answer.ids.append(self.end)
                 answer.mask.append(True)
         return answers
+
+    def _without_end(self, text: str) -> str:
+        """A text without the end token behind it, and without the white space that the token swallows."""
+        without = text.removesuffix(self._end_text)
+        swallows = without != text and self._encoder.added[self.end].lstrip
+        return without.rstrip() if swallows else without
 
     def _lacks_end(self, last: str) -> bool:
         """Whether the end token has to be put behind the tokens of an answer's last segment."""
@@ -337,8 +342,9 @@ class PairTokenizer:
         """An answer of several segments, of which the first one is already encoded; without its end token."""
         before, all_ids, mask = first.before + first.text, list(ids), [True] * len(ids)
         for k, segment in enumerate(segments[1:], start=2):
-            text = segment.text.removesuffix(self._end_text) if k == len(segments) else segment.text
-            (more,) = self._encode_behind([Continuation(before, [*first.before_ids, *all_ids], text)])
+            text = self._without_end(segment.text) if k == len(segments) else segment.text
+            behind = Continuation(before, [*first.before_ids, *all_ids], text, first.guard)
+            (more,) = self._encode_behind([behind])
             all_ids += more
             mask += [segment.trained] * len(more)
             before += segment.text
@@ -372,8 +378,12 @@ class PairTokenizer:
         """
         if back == text or back == " " + text:
             return True
-        text, back = (unicodedata.normalize("NFC", value) for value in (text.replace(GUARD, ""), back))
+        text = text.replace(first.guard, "") if first.guard else text
+        text, back = (unicodedata.normalize("NFC", value) for value in (text, back))
         added = {self._encoder.added[token].content for token in ids if token in self._encoder.added}
+        for content in added:  # some decoders read the mark of a space inside of a token as a space
+            text, back = (value.replace(content, content.replace("▁", " ")) for value in (text, back))
+        added = {content.replace("▁", " ") for content in added}
         if added:
             around = re.compile(rf"\s*({'|'.join(map(re.escape, added))})\s*")
             text, back = (around.sub(r"\1", value) for value in (text, back))

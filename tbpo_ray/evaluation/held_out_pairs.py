@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tbpo_ray.config.schema import Config
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.records import BadRecord, ReadOptions, Record, iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
@@ -19,6 +20,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.measures import Estimate, mean_estimate
 from tbpo_ray.evaluation.prompts import prompt_sources
+from tbpo_ray.evaluation.suites import prompt_limit
 from tbpo_ray.evaluation.token_credit import TokenCredit, token_credit
 from tbpo_ray.evaluation.win_rates import win_rate
 
@@ -58,7 +60,7 @@ def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutP
     spec = TokenizerSpec.load(model, config.model.chat_template, config.data.template_kwargs)
     tokenizer = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     bad: list[BadRecord] = []
-    limit = limit or config.evaluation.max_prompts
+    limit = limit or prompt_limit(config)
     # Also a policy that was trained in reverse is measured by the preferences as they are.
     reading = replace(ReadOptions.of(config.data, config.run.seed), swap_answers=False)
     records = [record for name in names for record in iter_records(name, limit, bad.append, reading)][:limit]
@@ -125,7 +127,7 @@ def damaged_tokens(record: Record, tokens: TokenizedPair, spec: TokenizerSpec) -
     spans: Any = record.metadata.get("damage")
     if spans is None:
         raise InputError("evaluation.credit_pairs: these pairs have no known damage; use builtin:copyedit")
-    backend, text = _backend(spec.backend), record.rejected_text
+    backend, text = _backend(spec.backend), answer_text(record.rejected)
     encoded = backend.encode(text, add_special_tokens=False)
     offsets = list(encoded.offsets)
     if encoded.ids[: len(tokens.rejected_ids)] != tokens.rejected_ids[: len(encoded.ids)]:

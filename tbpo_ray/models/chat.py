@@ -16,6 +16,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tbpo_ray.models.turn_tokens import (
+    PROBE,
+    PROBE_TOOL,
+    TemplateRefusedError,
+    assistant_markers,
+    turn_ends,
+)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -27,22 +35,6 @@ FIXED_DATE = datetime(2024, 7, 26)
 
 MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 """Types of content parts that are not text."""
-
-_PROBE = "Quizzical"
-"""A text that no template alters."""
-
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_it",
-        "description": "Probe.",
-        "parameters": {"type": "object", "properties": {}, "required": []},
-    },
-}
-
-
-class TemplateRefusedError(ValueError):
-    """A template raised an error on a conversation; the message is the template's own."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +71,9 @@ class ChatTemplate:
         Raises:
             TemplateRefusedError: with the template's own reason.
         """
+        # A template that writes the tools of a message would write those of the conversation a second time.
+        if tools and any(message.get(name) for message in messages for name in self._message_tools):
+            tools = None
         values: dict[str, Any] = {
             "tools": tools,
             "template_kwargs": template_kwargs,
@@ -109,61 +104,49 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        ends: Sequence[str] = (),
     ) -> tuple[str, str, str] | None:
         """Text of the prompt alone, text between it and an answer's content, and text behind the content.
 
         Found by rendering an answer that no template alters; None where the template refuses or hides it.
+
+        Args:
+            ends: the tokens behind a turn, which some templates write behind a prompt too.
         """
-        probe = {"role": "assistant", "content": _PROBE}
+        probe = {"role": "assistant", "content": PROBE}
         try:
             alone = self.render(prompt, tools=tools, template_kwargs=template_kwargs)
             text = self.render([*prompt, probe], tools=tools, template_kwargs=template_kwargs)
         except TemplateRefusedError:
             return None
-        before, found, behind = text.rpartition(_PROBE)
+        before, found, behind = text.rpartition(PROBE)
+        if not before.startswith(alone):
+            alone = alone.rstrip().removesuffix("".join(ends)).rstrip()
         if not found or not before.startswith(alone):
             return None
         return alone, before[len(alone) :], behind
 
-    def turn_end(self, tokens: Iterable[str], special: Iterable[str] = ()) -> str | None:
-        """The token that the template puts behind an assistant's turn (`<|im_end|>`, `<end_of_turn>` ...).
+    def turn_ends(self, tokens: Iterable[str], special: Iterable[str] = ()) -> tuple[str, ...]:
+        """The tokens directly behind an assistant's turn; see :func:`tbpo_ray.models.turn_tokens.turn_ends`.
 
         Args:
             tokens: texts of the tokenizer's added tokens.
             special: those that count even where the template writes other text between the turn and them.
+        """
+        return turn_ends(self, list(tokens), list(special))
+
+    def turn_end(self, tokens: Iterable[str], special: Iterable[str] = ()) -> str | None:
+        """The last token that the template puts behind an assistant's turn (`<|im_end|>`, `<end_of_turn>`).
 
         Returns:
             None where the template ends an answer in plain text or in nothing.
         """
-        behind = self._behind_a_turn()
-        # The longest first, since one token may be the beginning of another.
-        known = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
-        first = next((token for token in known if behind.lstrip().startswith(token)), None)
-        if first is not None:
-            return first
-        later = sorted((token for token in special if token.strip()), key=len, reverse=True)
-        match = re.search("|".join(map(re.escape, later)) or r"(?!)", behind)
-        return match.group() if match is not None else None
+        ends = self.turn_ends(tokens, special)
+        return ends[-1] if ends else None
 
-    def _behind_a_turn(self) -> str:
-        """What the template writes behind the content of an assistant's turn at the end."""
-        system, user = {"role": "system", "content": "Hello"}, {"role": "user", "content": "Hello"}
-        answer = {"role": "assistant", "content": _PROBE}
-        # Some templates refuse a conversation without a system turn or without tools.
-        probes: list[tuple[list[Message], list[dict[str, Any]] | None]] = [
-            ([user, answer], None),
-            ([system, user, answer], None),
-            ([user, answer], [_PROBE_TOOL]),
-            ([system, user, answer], [_PROBE_TOOL]),
-        ]
-        for turns, tools in probes:
-            try:
-                _, found, behind = self.render(turns, tools=tools).rpartition(_PROBE)
-            except TemplateRefusedError:
-                continue
-            if found:
-                return behind
-        return ""
+    def markers(self, special: Iterable[str], ends: Iterable[str]) -> frozenset[str]:
+        """Special tokens of an assistant's own content, such as `<think>`; see :func:`assistant_markers`."""
+        return assistant_markers(self, list(special), ends)
 
     def _run(
         self,
@@ -230,7 +213,7 @@ class ChatTemplate:
     @cached_property
     def _roles_with_parts(self) -> frozenset[str]:
         """The roles whose content may be a list of parts."""
-        parts = [{"type": "text", "text": _PROBE}]
+        parts = [{"type": "text", "text": PROBE}]
         user: Message = {"role": "user", "content": "Hello"}
         call: Message = {"role": "assistant", "content": "Hello", "tool_calls": [_probe_call({})]}
         conversations: dict[str, list[Message]] = {
@@ -243,12 +226,24 @@ class ChatTemplate:
                 {"role": "tool", "content": parts, "name": "probe", "tool_call_id": "probe1234"},
             ],
         }
-        return frozenset(role for role, turns in conversations.items() if _PROBE in self._try(turns))
+        return frozenset(role for role, turns in conversations.items() if PROBE in self._try(turns))
+
+    @cached_property
+    def _message_tools(self) -> frozenset[str]:
+        """The fields of a message from which the template reads tools."""
+        found = set()
+        for name in ("tools", "functions"):
+            for value in ([PROBE_TOOL], json.dumps([PROBE_TOOL])):
+                turns: list[Message] = [{"role": "user", "content": "Hello", name: value}]
+                system: Message = {"role": "system", "content": "Hello", name: value}
+                if any("probe_it" in self._try(probe) for probe in (turns, [system, *turns])):
+                    found.add(name)
+        return frozenset(found)
 
     @cached_property
     def _argument_type(self) -> type | None:
         """The type of a tool call's `arguments` that the template needs: dict, str, or None for either."""
-        arguments = {"qkey": _PROBE}
+        arguments = {"qkey": PROBE}
         found = {}
         for kind, value in ((dict, arguments), (str, json.dumps(arguments))):
             turns: list[Message] = [
@@ -258,7 +253,7 @@ class ChatTemplate:
             rendered = self._try(turns)
             # Python's notation of a mapping has single quotes; JSON text that was dumped again has escapes.
             wrong = "'qkey'" in rendered or '\\"qkey' in rendered
-            found[kind] = "qkey" in rendered and _PROBE in rendered and not wrong
+            found[kind] = "qkey" in rendered and PROBE in rendered and not wrong
         if found[dict] and found[str]:
             return None
         return str if found[str] else dict

@@ -1,4 +1,4 @@
-"""Chat templates and tokenizers in the style of six public model families, written for the tests.
+"""Chat templates and tokenizers in the style of public model families, written for the tests.
 
 Each style uses what makes its family hard: tools as JSON, thoughts that earlier turns lose, a header with a
 date, a merged or refused system turn, turns without a special token at their beginning, a token that swallows
@@ -116,6 +116,75 @@ PHI3 = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
+COHERE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}"
+    "{%- if m.role == 'system' %}{{ '<|SYSTEM_TOKEN|>' + m.content }}"
+    "{%- elif m.role == 'user' %}{{ '<|USER_TOKEN|>' + m.content }}"
+    "{%- elif m.role == 'tool' %}{{ '<|SYSTEM_TOKEN|><|START_TOOL_RESULT|>' + m.content + '<|END_TOOL_RESULT|>' }}"
+    "{%- else %}{{ '<|CHATBOT_TOKEN|>' }}"
+    "{%- if m.thinking or m.reasoning_content %}"
+    "{{ '<|START_THINKING|>' + (m.thinking or m.reasoning_content) + '<|END_THINKING|>' }}{% endif %}"
+    "{%- if m.tool_calls %}{{ '<|START_ACTION|>[' }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    "{{ ']<|END_ACTION|>' }}"
+    "{%- else %}{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}{% endif %}"
+    "{%- endif %}{{ '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
+
+DEEPSEEK_R1 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
+    "{% elif m.role == 'assistant' and m.tool_calls %}{{ '<｜Assistant｜><｜tool▁call▁begin｜>' }}"
+    "{{ m.tool_calls[0].function | tojson }}{{ '<｜tool▁call▁end｜><｜end▁of▁sentence｜>' }}"
+    "{% elif m.role == 'assistant' %}{% set content = m.content %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}"
+    "{% elif m.role == 'tool' %}{{ '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
+
+QWQ = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and not loop.last %}{{ (m.content or '').split('</think>')[-1].lstrip('\n') }}"
+    "{%- else %}{{ m.content or '' }}{% endif %}"
+    "{%- for c in m.tool_calls or [] %}{{ '\n<tool_call>' }}{{ c.function | tojson }}{{ '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+KIMI = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ '<|im_' + m.role + '|>' + m.role + '<|im_middle|>' }}"
+    "{% if m.role == 'assistant' %}{{ (m.content or '').split('◁/think▷')[-1].lstrip('\n') if not loop.last else m.content }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"
+)
+
+PHI4_MINI = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% else %}{{ raise_exception('Unknown role') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+GRANITE = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+    "{% else %}{% set system = 'Knowledge Cutoff Date: April 2024.\nToday\\'s Date: ' + strftime_now('%B %d, %Y') + '.' %}"
+    "{% endif %}{{ '<|start_of_role|>system<|end_of_role|>' + system + '<|end_of_text|>\n' }}"
+    "{% if tools %}{{ '<|start_of_role|>available_tools<|end_of_role|>' }}{{ tools | tojson(indent=4) }}"
+    "{{ '<|end_of_text|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' }}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ '<|tool_call|>' }}{{ [c.function] | tojson }}{% endfor %}"
+    "{{ '<|end_of_text|>\n' }}{% if loop.last and add_generation_prompt %}"
+    "{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}{% endfor %}"
+)
+
+LAST_EOS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content }}{% if loop.last %}{{ eos_token }}{% endif %}"
+    "{% else %}{{ raise_exception('Only user and assistant roles') }}{% endif %}{% endfor %}"
+)
+ALWAYS_EOS = LAST_EOS.replace("{% if loop.last %}{{ eos_token }}{% endif %}", "") + "{{ eos_token }}"
+
 STYLES = {
     # name: template, special tokens, added tokens that are not special, BOS, EOS, what it cannot write
     "qwen2": (QWEN2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>"], None,
@@ -131,11 +200,35 @@ STYLES = {
     "llama2": (MISTRAL, ["<s>", "</s>"], [], "<s>", "</s>", ()),
     "phi3": (PHI3, ["<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>"], [], "<s>",
              "<|endoftext|>", ("tool",)),
+    "qwen3 special": (QWEN3, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>"],
+                      [], None, "<|endoftext|>", ()),
+    "cohere": (COHERE, ["<pad>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
+                        "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>",
+                        "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_ACTION|>", "<|END_ACTION|>",
+                        "<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"], [], "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", ()),
+    "deepseek r1": (DEEPSEEK_R1, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+                                  "<think>", "</think>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+                                  "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"], [], "<｜begin▁of▁sentence｜>",
+                    "<｜end▁of▁sentence｜>", ()),
+    "qwq": (QWQ, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], ["<tool_call>"], None,
+            "<|im_end|>", ()),
+    "kimi": (KIMI, ["[BOS]", "[EOS]", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>", "<|im_end|>",
+                    "◁think▷", "◁/think▷"], [], "[BOS]", "[EOS]", ("tool",)),
+    "phi4 mini": (PHI4_MINI, ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>"], [],
+                  "<|endoftext|>", "<|endoftext|>", ("tool",)),
+    "granite": (GRANITE, ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"], [],
+                "<|end_of_text|>", "<|end_of_text|>", ()),
+    "last eos": (LAST_EOS, ["<s>", "</s>", "[INST]", "[/INST]"], [], "<s>", "</s>", ("system", "tool")),
+    "last eos, words": (LAST_EOS, ["<s>", "</s>"], [], "<s>", "</s>", ("system", "tool")),
+    "always eos": (ALWAYS_EOS, ["<s>", "</s>", "[INST]", "[/INST]"], [], "<s>", "</s>", ("system", "tool")),
 }  # fmt: skip
 
 ENDS = {
     "qwen2": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>",
-    "mistral": "</s>", "llama2": "</s>", "phi3": "<|end|>",
+    "mistral": "</s>", "llama2": "</s>", "phi3": "<|end|>", "qwen3 special": "<|im_end|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek r1": "<｜end▁of▁sentence｜>", "qwq": "<|im_end|>",
+    "kimi": "<|im_end|>", "phi4 mini": "<|end|>", "granite": "<|end_of_text|>", "last eos": "</s>",
+    "last eos, words": "</s>", "always eos": "</s>",
 }  # fmt: skip
 TEXTS = [
     "the quick brown fox jumps over the lazy dog, and the weather in Oslo is 12 degrees",
@@ -188,6 +281,8 @@ def style_tokenizer(style: str, kind: str):
     for token in tree["added_tokens"]:
         # Phi-3's tokens swallow the white space behind them.
         token["rstrip"] = style == "phi3" and token["content"] in ("<|user|>", "<|assistant|>", "<|end|>")
+        # Those of some others swallow the white space in front of them.
+        token["lstrip"] = style == "phi4 mini" and token["content"] == "<|end|>"
     backend = Tokenizer.from_str(json.dumps(tree))
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
     return PreTrainedTokenizerFast(

@@ -68,6 +68,14 @@ STRICT = (
 )
 
 
+def decode_answer(tokenizer, ids):
+    """The text of an answer's tokens without its end token."""
+    ids = list(ids)
+    ends = (tokenizer.end, tokenizer.spec.eos)
+    ids = ids[:-1] if ids[-1:] and ids[-1] in ends else ids
+    return tokenizer._encoder.backend.decode(ids, skip_special_tokens=False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from tbpo_ray.data import copyedit
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.records import iter_prompts, iter_records
 from tbpo_ray.errors import InputError
 
@@ -52,33 +53,35 @@ def test_answers_are_correct_by_an_independent_solver():
             words[words.index(arguments[0])] = arguments[2]
         else:
             assert name == "copy"
-        assert record.chosen_text == " ".join(words) == record.metadata["answer"]
-        assert copyedit.check(record.metadata, f" {record.chosen_text}\n")
-        assert not copyedit.check(record.metadata, record.rejected_text)
+        assert answer_text(record.chosen) == " ".join(words) == record.metadata["answer"]
+        assert copyedit.check(record.metadata, f" {answer_text(record.chosen)}\n")
+        assert not copyedit.check(record.metadata, answer_text(record.rejected))
 
 
 def test_damage_covers_the_first_difference_and_nothing_before_it():
     for record in rows("pairs=800"):
-        right, wrong = record.chosen_text.split(), record.rejected_text.split()
+        right, wrong = answer_text(record.chosen).split(), answer_text(record.rejected).split()
         spans = record.metadata["damage"]
         assert spans == sorted(spans)
         first = next((i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b), None)
         if first is None:  # one is a prefix of the other
             first = min(len(right), len(wrong))
         start = len(" ".join(wrong[:first])) + bool(first)
-        start = start if first < len(wrong) else len(record.rejected_text)
+        start = start if first < len(wrong) else len(answer_text(record.rejected))
         assert spans[0][0] == start
         for low, high in spans:
-            assert record.rejected_text[low:high].strip() == record.rejected_text[low:high]
+            assert answer_text(record.rejected)[low:high].strip() == answer_text(record.rejected)[low:high]
 
 
 def test_sft_targets_are_damaged_at_the_given_rate():
     some = rows("split=sft&pairs=2000&damaged=0.3")
-    share = sum(r.chosen_text != r.metadata["answer"] for r in some) / len(some)
+    share = sum(answer_text(r.chosen) != r.metadata["answer"] for r in some) / len(some)
     assert 0.26 < share < 0.34
-    assert all(r.chosen_text != r.rejected_text for r in some)
-    assert all(bool(r.metadata["chosen_damage"]) == (r.chosen_text != r.metadata["answer"]) for r in some)
-    assert all(r.chosen_text == r.metadata["answer"] for r in rows("split=sft&pairs=50&damaged=0"))
+    assert all(answer_text(r.chosen) != answer_text(r.rejected) for r in some)
+    assert all(
+        bool(r.metadata["chosen_damage"]) == (answer_text(r.chosen) != r.metadata["answer"]) for r in some
+    )
+    assert all(answer_text(r.chosen) == r.metadata["answer"] for r in rows("split=sft&pairs=50&damaged=0"))
 
 
 def test_rows_depend_only_on_the_seed_and_their_index():

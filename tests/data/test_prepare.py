@@ -16,7 +16,7 @@ from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
 
-from .conftest import CHAT, make_tokenizer, pair
+from .conftest import CHAT, decode_answer, make_tokenizer, pair
 from .test_records import BAD
 
 SPEC_FIELDS = {field.name for field in dataclasses.fields(PairsSpec)}
@@ -55,7 +55,7 @@ def test_pairs_in_the_order_of_the_source_with_lengths_and_metadata(run, write_r
     lengths = [[len(row[c]) for c in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in rows]
     assert prepared.lengths().tolist() == lengths and prepared.lengths().dtype == np.int32
     tokenizer = PairTokenizer(TokenizerSpec.load(tokenizer_folder), 2048, 1024)
-    assert tokenizer.decode_answer(rows[7]["chosen_ids"]) == "good answer 7"
+    assert decode_answer(tokenizer, rows[7]["chosen_ids"]) == "good answer 7"
     assert prepared.quarantined == 0 and prepared.quarantine_file is None
     assert not [name for name in os.listdir(Path(prepared.path).parent) if name.startswith(".")]
 

@@ -10,6 +10,7 @@ import torch
 
 from tbpo_ray.config.schema import DataConfig, RecordFormat
 from tbpo_ray.data.card import data_card
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.preparation import PairsSpec, prepare
 from tbpo_ray.data.record_shapes import SHAPES
 from tbpo_ray.data.records import ReadOptions, iter_prompts, iter_records, parse_prompt, parse_records
@@ -234,7 +235,7 @@ def test_the_parts_of_an_instruction_belong_to_every_pair_of_answers(answers):
     row = {"instruction": "Translate.", "input": "Haus", "history": [["Hello", "Hi"]], **answers}
     (record,) = parse_records(row)
     assert record.prompt == [U("Hello"), A("Hi"), U("Translate.\nHaus")] and record.metadata == {}
-    assert (record.chosen_text, record.rejected_text) == ("house", "mouse")
+    assert (answer_text(record.chosen), answer_text(record.rejected)) == ("house", "mouse")
     for part, reason in (
         ({"input": ["Haus"]}, "prompt_not_text"),
         ({"history": "Hello"}, "message_malformed"),
@@ -263,7 +264,7 @@ def test_a_summary_is_asked_for_as_in_openai_s_comparisons():
         "worker": "w",
     }
     (record,) = parse_records(row)
-    assert (record.chosen_text, record.rejected_text) == ("Sea day.", "Long.")
+    assert (answer_text(record.chosen), answer_text(record.rejected)) == ("Sea day.", "Long.")
     assert record.prompt == [U("SUBREDDIT: r/sailing\n\nTITLE: Sea\n\nPOST: A day at sea.\n\nTL;DR:")]
     assert record.metadata == {"worker": "w"}
     article = {**row, "info": {"article": "News.", "post": None}}
@@ -300,7 +301,7 @@ def test_ties_give_no_pair(name):
 @pytest.mark.parametrize("name", TIES)
 def test_ties_that_are_kept_are_marked(name):
     (record,) = parse_records(TIES[name], options=ReadOptions(keep_ties=True))
-    assert record.tie and record.chosen_text != record.rejected_text
+    assert record.tie and answer_text(record.chosen) != answer_text(record.rejected)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -348,7 +349,7 @@ RANKED = {"prompt": Q, "responses": ["low", "top", "mid", "also mid"], "scores":
 def test_ranked_answers_become_the_pairs_that_the_configuration_names(pairing, gap, expected):
     options = ReadOptions(pairing=pairing, pairing_gap=gap)
     records = parse_records(RANKED, options=options)
-    assert [f"{r.chosen_text}>{r.rejected_text}" for r in records] == expected
+    assert [f"{answer_text(r.chosen)}>{answer_text(r.rejected)}" for r in records] == expected
 
 
 @pytest.mark.parametrize(
@@ -362,13 +363,15 @@ def test_ranked_answers_become_the_pairs_that_the_configuration_names(pairing, g
 def test_kept_ties_of_ranked_answers(pairing, gap, expected):
     options = ReadOptions(pairing=pairing, pairing_gap=gap, keep_ties=True)
     records = parse_records(RANKED, options=options)
-    assert [f"{r.chosen_text}{'=' if r.tie else '>'}{r.rejected_text}" for r in records] == expected
+    assert [
+        f"{answer_text(r.chosen)}{'=' if r.tie else '>'}{answer_text(r.rejected)}" for r in records
+    ] == expected
 
 
 def test_a_random_worse_answer_depends_on_seed_and_row_only():
     def drawn(seed):
         options = ReadOptions(pairing="best_random", seed=seed)
-        return [parse_records(RANKED, row=row, options=options)[0].rejected_text for row in range(40)]
+        return [answer_text(parse_records(RANKED, row=row, options=options)[0].rejected) for row in range(40)]
 
     assert drawn(1) == drawn(1) != drawn(2) and set(drawn(1)) == {"low", "mid", "also mid"}
 

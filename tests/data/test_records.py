@@ -4,6 +4,7 @@ import json
 import pytest
 
 from tbpo_ray.data import record_shapes
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.record_shapes import RawPair
 from tbpo_ray.data.records import BadRecord, iter_prompts, iter_records, parse_prompt, parse_records
 from tbpo_ray.data.rejection_reasons import REASONS, RecordError
@@ -41,7 +42,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_accepted_shape_gives_the_same_pair(shape):
     (record,) = parse_records(SHAPES[shape], "s", 3)
-    assert (record.prompt, record.chosen_text, record.rejected_text) == ([U("Q")], "yes", "no")
+    assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], [A("yes")], [A("no")])
     assert (record.source, record.row) == ("s", 3)
 
 
@@ -64,14 +65,14 @@ def test_a_further_shape_is_one_reader(monkeypatch):
 
     monkeypatch.setattr(record_shapes, "SHAPES", {"mine": read_ranked, **record_shapes.SHAPES})
     (record,) = parse_records({"question": "Q", "ranked": ["yes", "maybe", "no"], "language": "de"})
-    assert (record.prompt, record.chosen_text, record.rejected_text) == ([U("Q")], "yes", "no")
+    assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], [A("yes")], [A("no")])
     assert record.metadata == {"language": "de"}
 
 
 def test_answers_keep_their_whitespace():
     (record,) = parse_records({"prompt": " Q\n", "chosen": " yes\n", "rejected": "no\t"})
     assert record.prompt[0]["content"] == " Q\n"
-    assert (record.chosen_text, record.rejected_text) == (" yes\n", "no\t")
+    assert (answer_text(record.chosen), answer_text(record.rejected)) == (" yes\n", "no\t")
 
 
 BAD = {

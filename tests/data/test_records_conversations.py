@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.records import parse_prompt, parse_records
 from tbpo_ray.data.rejection_reasons import RecordError
 
@@ -258,7 +259,7 @@ def test_every_field_of_a_message_is_kept():
     (record,) = parse_records({**row, "chat_template_kwargs": {"enable_thinking": False}, "topic": "x"})
     assert (record.prompt, record.chosen, record.rejected) == (turns[:3], turns[3:], [A("cold")])
     assert (record.tools, record.template_kwargs) == (TOOLS, {"enable_thinking": False})
-    assert record.metadata == {"topic": "x"} and record.chosen_text == "warm"
+    assert record.metadata == {"topic": "x"} and answer_text(record.chosen) == "warm"
     prompt = parse_prompt(row)
     assert (prompt.prompt, prompt.tools) == (turns[:3], TOOLS)
 
@@ -271,11 +272,11 @@ def test_an_answer_may_call_tools_and_a_preference_may_lie_over_several_turns():
         [A("cold")],
     )
     (record,) = parse_records(pair("Q", [CALLING], "cold"))
-    assert record.chosen == [CALLING] and record.chosen_text == ""
+    assert record.chosen == [CALLING] and answer_text(record.chosen) == ""
     talk = [U("Q"), A("a"), U("more"), A("b")], [U("Q"), A("c"), U("why"), A("d")]
     (record,) = parse_records({"chosen": talk[0], "rejected": talk[1]})
     assert (record.prompt, record.chosen, record.rejected) == ([U("Q")], talk[0][1:], talk[1][1:])
-    assert record.chosen_text == "a\n\nb"
+    assert answer_text(record.chosen) == "a\n\nb"
 
 
 def test_answers_that_differ_in_a_field_are_different():

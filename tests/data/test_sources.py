@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from tbpo_ray.data import sources
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.records import iter_records
 from tbpo_ray.data.sources import iter_chunks, iter_raw, resolve_source
 from tbpo_ray.errors import InputError
@@ -54,9 +55,9 @@ def test_every_format_gives_the_same_rows_in_order(tmp_path, kind):
     source = write(tmp_path, kind)
     records = list(iter_records(source))
     assert [r.row for r in records] == list(range(25))
-    assert [(r.prompt[0]["content"], r.chosen_text, r.rejected_text, r.metadata) for r in records] == [
-        (row["prompt"], row["chosen"], row["rejected"], {"language": "de"}) for row in ROWS
-    ]
+    assert [
+        (r.prompt[0]["content"], answer_text(r.chosen), answer_text(r.rejected), r.metadata) for r in records
+    ] == [(row["prompt"], row["chosen"], row["rejected"], {"language": "de"}) for row in ROWS]
     assert len(list(iter_raw(source, 9))) == 9
     sizes = [chunk.rows for chunk in iter_chunks(resolve_source(source)[0], rows=4, limit=10)]
     assert sum(sizes) == 10 and max(sizes) <= 4

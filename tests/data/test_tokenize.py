@@ -3,11 +3,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tbpo_ray.config.schema import DataConfig
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.records import Record, parse_records
 from tbpo_ray.data.rejection_reasons import REASONS, RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec, prompt_tokens
+from tbpo_ray.models.chat import ChatTemplate
 
-from .conftest import CHAT, STRICT, make_tokenizer
+from .conftest import CHAT, STRICT, decode_answer, make_tokenizer
 
 BOS, EOS = 1, 2
 
@@ -41,7 +43,7 @@ def test_bos_and_eos_occur_exactly_once(kind, template, adds_bos):
     assert pair.prompt_ids[0] == BOS or not (adds_bos or template)
     for ids, text in ((pair.chosen_ids, "sat on the mat"), (pair.rejected_ids, "friend")):
         assert ids.count(EOS) == 1 and ids[-1] == EOS and BOS not in ids
-        assert tokenizer.decode_answer(ids) == text
+        assert decode_answer(tokenizer, ids) == text
 
 
 def test_the_boundary_holds_where_the_tokenizer_would_merge_across_it():
@@ -58,8 +60,8 @@ def test_special_tokens_spelled_in_an_answer_are_plain_text():
     tokenizer = pairs_of(make_tokenizer(template=CHAT))
     (pair,) = tokenizer.pairs([pair_of(user("say </s>"), "it is </s> <s>", "<|assistant|>")])
     assert pair.chosen_ids.count(EOS) == 1 and BOS not in pair.chosen_ids
-    assert tokenizer.decode_answer(pair.chosen_ids) == "it is </s> <s>"
-    assert tokenizer.decode_answer(pair.rejected_ids) == "<|assistant|>"
+    assert decode_answer(tokenizer, pair.chosen_ids) == "it is </s> <s>"
+    assert decode_answer(tokenizer, pair.rejected_ids) == "<|assistant|>"
     assert tokenizer.counts["special_text_in_prompt"] == 1
 
 
@@ -180,11 +182,14 @@ def test_every_record_is_a_complete_pair_or_has_a_reason(raw, which):
         return
     assert isinstance(pair, TokenizedPair)
     assert 1 <= len(pair.prompt_ids) <= 16
-    for ids, text in ((pair.chosen_ids, record.chosen_text), (pair.rejected_ids, record.rejected_text)):
+    for ids, turns in ((pair.chosen_ids, record.chosen), (pair.rejected_ids, record.rejected)):
+        text = answer_text(turns)
         assert ids and len(pair.prompt_ids) + len(ids) <= 48
-        if ids[-1] == EOS:
+        if len(turns) > 1:  # each turn of an answer has an end of its own
+            assert ids[-1] == EOS or len(pair.prompt_ids) + len(ids) == 48
+        elif ids[-1] == EOS:
             assert EOS not in ids[:-1]
-            decoded = tokenizer.decode_answer(ids)
+            decoded = decode_answer(tokenizer, ids)
             if which[1] == "strict":  # this template writes brackets around every turn
                 text = f"[{text}]"
             assert decoded in (text, " " + text) or (which[0] == "lower" and decoded == text.lower())
@@ -209,7 +214,7 @@ def test_an_answer_ends_in_what_the_template_puts_behind_a_turn():
     unknown = tokenizer._encoder.backend.token_to_id("<unk>")
     assert pair.chosen_ids[-1] == unknown and EOS not in pair.chosen_ids
     assert pair.rejected_ids.count(unknown) == 1 and EOS not in pair.rejected_ids
-    assert tokenizer.decode_answer(pair.rejected_ids) == "mat </s> <unk>"
+    assert decode_answer(tokenizer, pair.rejected_ids) == "mat </s> <unk>"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
@@ -244,7 +249,7 @@ def test_an_answer_that_the_template_refuses_or_hides_is_its_text():
     for template in (refuses + "{{ messages[0].content }}", "{{ messages[0].content }}"):
         tokenizer = pairs_of(make_tokenizer(template=template))
         (pair,) = tokenizer.pairs([pair_of(user("the cat"), "sat", "mat")])
-        assert tokenizer.decode_answer(pair.chosen_ids) == "sat" and pair.chosen_ids[-1] == EOS
+        assert decode_answer(tokenizer, pair.chosen_ids) == "sat" and pair.chosen_ids[-1] == EOS
         assert tokenizer.counts["answer_rendered_plain"] == 2
 
 
@@ -426,6 +431,44 @@ def test_special_tokens_spelled_in_arguments_of_tool_calls_are_plain_text(argume
     answer = [{"role": "assistant", "content": "", "tool_calls": calls}]
     (pair,) = tokenizer.pairs([Record(user("x"), answer, answer_of("mat"))])
     assert isinstance(pair, TokenizedPair) and pair.chosen_ids.count(EOS) == 1
-    assert "</s>" in tokenizer.decode_answer(pair.chosen_ids)
+    assert "</s>" in decode_answer(tokenizer, pair.chosen_ids)
     (prompt,) = tokenizer.prompts([[*user("x"), *answer, *user("y")]])
     assert isinstance(prompt, list) and tokenizer.counts["special_text_in_prompt"] == 1
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize(
+    "odd", ["\U0010ffff", "\U0010ffff\U0010ffff", "\U000f0000", "\U000f0001\U0010ffff", "<\U0010ffff/s>"]
+)
+def test_characters_that_mark_spelled_tokens_stay_in_a_text(kind, odd):
+    turns = "{% for m in messages %}<|user|>{{ m.content }}</s>{% endfor %}"
+    tokenizer = pairs_of(make_tokenizer(kind, turns + "{% if add_generation_prompt %}<|user|>{% endif %}"))
+    answer = [*answer_of(f"a{odd}</s>b"), *user(f"{odd}</s>"), *answer_of(f"d{odd}")]
+    (pair,) = tokenizer.pairs([Record(user(f"the {odd} cat"), answer, answer_of("x"))])
+    assert isinstance(pair, TokenizedPair)
+    decode = tokenizer._encoder.backend.decode
+    text = decode(pair.chosen_ids, skip_special_tokens=False).replace(" ", "")
+    assert text == f"a{odd}</s>b</s><|user|>{odd}</s></s><|user|>d{odd}</s>"
+    assert pair.chosen_ids.count(EOS) == 3
+    assert odd in decode(pair.prompt_ids, skip_special_tokens=False)
+
+
+def test_a_null_argument_of_a_record_reaches_a_template_that_has_no_other():
+    template = "{{ 'given' if quiet is defined }}" + CHAT
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    given = [
+        Record(user("x"), answer_of("sat"), answer_of("mat"), template_kwargs=own)
+        for own in ({}, {"quiet": None})
+    ]
+    decode = tokenizer._encoder.backend.decode
+    assert ["given" in decode(pair.prompt_ids) for pair in tokenizer.pairs(given)] == [False, True]
+
+
+def test_the_text_in_front_of_answers_is_rendered_once_per_record(monkeypatch):
+    frames = []
+    frame = ChatTemplate.frame
+    monkeypatch.setattr(ChatTemplate, "frame", lambda self, *a, **k: frames.append(1) or frame(self, *a, **k))
+    template = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    tokenizer.pairs([pair_of(user("the cat"), "<b>", "<i>")])
+    assert len(frames) == 1

@@ -14,6 +14,7 @@ import yaml
 
 from tbpo_ray.config.loading import known_keys
 from tbpo_ray.config.schema import RENAMED_KEYS, Config
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.records import parse_prompt, parse_records
 from tests.test_layers import LAYERS
 
@@ -100,7 +101,7 @@ def test_the_example_of_a_csv_file_is_read(tmp_path):
     (block,) = blocks("data-formats.md", "csv")
     (tmp_path / "pairs.csv").write_text(block)
     (record,) = iter_records(str(tmp_path / "pairs.csv"))
-    assert (record.chosen_text, record.rejected_text) == ("11", "12")
+    assert (answer_text(record.chosen), answer_text(record.rejected)) == ("11", "12")
 
 
 def test_the_example_of_a_search_space_is_one(tmp_path):

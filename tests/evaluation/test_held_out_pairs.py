@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tbpo_ray.config.loading import load_config
+from tbpo_ray.data.messages import answer_text
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.credit import write_credit_map
 from tbpo_ray.evaluation.held_out_pairs import (
@@ -62,7 +63,7 @@ def test_damage_is_marked_on_the_words_it_hit(pairs):
         spans = record.metadata["damage"]
         if all(stop > start for start, stop in spans):
             hit = [i for i, mark in zip(tokens.rejected_ids, marks, strict=True) if mark]
-            words = " ".join(record.rejected_text[start:stop] for start, stop in spans)
+            words = " ".join(answer_text(record.rejected)[start:stop] for start, stop in spans)
             assert "".join(backend.decode(hit).split()) == "".join(words.split())
         else:
             assert marks[-1] and tokens.rejected_ids[-1] == pairs.spec.eos

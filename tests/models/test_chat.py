@@ -146,6 +146,33 @@ def test_the_token_behind_a_turn_is_found(source, end):
     assert template(source).turn_end(["</s>", "<|im_start|>", "<|im_end|>", "<|end|>", " "]) == end
 
 
+TURNS = "{% for m in messages %}<|user|>{{ m.content }}END{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source, ends",
+    [
+        (TURNS.replace("END", "<|end|></s>"), ("<|end|>", "</s>")),
+        (TURNS.replace("END", "\n<|end|></s>\n"), ("<|end|>", "</s>")),
+        (TURNS.replace("END", "<|end|>\n</s>"), ("<|end|>",)),
+        # The conversation's own end is not that of a turn.
+        (TURNS.replace("END", "<|end|>") + "</s>", ("<|end|>",)),
+        (TURNS.replace("END", "{% if loop.last %}<|end|>{% endif %}"), ("<|end|>",)),
+        (TURNS.replace("END", "") + "<|end|></s>", ("<|end|>", "</s>")),
+        # What begins the next turn is neither.
+        ("{% for m in messages %}<s>{{ m.content }}<|end|>{% endfor %}", ("<|end|>",)),
+        ("{% for m in messages %}{{ m.content }}<|end|><s>{% endfor %}", ("<|end|>",)),
+        (TURNS.replace("END", "] .<|end|></s>"), ("<|end|>", "</s>")),
+        (TURNS.replace("END", ""), ()),
+    ],
+)
+def test_the_last_of_adjacent_tokens_ends_a_turn(source, ends):
+    chat = template(source, bos_token="<s>", eos_token="</s>")
+    tokens = ["<s>", "</s>", "<|user|>", "<|end|>"]
+    assert chat.turn_ends(tokens, tokens) == ends
+    assert chat.turn_end(tokens, tokens) == (ends[-1] if ends else None)
+
+
 @pytest.mark.parametrize(
     "refuses",
     [
@@ -160,7 +187,7 @@ def test_the_token_behind_a_turn_is_found_where_the_plain_conversation_is_refuse
 
 
 def test_a_special_token_counts_behind_other_text_than_white_space():
-    chat = template("{% for m in messages %}[{{ m.content }}] .<|end|></s>{% endfor %}")
+    chat = template("{% for m in messages %}[{{ m.content }}] .<|end|>\n</s>{% endfor %}")
     assert chat.turn_end(["</s>", "<|end|>"], ["</s>", "<|end|>"]) == "<|end|>"
     assert chat.turn_end(["]", "</s>", "<|end|>"], ["</s>", "<|end|>"]) == "]"
     assert chat.turn_end(["</s>", "<|end|>"]) is None
@@ -178,3 +205,8 @@ def test_stop_tokens_are_those_of_template_tokenizer_and_configurations(tmp_path
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, eos]}))
     assert stop_token_ids(str(tmp_path)) == sorted([eos, assistant, 7, 9])
     assert stop_token_ids(str(tmp_path), chat_template="none") == sorted([eos, 7, 9])
+    # Of two tokens behind a turn the first does not end an answer that is being sampled.
+    source = "{% for m in messages %}{{ m.content }}<|user|><|assistant|>\n{% endfor %}"
+    make_tokenizer(template=source).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert stop_token_ids(str(tmp_path)) == sorted([eos, assistant, 9])
