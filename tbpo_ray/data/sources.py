@@ -255,9 +255,14 @@ def _open_text(address: str) -> Iterator[Any]:
         if method is None:
             yield raw
             return
+        if method == "zstd":
+            import pyarrow as pa
+
+            # The zstandard package takes the end of a file that was cut off for the end of its content.
+            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
+            return
         with fsspec.compression.compr[method](raw, mode="rb") as stream:
-            # The zstandard reader has no line iteration.
-            yield io.BufferedReader(stream) if method == "zstd" else stream
+            yield stream
 
 
 def _line_chunks(file: SourceFile, rows: int) -> Iterator[Chunk]:

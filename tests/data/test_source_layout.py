@@ -228,6 +228,21 @@ def test_compressed_content_under_a_plain_name_is_read_and_reported(tmp_path, ca
     assert name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_are_read_whole_or_refused(tmp_path, ending):
+    rows = [
+        {"prompt": "p", "chosen": "a" * 99, "rejected": str(i), "noise": hash(str(i))} for i in range(9000)
+    ]
+    first, second = ("".join(json.dumps(row) + "\n" for row in part).encode() for part in (rows, ROWS))
+    file = tmp_path / f"rows.jsonl{ending}"
+    file.write_bytes(PACK[ending](first) + PACK[ending](second))
+    assert values(str(file)) == [*rows, *ROWS]
+    whole = PACK[ending](first + second)
+    for size in (len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        assert "cannot be read" in refusal(str(file))
+
+
 def test_content_of_another_format_is_refused_by_name(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, tmp_path / "a.jsonl")
