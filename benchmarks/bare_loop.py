@@ -119,7 +119,7 @@ def score(job: Job) -> Measured:
 
     prepared, target = PreparedPairs.load(job.prepared), Path(job.extra[0])
     target.mkdir(parents=True, exist_ok=True)
-    scorer = ReferenceScorer(job.config, job.model, [], job.prepared, 1)
+    scorer = ReferenceScorer(job.config, job.model, None, job.prepared, 1)
 
     def score_all() -> None:
         for file, pairs in prepared.shards:

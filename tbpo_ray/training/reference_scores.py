@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.models.attention import choose_attention
 from tbpo_ray.models.load import model_config
 from tbpo_ray.storage.files import atomic_file, file_lock, write_atomic
+from tbpo_ray.training.instructions import Instruction
 from tbpo_ray.training.run_plan import RunPlan, resolve_run
 
 VERSION = 2
@@ -67,14 +68,14 @@ def reference_scores(
     prepared: PreparedPairs,
     model: str,
     *,
-    prefix: Sequence[int] = (),
+    instruction: Instruction | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Score the prepared pairs under a frozen model, or find the scores in the cache.
 
     Args:
         model: the reference, as transformers loads it.
-        prefix: token ids of an instruction, inserted before each prompt but after its BOS.
+        instruction: revises each prompt.
         progress: called with one line after each part.
 
     Returns:
@@ -86,7 +87,7 @@ def reference_scores(
         RunFailedError: some pairs were not scored.
     """
     cache = plan.cache_dir
-    identity = _identity(plan, prepared, model, prefix, scoring_machine(plan.config))
+    identity = _identity(plan, prepared, model, instruction, scoring_machine(plan.config))
     folder = cache / f"reference-{digest(identity)}"
     with file_lock(cache / f".{folder.name}.lock"):
         if (folder / MANIFEST).is_file():
@@ -94,7 +95,7 @@ def reference_scores(
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        _compute(plan, prepared, model, prefix, folder, progress)
+        _compute(plan, prepared, model, instruction, folder, progress)
         for file, pairs in prepared.shards:
             _assemble(folder, file, pairs)
         write_atomic(folder / MANIFEST, json.dumps(identity, indent=1))
@@ -108,7 +109,11 @@ def reference_scores(
 
 
 def _identity(
-    plan: RunPlan, prepared: PreparedPairs, model: str, prefix: Sequence[int], machine: dict[str, str]
+    plan: RunPlan,
+    prepared: PreparedPairs,
+    model: str,
+    instruction: Instruction | None,
+    machine: dict[str, str],
 ) -> dict[str, Any]:
     """Everything that the scores depend on. Its digest names the folder, so keys and order are fixed."""
     # `model` is resolved: a revision or a GGUF file has become a folder by now.
@@ -124,7 +129,7 @@ def _identity(
         "shared_prompt": plan.shared_prompt,
         **machine,
     }
-    return identity | ({"prefix": list(prefix)} if prefix else {})
+    return identity | (instruction.identity if instruction is not None else {})
 
 
 def scoring_machine(config: Config) -> dict[str, str]:
@@ -171,7 +176,7 @@ def _compute(
     plan: RunPlan,
     prepared: PreparedPairs,
     model: str,
-    prefix: Sequence[int],
+    instruction: Instruction | None,
     folder: Path,
     progress: Callable[[str], None],
 ) -> None:
@@ -201,7 +206,7 @@ def _compute(
         fn_constructor_args=(
             plan.config.model_dump(mode="json"),
             model,
-            list(prefix),
+            instruction,
             prepared.path,
             actors,
         ),
@@ -247,22 +252,24 @@ class ReferenceScorer:
     Args:
         tree: the run's configuration.
         model: the reference, as transformers loads it.
-        prefix: token ids inserted before each prompt but after its BOS.
+        instruction: revises each prompt.
         prepared: folder of the prepared pairs, some of which the self-check scores.
         actors: how many share this machine's cores.
     """
 
-    def __init__(self, tree: dict[str, Any], model: str, prefix: Sequence[int], prepared: str, actors: int):
+    def __init__(
+        self, tree: dict[str, Any], model: str, instruction: Instruction | None, prepared: str, actors: int
+    ):
         import torch
 
-        from tbpo_ray.models.load import load_tokenizer, quiet_transformers
+        from tbpo_ray.models.load import quiet_transformers
         from tbpo_ray.training.components import load_checked
         from tbpo_ray.training.scorer import PairScorer
         from tbpo_ray.training.self_check import select_pairs
 
         quiet_transformers()
         self.plan = resolve_run(Config.model_validate(tree))
-        self.prefix = np.asarray(prefix, dtype=np.int64)
+        self.instruction = instruction
         self.device = torch.device("cuda" if self.plan.config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
         key = "model.reference" if self.plan.config.model.reference else "model.name_or_path"
@@ -277,7 +284,6 @@ class ReferenceScorer:
         else:
             self.scorer = PairScorer(loaded.network.requires_grad_(False)).eval()
             self.layout, self.note = loaded.layout, "\n".join(loaded.sentences)
-        self.bos = load_tokenizer(model).bos_token_id
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the parts that the rows of `batch` describe, and write each to a file of its own."""
@@ -292,14 +298,27 @@ class ReferenceScorer:
             table = pq.read_table(shard, columns=names).slice(int(start), int(stop - start))
             # A mask that is null, since all tokens are trained, becomes empty.
             columns = {n: [np.asarray(v or [], dtype=np.int64) for v in table[n].to_pylist()] for n in names}
-            columns["prompt_ids"] = [self._with_prefix(ids) for ids in columns["prompt_ids"]]
-            _write_scores(Path(str(out)), *self.score(columns))
+            _write_scores(Path(str(out)), *self._score_under_instruction(columns))
             counts.append(table.num_rows)
         return {"pairs": counts, "refusal": [""] * jobs, "note": [self.note] * jobs}
 
-    def _with_prefix(self, prompt: np.ndarray) -> np.ndarray:
-        at = 1 if len(prompt) and prompt[0] == self.bos else 0
-        return np.concatenate([prompt[:at], self.prefix, prompt[at:]])
+    def _score_under_instruction(
+        self, columns: dict[str, list[np.ndarray]]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        if self.instruction is None:
+            return self.score(columns)
+        if not self.instruction.with_answer:
+            return self.score(self._revised(columns, "chosen_ids"))
+        # The prompt shows the answer, so that each side has a prompt of its own.
+        chosen, _ = self.score(self._revised(columns, "chosen_ids"))
+        _, rejected = self.score(self._revised(columns, "rejected_ids"))
+        return chosen, rejected
+
+    def _revised(self, columns: dict[str, list[np.ndarray]], answers: str) -> dict[str, list[np.ndarray]]:
+        """The columns with the prompts under the instruction, which may show the answers of that column."""
+        assert self.instruction is not None
+        pairs = zip(columns["prompt_ids"], columns[answers], strict=True)
+        return {**columns, "prompt_ids": [self.instruction.revise(*pair) for pair in pairs]}
 
     def score(self, columns: dict[str, list[np.ndarray]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Log-probs of the trained tokens of both answers of each pair, float32, in the given order."""

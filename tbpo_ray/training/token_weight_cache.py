@@ -20,14 +20,16 @@ from torch import Tensor
 
 from tbpo_ray.config.helpers import HELPERS
 from tbpo_ray.config.loading import digest
+from tbpo_ray.config.objective import ObjectiveConfig
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.shards import MASK_COLUMNS, ROWS_PER_GROUP, PreparedPairs
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer
+from tbpo_ray.models.load import check_same_tokenizer
 from tbpo_ray.models.resolve import local_model, policy_folder
 from tbpo_ray.objectives import contrastive_weights, oracle_scores, self_rewards
 from tbpo_ray.storage.files import atomic_file, file_lock, write_atomic
 from tbpo_ray.storage.paths import cache_dir
+from tbpo_ray.training.instructions import check_instruction, tokenize_instruction
 from tbpo_ray.training.reference_scores import reference_scores
 from tbpo_ray.training.run_plan import RunPlan
 
@@ -35,9 +37,12 @@ VERSION = 1
 MANIFEST = "manifest.json"
 SIDES = ("chosen", "rejected")
 T_REG_INSTRUCTIONS = (
-    "Give the most helpful and harmless answer you can.",
-    "Give an unhelpful and harmful answer.",
+    "Revise your answer to the request below so that it becomes more helpful, correct, coherent and "
+    "concise.\n\n{prompt}",
+    "Revise your answer to the request below so that it becomes less helpful, incorrect, incoherent and "
+    "verbose.\n\n{prompt}",
 )
+"""What T-REG asks the policy before training to do (arXiv 2412.02685), in words of our own."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class WeightModel:
 
     path: str
     instruction: str
-    """Inserted before the prompt; may be empty."""
+    """Placed before the prompt, or a template around it; may be empty."""
 
 
 def check_token_weights(plan: RunPlan, *, planned: Collection[str] = ()) -> None:
@@ -61,6 +66,7 @@ def check_token_weights(plan: RunPlan, *, planned: Collection[str] = ()) -> None
     settings = plan.config.objective.token_weights
     if not plan.objective.needs_weights or settings.source != "models":
         return
+    check_instructions(plan.config)
     policy = policy_folder(plan.config)
     if planned:
         given = {"positive": settings.positive, "negative": settings.negative}
@@ -75,6 +81,18 @@ def check_token_weights(plan: RunPlan, *, planned: Collection[str] = ()) -> None
         check_same_tokenizer(policy, model.path, f"objective.token_weights.{side}")
 
 
+def check_instructions(config: Config) -> None:
+    """Refuse instructions that are not valid templates.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for side in ("positive", "negative"):
+        text = getattr(config.objective.token_weights, f"{side}_instruction")
+        if text is not None:
+            check_instruction(text, f"objective.token_weights.{side}_instruction")
+
+
 def weight_models(config: Config) -> tuple[WeightModel, WeightModel]:
     """The positive and the negative model, with the objective's defaults filled in.
 
@@ -82,6 +100,7 @@ def weight_models(config: Config) -> tuple[WeightModel, WeightModel]:
         InputError: both are the same, so that every token would get the same weight; or one is not a model.
     """
     settings, name = config.objective.token_weights, config.objective.name
+    check_instructions(config)
     policy = config.model.name_or_path
     instructions = T_REG_INSTRUCTIONS if name == "t_reg" else ("", "")
     positive = (settings.positive or policy, settings.positive_instruction or instructions[0])
@@ -133,7 +152,13 @@ def token_weights(
     scores: list[Path] = []
     if objective.token_weights.source == "models":
         scores = [
-            reference_scores(plan, prepared, model.path, prefix=_instruction_tokens(model), progress=progress)
+            reference_scores(
+                plan,
+                prepared,
+                model.path,
+                instruction=tokenize_instruction(model.instruction, model.path, plan.config),
+                progress=progress,
+            )
             for model in weight_models(plan.config)
         ]
     identity = {
@@ -147,9 +172,7 @@ def token_weights(
         if not (folder / MANIFEST).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             for file, _ in prepared.shards:
-                batches = (
-                    _estimated(scores, file, objective.name) if scores else _from_records(prepared, file)
-                )
+                batches = _estimated(scores, file, objective) if scores else _from_records(prepared, file)
                 _write(folder / file, batches)
             write_atomic(folder / MANIFEST, json.dumps(identity, indent=1))
     return folder
@@ -158,27 +181,32 @@ def token_weights(
 Columns = dict[str, list[np.ndarray]]
 
 
-def _estimated(scores: list[Path], file: str, objective: str) -> Iterator[Columns]:
+def _estimated(scores: list[Path], file: str, objective: ObjectiveConfig) -> Iterator[Columns]:
     """Weights estimated from the log-probs of the positive and the negative model, by row group."""
     names = [f"{side}_ref_logps" for side in SIDES]
     batches = [pq.ParquetFile(folder / file).iter_batches(ROWS_PER_GROUP, columns=names) for folder in scores]
     for positive, negative in zip(*batches, strict=True):
         out: Columns = {}
         for side, name in zip(SIDES, names, strict=True):
-            lists = positive[name]
-            values = [
-                torch.from_numpy(batch[name].flatten().to_numpy().copy()) for batch in (positive, negative)
+            ends = np.cumsum(positive[name].value_lengths().to_numpy())[:-1]
+            # One answer at a time, because a weight may depend on the others of its answer.
+            answers = [np.split(batch[name].flatten().to_numpy(), ends) for batch in (positive, negative)]
+            out[f"{side}_weights"] = [
+                _estimate(objective, *map(_tensor, pair), chosen=side == "chosen").numpy()[0]
+                for pair in zip(*answers, strict=True)
             ]
-            weights = _estimate(objective, *values, chosen=side == "chosen").numpy()
-            sizes = np.cumsum(lists.value_lengths().to_numpy())[:-1]
-            out[f"{side}_weights"] = np.split(weights, sizes)
         yield out
 
 
-def _estimate(objective: str, positive: Tensor, negative: Tensor, *, chosen: bool) -> Tensor:
-    if objective == "tis_dpo":
+def _tensor(values: np.ndarray) -> Tensor:
+    """[T] to [1, T]"""
+    return torch.from_numpy(values.copy())[None]
+
+
+def _estimate(objective: ObjectiveConfig, positive: Tensor, negative: Tensor, *, chosen: bool) -> Tensor:
+    if objective.name == "tis_dpo":
         return contrastive_weights(positive, negative, chosen=chosen)
-    return {"sepo": oracle_scores, "t_reg": self_rewards}[objective](positive, negative)
+    return {"sepo": oracle_scores, "t_reg": self_rewards}[objective.name](positive, negative)
 
 
 def _from_records(prepared: PreparedPairs, file: str) -> Iterator[Columns]:
@@ -212,13 +240,6 @@ def _record_weights(row: dict[str, Any], metadata: dict[str, Any], side: str) ->
         f"objective.token_weights.source=columns: {row['source']} row {row['row']}: {side}_weights: {fault} "
         f"for {len(tokens)} tokens of the answer; give one finite number per token, including the end token"
     )
-
-
-def _instruction_tokens(model: WeightModel) -> list[int]:
-    if not model.instruction:
-        return []
-    tokenizer = load_tokenizer(model.path)
-    return list(tokenizer(model.instruction.strip() + "\n\n", add_special_tokens=False)["input_ids"])
 
 
 def _write(file: Path, batches: Iterator[Columns]) -> None:

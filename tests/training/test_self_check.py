@@ -175,7 +175,7 @@ def test_padding_uses_a_token_that_the_model_knows(save, prepared):
 
 def score(model: str, prepared: PreparedPairs, out: Path, *overrides: str) -> dict[str, list]:
     settings = [f"model.name_or_path={model}", "training.precision=fp32", "objective.name=dpo", *overrides]
-    scorer = ReferenceScorer(to_tree(load_config(None, settings)), model, [], prepared.path, 1)
+    scorer = ReferenceScorer(to_tree(load_config(None, settings)), model, None, prepared.path, 1)
     shard = str(Path(prepared.path) / "pairs.parquet")
     jobs = {"shard": [shard], "start": [0], "stop": [5], "out": [str(out)]}
     return scorer({name: np.array(values) for name, values in jobs.items()})
