@@ -115,17 +115,24 @@ def read_cluster_file(path: str | Path) -> Capacity:
     key = f"cluster.node_types={path}"
     try:
         documents = [d for d in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if d]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # PyYAML raises ValueError for a date that does not exist.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{key}: cannot be read ({first_line(error)})") from error
-    for document in documents:
-        if not isinstance(document, dict):
-            continue
-        if "available_node_types" in document:
-            return _ray_cluster(document)
-        spec: dict[str, Any] = document.get("spec") or {}
-        spec = spec.get("rayClusterSpec") or spec
-        if "workerGroupSpecs" in spec:
-            return _kuberay(spec)
+    try:
+        for document in documents:
+            if not isinstance(document, dict):
+                continue
+            if "available_node_types" in document:
+                return _ray_cluster(document)
+            spec: dict[str, Any] = document.get("spec") or {}
+            spec = spec.get("rayClusterSpec") or spec
+            if "workerGroupSpecs" in spec:
+                return _kuberay(spec)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        problem = f"malformed ({type(error).__name__}: {first_line(error)})"
+        raise InputError(f"{key}: {problem}; must be a Ray cluster file or a KubeRay manifest") from error
     raise InputError(
         f"{key}: neither a Ray cluster file (available_node_types) nor a KubeRay manifest (workerGroupSpecs)"
     )
@@ -137,7 +144,8 @@ def _ray_cluster(tree: Mapping[str, Any]) -> Capacity:
     for name, kind in tree["available_node_types"].items():
         is_head = name == tree.get("head_node_type")
         most = 1 if is_head else kind.get("max_workers", limit or 0)
-        kinds.append(NodeKind(name, kind.get("resources") or {}, most, kind.get("labels") or {}))
+        resources = {key: float(value) for key, value in (kind.get("resources") or {}).items()}
+        kinds.append(NodeKind(name, resources, int(most), dict(kind.get("labels") or {})))
     return Capacity(kinds, None if limit is None else limit + 1)  # max_workers does not count the head
 
 

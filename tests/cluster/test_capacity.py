@@ -104,3 +104,26 @@ def test_a_file_that_does_not_describe_a_cluster_is_refused(tmp_path, text):
 def test_a_label_is_a_plain_value(label):
     with pytest.raises(InputError, match=r"cluster\.labels\.train"):
         load_config(None, [f"cluster.labels.train.pool='{label}'"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "available_node_types: 5",
+        "available_node_types: {a: 5}",
+        "available_node_types: {a: {resources: 5}}",
+        "available_node_types: {a: {max_workers: many}}",
+        "spec: [1]",
+        "spec: {workerGroupSpecs: 5}",
+        "spec: {workerGroupSpecs: [5]}",
+        "spec: {workerGroupSpecs: [{template: {spec: 7}}]}",
+        "when: 2026-02-30",
+        "a: " + "[" * 3000,
+        "a: &a [*a",
+    ],
+)
+def test_malformed_cluster_files_are_refused_by_their_key(tmp_path, text):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=rf"cluster\.node_types={file}"):
+        read_cluster_file(file)
