@@ -24,6 +24,7 @@ PARTS = (
     "growth",
     "generation",
     "search",
+    "balance",
 )
 """Modules of this package with the functions `run(config, quick=..., only=...)` and `markdown(result)`."""
 

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Positive, Section, Share
 from tbpo_ray.config.deepspeed_options import check_deepspeed, offloads, zero_stage
 
+DEFAULT_MICRO_BATCH_PAIRS = 8
+
 
 class TrainingConfig(Section):
     """The optimizer, the batches, the checkpoints and the metrics of a training run."""
@@ -19,8 +21,17 @@ class TrainingConfig(Section):
     """Stop after this many optimizer steps; overrides `epochs`."""
     pairs_per_step: Count = 128
     """Pairs in one optimizer step, over all workers and micro-batches."""
-    micro_batch_pairs: Count = 8
-    """Maximum number of pairs in one forward and backward pass on one worker."""
+    micro_batch_pairs: Count | None = None
+    """Maximum number of pairs in one forward and backward pass on one worker; default: 8, or no limit on
+    pairs with `micro_batch_tokens`."""
+    micro_batch_tokens: Count | Literal["auto"] | None = None
+    """Maximum number of tokens in one forward and backward pass on one worker, padding included. Pairs are
+    then distributed so that all workers have nearly equally many tokens; a longer pair goes through alone.
+    `auto`: as many as fit into a worker's memory by the memory plan."""
+    packing: bool | None = None
+    """Put the pairs of a micro-batch behind each other in one row, without padding; each token sees its own
+    pair only. Needs `micro_batch_tokens` and `model.attention: sdpa`. Default: true where both are set and
+    `shared_prompt` is not false."""
     learning_rate: NonNegative = 5e-7
     """Peak learning rate."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
@@ -81,6 +92,26 @@ class TrainingConfig(Section):
     """`{stage: N}` for ZeRO stage N, or any DeepSpeed configuration, which is passed through. Example with
     the optimizer state on the CPU: `{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}`."""
 
+    @model_validator(mode="after")
+    def _set_micro_batch_pairs(self) -> Self:
+        if self.micro_batch_pairs is None and self.micro_batch_tokens is None:
+            self.micro_batch_pairs = DEFAULT_MICRO_BATCH_PAIRS
+        return self
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if self.packing and self.micro_batch_tokens is None:
+            raise ValueError(
+                "training.packing=true: needs training.micro_batch_tokens, which is not set; must be a "
+                "number of tokens or auto"
+            )
+        if self.packing and self.shared_prompt is False:
+            raise ValueError(
+                "training.packing=true: not possible with training.shared_prompt=false, since both need "
+                "attention that is limited to parts of a row; set training.packing=false"
+            )
+        return self
+
     @field_validator("deepspeed")
     @classmethod
     def _check_deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +125,17 @@ class TrainingConfig(Section):
                 "training.export=best: no best checkpoint is kept; set training.keep_best=1 or more"
             )
         return self
+
+    @property
+    def scoring_pairs(self) -> int:
+        """Pairs of a forward pass where no budget of tokens applies: reference scores and evaluation."""
+        return self.micro_batch_pairs or DEFAULT_MICRO_BATCH_PAIRS
+
+    @property
+    def token_budget(self) -> int | None:
+        """`micro_batch_tokens` as a number; `auto` has to be resolved first."""
+        assert self.micro_batch_tokens != "auto"
+        return self.micro_batch_tokens
 
     @property
     def zero_stage(self) -> int:

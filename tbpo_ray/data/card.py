@@ -115,7 +115,7 @@ def _padding(lengths: np.ndarray, training: TrainingConfig, by_length: bool) -> 
         lengths,
         seed=0,
         pairs_per_step=training.pairs_per_step,
-        micro_batch_pairs=training.micro_batch_pairs,
+        micro_batch_pairs=training.scoring_pairs,
         length_batches=by_length,
     )
     return schedule.padding_share()

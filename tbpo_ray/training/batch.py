@@ -1,9 +1,10 @@
-"""Collate token ids of pairs into padded tensors, in one of two layouts.
+"""Collate token ids of pairs into padded tensors, in one of three layouts.
 
 separate  each answer has its own row:            [prompt][chosen]  /  [prompt][rejected]
 shared    both answers follow one prompt:         [prompt][chosen][rejected]
+packed    shared rows follow each other in one:   [prompt][chosen][rejected][prompt][chosen][rejected]...
 
-In either layout the model's hidden states are gathered at the positions that predict answer tokens, so
+In every layout the model's hidden states are gathered at the positions that predict answer tokens, so
 everything after the model sees the same `[S, B, T]` tensors. Tokens of an answer that are context only, such
 as the results of tools, are in the rows but not among the T.
 
@@ -21,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ALIGN = 8
-"""Rows and answers are padded to a multiple of this, which keeps the number of distinct shapes small."""
+from tbpo_ray.data.deal import align
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PairBatch:
     input_ids: Tensor
     """[R, L] int64"""
     position_ids: Tensor
-    """[R, L] int64; the positions of the rejected answer restart after the prompt"""
+    """[R, L] int64; the positions of the rejected answer restart after the prompt, those of a pair at 0"""
     segment: Tensor
     """[R, L] int8: 0 prompt, 1 chosen, 2 rejected, -1 padding"""
     predict: Tensor
@@ -46,17 +46,20 @@ class PairBatch:
     weights: Tensor | None
     """[S, B, T] float32: token weights, where the data has them"""
     shared: bool
+    """Whether a row holds more than one answer, so that attention is limited to parts of it."""
     selected: Tensor | None = None
     """[N] int64: the flattened [S * B * T] positions where the mask is true, ascending. They are found while
     the mask is on the host: an accelerator would have to be waited for."""
     real_tokens: int = 0
     """Positions of the rows that are not padding"""
     gather_index: Tensor | None = None
-    """[S * B, K] int64, shared layout only: for each answer, the flattened [R * L] positions of its separate
+    """[S * B, K] int64, where `shared`: for each answer, the flattened [R * L] positions of its separate
     row [prompt][answer]; padded with 0"""
     scatter_index: Tensor | None = None
-    """[R, L] int64, shared layout only: for each position, its index in the flattened [S * B * K] gathered
+    """[R, L] int64, where `shared`: for each position, its index in the flattened [S * B * K] gathered
     rows; padded with 0"""
+    pair: Tensor | None = None
+    """[R, L] int32, packed layout only: the pair that a position belongs to, -1 at padding"""
     tie: Tensor | None = None
     """[B] bool: True where neither answer is better; None if the data has no ties"""
 
@@ -74,25 +77,28 @@ class PairBatch:
     def attention_mask(self, window: int | None = None) -> Tensor:
         """[R, 1, L, L] bool, True where the query (third axis) may see the key (fourth axis).
 
-        A token sees its own prompt and its own answer up to itself. `window` keeps only keys whose
-        position is less than `window` before the query's (sliding-window layers).
+        A token sees the prompt of its own pair and its own answer up to itself. `window` keeps only keys
+        whose position is less than `window` before the query's (sliding-window layers).
         """
         length = self.segment.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.segment.device).tril()
         key, query = self.segment[:, None, :], self.segment[:, :, None]
         allowed = causal & (key >= 0) & ((key == 0) | (key == query))
+        if self.pair is not None:
+            allowed &= self.pair[:, None, :] == self.pair[:, :, None]
         if window is not None:
             allowed &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
         # Padding sees itself: a softmax over no key at all would be NaN, which spreads in the backward pass.
         return (allowed | torch.eye(length, dtype=torch.bool, device=allowed.device))[:, None]
 
 
-def collate(
+def collate(  # noqa: PLR0913  (the columns of the data, and the layout)
     prompts: Sequence[np.ndarray],
     answers: Sequence[Sequence[np.ndarray]],
     *,
     pad_id: int,
     shared: bool,
+    packed: bool = False,
     truncate_to_shorter: bool,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
     weights: Sequence[Sequence[np.ndarray]] | None = None,
@@ -104,6 +110,7 @@ def collate(
         prompts: B arrays of token ids, BOS included, never empty.
         answers: for each side B arrays of token ids; one side for SFT, otherwise chosen and rejected.
         shared: whether both answers follow one prompt in one row.
+        packed: whether in addition all pairs follow each other in a single row.
         truncate_to_shorter: truncate both answers of a pair to the number of trained tokens of the shorter
             one, for objectives that compare the answers token by token and do not read beyond it.
         ref_logps: for each side B arrays with a value for each trained token before truncation.
@@ -115,7 +122,8 @@ def collate(
     indices, sizes = _select(answers, trained, truncate_to_shorter=truncate_to_shorter)
     # Nothing is predicted behind the last trained token, so rows end there.
     spans = np.array([[i[-1] + 1 if len(i) else 0 for i in side] for side in indices], dtype=np.int64)
-    rows = _Rows(prompts, sizes, spans.reshape(sides, pairs), pad_id=pad_id, shared=shared)
+    shared |= packed
+    rows = _Rows(prompts, sizes, spans.reshape(sides, pairs), pad_id=pad_id, shared=shared, packed=packed)
     for b, prompt in enumerate(prompts):
         for s in range(sides):
             rows.place(s, b, prompt, answers[s][b][: rows.spans[s, b]], indices[s][b])
@@ -134,6 +142,7 @@ def collate(
         real_tokens=int((rows.segment >= 0).sum()),
         gather_index=torch.from_numpy(rows.gather_index) if shared else None,
         scatter_index=torch.from_numpy(rows.scatter_index) if shared else None,
+        pair=torch.from_numpy(rows.pair) if packed else None,
     )
 
 
@@ -148,6 +157,7 @@ class _Rows:
         *,
         pad_id: int,
         shared: bool,
+        packed: bool,
     ):
         """Reserve rows for answers of which `spans` [S, B] tokens are placed and `sizes` [S, B] trained."""
         sides, self.pairs = sizes.shape
@@ -156,9 +166,14 @@ class _Rows:
         # The last token of an answer predicts nothing, so it is a label but not an input.
         inputs = np.maximum(spans - 1, 0)
         row_sizes = prompt_sizes + (inputs.sum(axis=0) if shared else inputs)
-        self.length = _align(int(row_sizes.max(initial=1)))
+        blocks = self.pairs if shared else sides * self.pairs
+        ends = np.cumsum(row_sizes.reshape(-1))
+        # Where each block, a prompt and what follows it, begins: in the only row, or in a row of its own.
+        self.row = np.zeros(blocks, dtype=np.int64) if packed else np.arange(blocks)
+        self.starts = ends - row_sizes.reshape(-1) if packed else np.zeros(blocks, dtype=np.int64)
+        self.length = _align(int(ends[-1] if packed else row_sizes.max(initial=1)))
         self.single = _align(int((prompt_sizes + inputs).max(initial=1)))
-        rows, longest = self.pairs if shared else sides * self.pairs, _align(int(sizes.max(initial=1)))
+        rows, longest = 1 if packed else blocks, _align(int(sizes.max(initial=1)))
         self.input_ids = np.full((rows, self.length), pad_id, dtype=np.int64)
         self.position_ids = np.zeros((rows, self.length), dtype=np.int64)
         self.segment = np.full((rows, self.length), -1, dtype=np.int8)
@@ -166,8 +181,9 @@ class _Rows:
         self.predict = np.zeros((sides, self.pairs, longest), dtype=np.int64)
         self.gather_index = np.zeros((sides * self.pairs, self.single), dtype=np.int64)
         self.scatter_index = np.zeros((rows, self.length), dtype=np.int64)
-        self.filled = np.zeros(rows, dtype=np.int64)
-        """[R] columns used so far"""
+        self.pair = np.full((rows, self.length), -1, dtype=np.int32)
+        self.filled = self.starts.copy()
+        """[blocks] the next free column of each block"""
 
     def place(
         self, side: int, pair: int, prompt: np.ndarray, answer: np.ndarray, trained: np.ndarray
@@ -178,29 +194,31 @@ class _Rows:
             trained: the indices of the answer's trained tokens, the last of which is its last token.
         """
         single_row = side * self.pairs + pair
-        row, p, n = pair if self.shared else single_row, len(prompt), len(answer)
-        if not self.filled[row]:
-            self._fill(row, single_row, slice(0, p), prompt, position=0, segment=0)
-        self.gather_index[single_row, :p] = row * self.length + np.arange(p)
+        block, p, n = pair if self.shared else single_row, len(prompt), len(answer)
+        if self.filled[block] == self.starts[block]:
+            self._fill(block, single_row, prompt, position=0, segment=0)
+        first = int(self.row[block]) * self.length + int(self.starts[block])
+        self.gather_index[single_row, :p] = first + np.arange(p)
         if n == 0:
             return
-        start = int(self.filled[row])
-        self._fill(row, single_row, slice(start, start + n - 1), answer[:-1], position=p, segment=side + 1)
-        columns = row * self.length + np.arange(start, start + n - 1)
+        columns = self._fill(block, single_row, answer[:-1], position=p, segment=side + 1)
         self.gather_index[single_row, p : p + n - 1] = columns
         # The first answer token is predicted by the last position of the prompt.
-        predicting = np.concatenate([[row * self.length + p - 1], columns])
+        predicting = np.concatenate([[first + p - 1], columns])
         self.labels[side, pair, : len(trained)] = answer[trained]
         self.predict[side, pair, : len(trained)] = predicting[trained]
 
     def _fill(
-        self, row: int, single_row: int, where: slice, ids: np.ndarray, *, position: int, segment: int
-    ) -> None:
-        positions = np.arange(position, position + len(ids))
+        self, block: int, single_row: int, ids: np.ndarray, *, position: int, segment: int
+    ) -> np.ndarray:
+        """Append tokens to a block; returns their flattened positions."""
+        row, start = int(self.row[block]), int(self.filled[block])
+        where, positions = slice(start, start + len(ids)), np.arange(position, position + len(ids))
         self.input_ids[row, where], self.position_ids[row, where] = ids, positions
-        self.segment[row, where] = segment
+        self.segment[row, where], self.pair[row, where] = segment, single_row % self.pairs
         self.scatter_index[row, where] = single_row * self.single + positions
-        self.filled[row] = where.stop
+        self.filled[block] = where.stop
+        return row * self.length + np.arange(start, where.stop)
 
 
 @dataclass(frozen=True)
@@ -211,6 +229,7 @@ class BatchLayout:
     pad_id: int
     shared_prompt: bool
     truncate_to_shorter: bool
+    packed: bool = False
 
 
 def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLayout) -> PairBatch:
@@ -230,6 +249,7 @@ def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLa
         answers,
         pad_id=layout.pad_id,
         shared=layout.shared_prompt and layout.sides == 2,
+        packed=layout.packed,
         truncate_to_shorter=layout.truncate_to_shorter,
         ref_logps=each_side("ref_logps"),
         weights=each_side("weights"),
@@ -270,7 +290,7 @@ def _trained_indices(answer: np.ndarray, trained: np.ndarray | None) -> np.ndarr
 
 
 def _align(n: int) -> int:
-    return max(ALIGN, -(-n // ALIGN) * ALIGN)
+    return int(align(max(n, 1)))
 
 
 def _pad_values(

@@ -136,7 +136,7 @@ def batch_layout(plan: RunPlan, model: str, embedding_rows: int) -> BatchLayout:
     # A pad token is often added to a tokenizer without resizing the model's embedding.
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(index for index in ids if index is not None and index < embedding_rows)
-    return BatchLayout(plan.sides, int(pad_id), plan.shared_prompt, plan.truncate_to_shorter)
+    return BatchLayout(plan.sides, int(pad_id), plan.shared_prompt, plan.truncate_to_shorter, plan.packed)
 
 
 def _build_policy(plan: RunPlan, policy: Any, device: torch.device) -> PairScorer:

@@ -1,15 +1,19 @@
-"""Attention over rows [prompt][chosen][rejected] in which each answer sees the prompt and itself only.
+"""Attention over rows [prompt][chosen][rejected], of one pair or several, in which each answer sees its
+prompt and itself only.
 
 All other layers run over such a row once. A dense mask over the whole row would make attention quadratic in
 the row length in time and memory, and it rules out the fast causal kernels. So for rows that are long enough,
 queries, keys and values are gathered into separate rows [prompt][chosen] and [prompt][rejected], which are
 plainly causal, and the results are scattered back.
 
-Shapes: R rows of length L, gathered into 2 R rows of length K; D heads of size H.
+Shapes: R rows of length L, gathered into G rows of length K, one for each answer; D heads of size H.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,46 +28,76 @@ GATHER_COST = 100
 def use_pair_attention(model: Any) -> bool:
     """Switch a transformers model from SDPA to this implementation. Returns whether the model supports it."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     if model.config._attn_implementation == NAME:
         return True
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
     AttentionInterface.register(NAME, pair_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, padding_mask)
     model.set_attn_implementation(NAME)
     return True
 
 
-def is_worthwhile(length: int, single: int) -> bool:
+_rows_end_padded: ContextVar[bool] = ContextVar("rows_end_padded", default=False)
+
+
+@contextmanager
+def rows_end_padded() -> Iterator[None]:
+    """Within the block, padding of two-dimensional masks comes after all tokens of a row."""
+    token = _rows_end_padded.set(True)
+    try:
+        yield
+    finally:
+        _rows_end_padded.reset(token)
+
+
+def padding_mask(*sizes: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """The mask function that transformers calls, with the arguments and result of its `sdpa_mask`.
+
+    With padding at the end, causal attention hides it from every token. `sdpa_mask` would look for padding in
+    the mask first, which on an accelerator waits for the device, and then build a dense mask. On the CPU it
+    still does: looking is free there, and the kernels for both cases round differently.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is not None and _rows_end_padded.get() and attention_mask.device.type != "cpu":
+        attention_mask = None
+    mask: Tensor | None = sdpa_mask(*sizes, attention_mask=attention_mask, **options)
+    return mask
+
+
+def is_worthwhile(gather_index: Tensor, scatter_index: Tensor) -> bool:
     """Whether gathering costs less than masked attention over whole rows.
 
     Args:
-        length: L, of rows with both answers.
-        single: K, of rows with one answer.
+        gather_index: [G, K], of rows with one answer.
+        scatter_index: [R, L], of rows with more than one.
     """
-    return length**2 - single**2 > GATHER_COST * 2 * single
+    (gathered, single), (rows, length) = gather_index.shape, scatter_index.shape
+    # Gathered rows are causal, which takes half of their query-key products.
+    return rows * length**2 - gathered * single**2 / 2 > GATHER_COST * gathered * single
 
 
 def encode_indices(gather_index: Tensor, scatter_index: Tensor, window: int | None) -> Tensor:
     """Pack both indices and the window into the tensor that the model receives as its attention mask.
 
     Models pass four-dimensional masks on to every layer unchanged, which is the only channel from the caller
-    to :func:`pair_attention`. The window is encoded as the size of the third axis, which takes no memory
-    because the tensor is expanded.
+    to :func:`pair_attention`. The number of gathered rows and the window are encoded as the sizes of the
+    second and the third axis, which take no memory because the tensor is expanded.
 
     Args:
-        gather_index: [2 R, K] index into the R L positions.
-        scatter_index: [R, L] index into the 2 R K gathered positions.
+        gather_index: [G, K] index into the R L positions.
+        scatter_index: [R, L] index into the G K gathered positions.
         window: the most keys that a query sees, itself included; None for all of them.
 
     Returns:
-        [1, 1, window or 1, 2 R K + R L] int64
+        [1, G, window or 1, G K + R L] int64
     """
-    longest = gather_index.shape[1]
+    gathered, longest = gather_index.shape
     windows = window if window is not None and window < longest else 1
-    return torch.cat([gather_index.reshape(-1), scatter_index.reshape(-1)]).expand(1, 1, windows, -1)
+    indices = torch.cat([gather_index.reshape(-1), scatter_index.reshape(-1)])
+    return indices.expand(1, gathered, windows, -1)
 
 
 def pair_attention(
@@ -87,9 +121,9 @@ def pair_attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     rows, _, length, _ = query.shape
-    indices, window = attention_mask[0, 0, 0], attention_mask.shape[2]
+    indices, gathered, window = attention_mask[0, 0, 0], attention_mask.shape[1], attention_mask.shape[2]
     gather_index, scatter_index = indices[: -rows * length], indices[-rows * length :]
-    query, key, value = (_gather(tensor, gather_index) for tensor in (query, key, value))
+    query, key, value = (_gather(tensor, gather_index, gathered) for tensor in (query, key, value))
     mask = _band(query.shape[2], window, query.device) if window > 1 else None
     options["is_causal"] = True
     out, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -98,11 +132,11 @@ def pair_attention(
     return flat.view(rows, length, heads, size), None
 
 
-def _gather(tensor: Tensor, gather_index: Tensor) -> Tensor:
-    """[R, D, L, H] -> [2 R, D, K, H]"""
+def _gather(tensor: Tensor, gather_index: Tensor, gathered: int) -> Tensor:
+    """[R, D, L, H] -> [G, D, K, H]"""
     rows, heads, length, size = tensor.shape
     flat = tensor.transpose(1, 2).reshape(rows * length, heads * size)
-    return flat.index_select(0, gather_index).view(2 * rows, -1, heads, size).transpose(1, 2)
+    return flat.index_select(0, gather_index).view(gathered, -1, heads, size).transpose(1, 2)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

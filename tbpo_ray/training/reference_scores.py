@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,8 @@ class ReferenceScorer:
         from tbpo_ray.training.self_check import select_pairs
 
         quiet_transformers()
-        self.plan = resolve_run(Config.model_validate(tree))
+        # Few pairs are scored at a time, and without gradients: packing them would gain nothing.
+        self.plan = replace(resolve_run(Config.model_validate(tree)), packed=False)
         self.instruction = instruction
         self.device = torch.device("cuda" if self.plan.config.cluster.gpus else "cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // actors))
@@ -328,7 +330,7 @@ class ReferenceScorer:
         lengths = np.array([[len(ids) for ids in columns[name]] for name in _COLUMNS]).T
         # Batches of pairs of similar length need little padding.
         order = np.argsort(pair_tokens(lengths, self.plan.truncate_to_shorter), kind="stable").tolist()
-        size = self.plan.config.training.micro_batch_pairs
+        size = self.plan.config.training.scoring_pairs
         chosen: list[Any] = [None] * pairs
         rejected: list[Any] = [None] * pairs
         for at in range(0, pairs, size):

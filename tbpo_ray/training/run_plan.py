@@ -10,13 +10,15 @@ from typing import Any, Literal
 import torch
 
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.schedule import Schedule
+from tbpo_ray.data.schedule import RowKind, Schedule
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.load import non_attention_layers, training_dtype
 from tbpo_ray.objectives import Objective, build_objective
 from tbpo_ray.storage import paths
 
 ReferenceMode = Literal["none", "cached", "live"]
+EVALUATION_PAIRS = 64
+"""Pairs per worker that an evaluation divides into micro-batches together, with a budget of tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class RunPlan:
     """Whether both answers follow one prompt in one row."""
     truncate_to_shorter: bool
     """Whether the answers of a pair are truncated to the shorter one's length."""
+    packed: bool
+    """Whether the pairs of a micro-batch follow each other in one row."""
 
     # Lazy: they belong to the driver's file system view. Workers get their folders as `RunPaths`.
     @cached_property
@@ -53,6 +57,13 @@ class RunPlan:
         return 2 if self.objective.needs_rejected else 1
 
     @property
+    def rows(self) -> RowKind:
+        """How the pairs of a micro-batch become rows."""
+        if self.packed:
+            return "packed"
+        return "shared" if self.shared_prompt or self.sides == 1 else "separate"
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of model weights in training."""
         return training_dtype(self.config.training.precision)
@@ -71,6 +82,7 @@ def resolve_run(config: Config) -> RunPlan:
         reference_mode=_reference_mode(config, objective),
         shared_prompt=_shared_prompt(config),
         truncate_to_shorter=objective.compares_to_shorter and config.training.truncate_to_shorter,
+        packed=_packed(config),
     )
 
 
@@ -104,23 +116,47 @@ def _shared_prompt(config: Config) -> bool:
     return supported if requested is None else requested
 
 
-def check_shared_prompt(plan: RunPlan, folder: str, key: str) -> None:
-    """Refuse a model in which one answer of a row would influence the other despite the attention mask.
+def _packed(config: Config) -> bool:
+    training, attention = config.training, config.model.attention
+    # Rows of several pairs are long; only gathered attention avoids a dense mask over them.
+    if training.packing and attention != "sdpa":
+        raise InputError(
+            f"training.packing=true: not supported by model.attention={attention}; use sdpa, or set "
+            "training.packing=false"
+        )
+    possible = training.micro_batch_tokens is not None and attention == "sdpa"
+    return possible and training.shared_prompt is not False and training.packing is not False
+
+
+def check_shared_prompt(plan: RunPlan, folder: str, key: str) -> list[str]:
+    """Find a model in which one part of a row would influence another despite the attention mask.
 
     Args:
         folder: the model that the configuration key `key` names.
 
+    Returns:
+        Sentences about what will be done differently; the self-check in the workers decides the same.
+
     Raises:
-        InputError: naming the key.
+        InputError: naming the key, if rows of several answers are required.
     """
-    if not plan.shared_prompt or not plan.objective.needs_rejected:
-        return
+    if not plan.packed and not (plan.shared_prompt and plan.objective.needs_rejected):
+        return []
     layers = non_attention_layers(folder)
-    if layers:
+    if layers and plan.packed:
         raise InputError(
-            f"{key}: the model has {layers}, which would carry the chosen answer over into the rejected one "
-            "that follows it; set training.shared_prompt=false, which gives each answer its own row"
+            f"{key}: the model has {layers}, which would carry one pair over into the next one of its row; "
+            "set training.packing=false and training.shared_prompt=false, which gives each answer its own row"
         )
+    if layers is None:
+        return []
+    cause = f"the model has {layers}, which would carry the chosen answer over into the rejected one"
+    if plan.config.training.shared_prompt:
+        raise InputError(
+            f"training.shared_prompt=true: {key}: {cause}; must be false or unset, so that each answer gets "
+            "its own row"
+        )
+    return [f"{key}: {cause}; each answer gets its own row (training.shared_prompt=false)"]
 
 
 def make_schedule(plan: RunPlan, lengths: Any) -> Schedule:
@@ -131,8 +167,27 @@ def make_schedule(plan: RunPlan, lengths: Any) -> Schedule:
         seed=plan.config.run.seed,
         pairs_per_step=training.pairs_per_step,
         micro_batch_pairs=training.micro_batch_pairs,
+        micro_batch_tokens=training.token_budget,
+        rows=plan.rows,
+        sides=plan.sides,
         length_batches=training.length_batches,
         truncate_to_shorter=plan.truncate_to_shorter,
         epochs=training.epochs,
         max_steps=training.max_steps,
+    )
+
+
+def evaluation_schedule(plan: RunPlan, lengths: Any, world: int) -> Schedule:
+    """One pass over held-out pairs in micro-batches as large as those of training. `lengths`: [N, 3]"""
+    training = plan.config.training
+    per_rank = training.scoring_pairs if training.token_budget is None else EVALUATION_PAIRS
+    return Schedule(
+        lengths,
+        seed=0,
+        pairs_per_step=per_rank * world,
+        micro_batch_pairs=training.micro_batch_pairs,
+        micro_batch_tokens=training.token_budget,
+        rows=plan.rows,
+        sides=plan.sides,
+        truncate_to_shorter=plan.truncate_to_shorter,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tbpo_ray.objectives import TokenScores, token_log_probs
 from tbpo_ray.training.batch import PairBatch
-from tbpo_ray.training.pair_attention import encode_indices, is_worthwhile, use_pair_attention
+from tbpo_ray.training.pair_attention import encode_indices, is_worthwhile, rows_end_padded, use_pair_attention
 
 ScorerOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Scores of the answer tokens. A plain tuple, because DeepSpeed searches tuples for tensors, not dataclasses:
@@ -65,9 +65,10 @@ class PairScorer(nn.Module):
             mask = masks["full_attention"] if set(masks) == {"full_attention"} else masks
         else:
             mask = (batch.segment >= 0).long()
-        out = _decoder(_causal(self.model))(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        )
+        with rows_end_padded():
+            out = _decoder(_causal(self.model))(
+                input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+            )
         states: Tensor = out.last_hidden_state
         return states
 
@@ -83,7 +84,7 @@ class PairScorer(nn.Module):
         the rows are long enough, otherwise [R, 1, L, L]."""
         gather_index, scatter_index = batch.gather_index, batch.scatter_index
         assert gather_index is not None and scatter_index is not None
-        if self.pair_attention and is_worthwhile(scatter_index.shape[1], gather_index.shape[1]):
+        if self.pair_attention and is_worthwhile(gather_index, scatter_index):
             return encode_indices(gather_index, scatter_index, window)
         allowed = batch.attention_mask(window)
         if _causal(self.model).config._attn_implementation != "eager":

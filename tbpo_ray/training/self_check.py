@@ -25,6 +25,7 @@ from torch import Tensor
 from tbpo_ray.data.reader import PairReader
 from tbpo_ray.data.shards import TOKEN_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.models.attention import stateful_layers
 from tbpo_ray.training.batch import BatchLayout, collate_columns
 from tbpo_ray.training.scorer import PairScorer
 
@@ -177,16 +178,30 @@ class _Check:
 
     def shared_rows(self, *, required: bool) -> tuple[bool, tuple[str, ...]]:
         """Whether shared rows agree with separate ones."""
-        if not self.layout.shared_prompt or self.layout.sides < 2:
+        packed = self.layout.packed
+        if not packed and (not self.layout.shared_prompt or self.layout.sides < 2):
             return self.layout.shared_prompt, ()
-        off, failure = self._deviation(self._shared_pairs, self._separate_pairs())
-        if off <= self.tolerance.shared:
-            return True, ()
+        layers = stateful_layers(self.model.config)
+        if layers is not None:
+            # A convolution changes only the first tokens of an answer, which a mean over tokens may hide.
+            off, failure = float("inf"), f"{layers} carry one answer over into the next"
+        else:
+            off, failure = self._deviation(self._shared_pairs, self._separate_pairs())
+        if packed and not self.scorer.pair_attention:
+            failure = "the model has no gathered attention, without which such rows take too much memory"
+        elif off <= self.tolerance.shared:
+            return self.layout.shared_prompt, ()
         cause = (
             f"cannot be computed ({failure})"
             if failure
             else f"give log-probs that differ by {off:.2g} per token (tolerance {self.tolerance.shared:.2g})"
         )
+        if packed:
+            # The run's micro-batches are made for packed rows; other rows would not fit into their budget.
+            raise InputError(
+                f"training.packing: {self.key}: rows with several pairs {cause}; set training.packing=false "
+                f"for {type(self.model).__name__}"
+            )
         sentence = f"{self.key}: rows with both answers behind one prompt {cause}"
         if required:
             raise InputError(
@@ -196,7 +211,7 @@ class _Check:
         return False, (f"{sentence}; each answer gets its own row (training.shared_prompt=false)",)
 
     def _separate(self, columns: dict[str, list[np.ndarray]]) -> list[Tensor]:
-        return self._logps(columns, replace(self.layout, shared_prompt=False))
+        return self._logps(columns, replace(self.layout, shared_prompt=False, packed=False))
 
     def _separate_pairs(self) -> list[Tensor]:
         return self._separate(self.pairs.short) + self._separate(self.pairs.longest)

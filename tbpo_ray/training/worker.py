@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.schedule import ORDER_VERSION, Schedule
+from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.stream import MicroBatch, MicroBatchIterator, local_micro_batches
 from tbpo_ray.errors import InputError, first_line
@@ -29,7 +29,7 @@ from tbpo_ray.training.metrics_file import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradientError, learning_rate
 from tbpo_ray.training.readback import Readback
 from tbpo_ray.training.run_paths import RunPaths
-from tbpo_ray.training.run_plan import make_schedule, resolve_run
+from tbpo_ray.training.run_plan import evaluation_schedule, make_schedule, resolve_run
 from tbpo_ray.training.saver import Cadence, Saver, finite
 from tbpo_ray.training.state import copy_fragments, load_fragments
 
@@ -277,16 +277,7 @@ class Worker:
         was_training = module.training
         module.eval()
         sums = MetricSums()
-        per_step = self.config.training.micro_batch_pairs * self.world
-        schedule = Schedule(
-            self.eval_data.lengths(),
-            seed=0,
-            pairs_per_step=per_step,
-            micro_batch_pairs=self.config.training.micro_batch_pairs,
-            length_batches=True,
-            truncate_to_shorter=self.plan.truncate_to_shorter,
-            epochs=1,
-        )
+        schedule = evaluation_schedule(self.plan, self.eval_data.lengths(), self.world)
         for micro in local_micro_batches(
             self.eval_data, schedule, self.rank, self.world, 0, extra_dirs=self.run_paths.extra_eval
         ):
@@ -385,9 +376,10 @@ class Worker:
         )
 
     def _out_of_memory(self, error: Exception) -> str:
-        pairs, length = self.config.training.micro_batch_pairs, self.config.data.max_length
+        training, length = self.config.training, self.config.data.max_length
+        key = "micro_batch_pairs" if training.micro_batch_tokens is None else "micro_batch_tokens"
         return (
-            f"out of memory in step {self.step + 1} with training.micro_batch_pairs={pairs} and "
+            f"out of memory in step {self.step + 1} with training.{key}={getattr(training, key)} and "
             f"data.max_length={length}: lower either, or set training.activation_checkpointing=true "
             f"({first_line(error)})"
         )
