@@ -11,6 +11,11 @@ from typing import Any
 
 from tbpo_ray.errors import InputError
 
+_ATTENTION_LAYERS = (
+    "attention", "full_attention", "sliding_attention", "chunked_attention", "window_attention",
+)  # fmt: skip
+_PER_TOKEN_LAYERS = ("mlp", "moe", "dense", "sparse")
+
 
 @dataclass(frozen=True)
 class AttentionChoice:
@@ -55,6 +60,22 @@ def _why_not_sdpa(config: Any, model_class: Any) -> str | None:
         # Falcon's SDPA path merges ALiBi and padding into one mask, and computes them wrongly together.
         return "SDPA miscalculates the ALiBi positions"
     return None
+
+
+def stateful_layers(config: Any) -> str | None:
+    """The kind of layers that carry state from one position to later ones past any attention mask, if any.
+
+    Args:
+        config: a transformers configuration.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("layer_types", "layers_block_type", "block_types")
+    kinds = {str(kind) for name in names for kind in getattr(text, name, None) or ()}
+    others = sorted(kinds - {*_ATTENTION_LAYERS, *_PER_TOKEN_LAYERS})
+    if others:
+        return f"layers of the type {others[0]}"
+    # Mamba-like models declare no layer types; transformers marks their classes as stateful.
+    return "recurrent layers" if getattr(causal_class(config), "_is_stateful", False) else None
 
 
 def cpu_attention(requested: str) -> str:

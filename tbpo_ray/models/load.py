@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tbpo_ray.config.schema import LoraConfig, ModelConfig
 from tbpo_ray.errors import InputError, first_line
-from tbpo_ray.models.attention import causal_class, choose_attention
+from tbpo_ray.models.attention import choose_attention, stateful_layers
 from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.models.tiny import build_tiny
 from tbpo_ray.models.weight_files import check_weight_files
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = "builtin:"
+_HUB_REVISION = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)")
 
 
 def resolve_model(name: str, cache_dir: str | Path, *, seed: int = 0, key: str = "model.name_or_path") -> str:
@@ -43,6 +44,25 @@ def resolve_model(name: str, cache_dir: str | Path, *, seed: int = 0, key: str =
             f"{key}={name}: no such model folder; must be a folder with config.json, or a hub name"
         )
     return name
+
+
+def split_revision(
+    name: str, revision: str | None = None, key: str = "model.name_or_path"
+) -> tuple[str, str | None]:
+    """The hub name and the revision in `OWNER/NAME@REVISION`; other names and folders as they are.
+
+    Args:
+        revision: a revision that is configured in addition.
+
+    Raises:
+        InputError: the name has another revision than the one in addition.
+    """
+    found = _HUB_REVISION.fullmatch(name)
+    if found is None or Path(name).expanduser().exists():
+        return name, revision
+    if revision not in (None, found["revision"]):
+        raise InputError(f"{key}={name}: the name has another revision than {revision}; remove either")
+    return found["name"], found["revision"]
 
 
 def _check_folder(folder: Path, name: str, key: str) -> None:
@@ -99,11 +119,14 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    path, revision = split_revision(path, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
-    except (OSError, ValueError) as error:
+    # The files come from elsewhere, and the Rust library raises bare exceptions about them.
+    except Exception as error:
         raise InputError(
-            f"model.name_or_path={path}: no tokenizer could be loaded ({first_line(error)})"
+            f"model.name_or_path={path}: no tokenizer could be loaded "
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
     if chat_template == "none":
         tokenizer.chat_template = None
@@ -134,6 +157,8 @@ def load_model(
     Raises:
         InputError: the folder cannot be loaded, or lacks some of the model's weights.
     """
+    from safetensors import SafetensorError
+
     with hide_modules("sklearn"):
         from transformers import AutoModelForCausalLM
 
@@ -152,7 +177,7 @@ def load_model(
                 **extra,
             ),
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model.name_or_path={path}: no model could be loaded ({first_line(error)})"
         ) from error
@@ -194,7 +219,7 @@ def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list
     A string may be `all-linear`, the name of a module, or a regular expression that matches whole paths.
 
     Raises:
-        InputError: naming each entry that matches no module.
+        InputError: naming each entry that matches no module, or one that has no low-rank form.
     """
     paths = [path for path, _ in model.named_modules() if path]
     if targets == "all-linear":
@@ -202,8 +227,12 @@ def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list
     names = [targets] if isinstance(targets, str) else targets
     absent = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in paths)]
     if not absent and names:
+        found = [path for path in paths if any(f".{path}".endswith(f".{name}") for name in names)]
+        _check_adaptable(model, found, targets)
         return names
-    if isinstance(targets, str) and _matches_any(targets, paths):
+    matching = _matching(targets, paths) if isinstance(targets, str) else []
+    if isinstance(targets, str) and matching:
+        _check_adaptable(model, matching, targets)
         return targets
     raise InputError(
         f"model.lora.target_modules={targets}: no module of the model is named {', '.join(absent) or 'so'}; "
@@ -211,7 +240,7 @@ def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list
     )
 
 
-def _suggest_modules(model: PreTrainedModel, absent: list[str]) -> str:
+def _suggest_modules(model: nn.Module, absent: list[str]) -> str:
     """What `model.lora.target_modules` may be, the names that resemble the absent ones first."""
     linear = {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if _is_linear(module)}
     known = ["all-linear", *sorted(linear)]
@@ -220,11 +249,24 @@ def _suggest_modules(model: PreTrainedModel, absent: list[str]) -> str:
     return f"{hint}Accepted are all-linear, and names among {', '.join(known[1:])}"
 
 
-def _matches_any(pattern: str, paths: list[str]) -> bool:
+def _matching(pattern: str, paths: list[str]) -> list[str]:
     try:
-        return any(re.fullmatch(pattern, path) for path in paths)
+        return [path for path in paths if re.fullmatch(pattern, path)]
     except re.error:
-        return False
+        return []
+
+
+def _check_adaptable(model: nn.Module, paths: list[str], targets: str | list[str]) -> None:
+    """Refuse modules that have no low-rank form, such as a whole block or a norm."""
+    from torch import nn
+
+    for path in paths:
+        module = model.get_submodule(path)
+        if not (_is_linear(module) or isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d)):
+            raise InputError(
+                f"model.lora.target_modules={targets}: {path} is a {type(module).__name__}, which has no "
+                f"low-rank form; must be linear layers. {_suggest_modules(model, [])}"
+            )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -237,11 +279,15 @@ def model_config(path: str, model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     extra: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    path, revision = split_revision(path, model.revision)
     try:
-        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False, **extra)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
+    # A configuration is data from elsewhere, and each architecture reads it in its own way.
+    except Exception as error:
+        if model.gguf_file and not isinstance(error, OSError | ValueError):
+            raise  # about the GGUF file, which the caller names
         raise InputError(
-            f"model.name_or_path={path}: no model configuration ({first_line(error)})"
+            f"model.name_or_path={path}: no model configuration ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -251,13 +297,7 @@ def non_attention_layers(folder: str) -> str | None:
     Raises:
         InputError: when the configuration in the folder cannot be read.
     """
-    facts = model_config(folder, ModelConfig())
-    kinds = set(getattr(facts.get_text_config(), "layer_types", None) or [])
-    others = sorted(kinds - {"full_attention", "sliding_attention"})
-    if others:
-        return f"layers of the type {others[0]}"
-    # Mamba-like models declare no layer types; transformers marks their classes as stateful.
-    return "recurrent layers" if getattr(causal_class(facts), "_is_stateful", False) else None
+    return stateful_layers(model_config(folder, ModelConfig()))
 
 
 def training_dtype(precision: str) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -113,12 +113,35 @@ def _check_positions(config: Config, facts: ModelFacts) -> list[str]:
         )
     text = facts.config.get_text_config() if hasattr(facts.config, "get_text_config") else facts.config
     trained = getattr(text, "max_position_embeddings", None)
+    for rope in _rope_parameters(text):
+        kind = str(rope.get("rope_type") or rope.get("type"))
+        original = rope.get("original_max_position_embeddings") or trained
+        if not isinstance(original, int):
+            continue
+        if ("dynamic" in kind or kind == "longrope") and length > original:
+            # Transformers chooses the frequencies by the longest row of a batch, for all of its rows.
+            raise InputError(
+                f"data.max_length={length}: the {kind} rotary positions of {facts.key}={facts.folder} change "
+                f"for a whole batch if one of its rows has more than {original} tokens, so that log-probs "
+                f"would depend on the batch; must be at most {original}"
+            )
+        factor = rope.get("factor")
+        if isinstance(factor, int | float) and isinstance(trained, int):
+            trained = max(trained, int(factor * original))
     if table is None and isinstance(trained, int) and length > trained > 0:
         return [
             f"data.max_length={length}: {facts.key}={facts.folder} is configured for {trained} "
             "positions; longer rows are computed, but the model has not seen such positions"
         ]
     return []
+
+
+def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The parameters of rotary positions, of which each kind of layer may have its own."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if isinstance(given, Mapping):
+        nested = [value for value in given.values() if isinstance(value, Mapping)]
+        yield from nested or [given]
 
 
 def check_token_ids(facts: ModelFacts, largest: int, where: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError, first_line
-from tbpo_ray.models.load import load_model, load_tokenizer, quiet_transformers, resolve_model
+from tbpo_ray.models.load import load_model, load_tokenizer, quiet_transformers, resolve_model, split_revision
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import atomic_folder, file_lock
 from tbpo_ray.storage.paths import cache_dir
@@ -37,15 +37,18 @@ def local_model(
     Args:
         cache: the folder for dequantized models, and for snapshots unless `HF_HUB_CACHE` or `HF_HOME` is set.
         key: the configuration key that names the model, for messages.
-        revision: revision of a hub name.
+        revision: revision of a hub name, which may also be written `OWNER/NAME@REVISION`.
         gguf_file: name of a GGUF file inside the model folder.
 
     Raises:
         InputError: when it is not a model, cannot be downloaded, or has no safetensors.
     """
-    folder = resolve_model(name, cache, seed=seed, key=key)
+    hub_name, revision = split_revision(name, revision, key)
+    folder = resolve_model(hub_name, cache, seed=seed, key=key)
     if not Path(folder).is_dir():
         folder = _download(folder, cache, key, revision)
+    elif revision is not None:
+        log_progress(f"{key}={name}: a folder has no revisions; revision {revision} has no effect")
     if gguf_file is not None:
         folder = _dequantize(Path(folder), gguf_file, cache, key)
     return folder

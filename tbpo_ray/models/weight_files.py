@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from tbpo_ray.errors import InputError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000
 """Largest header that the safetensors library accepts."""
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+"""The dtypes of the safetensors format, and the bits of one value."""
 
 
 def check_weight_files(folder: Path, name: str) -> None:
@@ -73,8 +80,29 @@ def _read_header(file: Path, name: str) -> set[str]:
             header: dict[str, Any] = json.loads(data.read(length))
         except ValueError as error:
             raise damaged from error
-    tensors = {key: value for key, value in header.items() if key != "__metadata__"}
-    end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-    if 8 + length + end != size:
+    try:
+        tensors = {key: value for key, value in header.items() if key != "__metadata__"}
+        unknown = sorted(key for key, value in tensors.items() if value["dtype"] not in _BITS)
+        ranges = [_byte_range(value) for key, value in tensors.items() if key not in unknown]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged from error
+    if unknown:
+        raise InputError(
+            f"{name}: {file.name}: {unknown[0]} has the unknown dtype {tensors[unknown[0]]['dtype']!r}; must "
+            "be one of the safetensors format, such as F32 or BF16"
+        )
+    if 8 + length + max((end for _, end in ranges), default=0) != size:
         raise damaged
     return set(tensors)
+
+
+def _byte_range(entry: dict[str, Any]) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end, which has to agree with its shape.
+
+    Raises:
+        ValueError: it does not.
+    """
+    begin, end = entry["data_offsets"]
+    if begin < 0 or (end - begin) * 8 != math.prod(entry["shape"]) * _BITS[entry["dtype"]]:
+        raise ValueError("the bytes do not fit the shape")
+    return begin, end

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaCo
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.attention import choose_attention, cpu_attention
-from tbpo_ray.models.load import load_model, resolve_model
+from tbpo_ray.models.load import load_model, load_tokenizer, resolve_model
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.training.estimate import plan_text
 from tests.training.architectures import ARCHITECTURES
@@ -175,3 +175,102 @@ def test_a_model_is_loaded_with_the_attention_that_keeps_its_features(tmp_path):
     config = AutoConfig.for_model("gemma2", **architecture.config)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert load_model(str(tmp_path), dtype=torch.float32).config._attn_implementation == "eager"
+
+
+def _rewrite_header(file: Path, change) -> None:
+    """Replace the header of a safetensors file."""
+    whole = file.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.dumps(change(json.loads(whole[8 : 8 + length]))).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
+
+
+def test_headers_that_contradict_their_bytes_are_refused(small_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    name = "lm_head.weight" if "lm_head.weight" in load_file(file) else next(iter(load_file(file)))
+
+    def changed(**entry):
+        return lambda header: header | {name: header[name] | entry}
+
+    for change in (
+        changed(dtype="BF16"),
+        changed(shape=[3]),
+        changed(shape="x"),
+        changed(data_offsets=[5]),
+        changed(data_offsets=[-4, 0]),
+        lambda header: header | {name: 7},
+        lambda header: [header],
+    ):
+        file.write_bytes(whole)
+        _rewrite_header(file, change)
+        with pytest.raises(InputError, match=r"model\.safetensors is not a complete safetensors file"):
+            resolve_model(str(folder), tmp_path)
+    file.write_bytes(whole)
+    _rewrite_header(file, changed(dtype="F7"))
+    with pytest.raises(InputError, match=f"{name} has the unknown dtype 'F7'"):
+        resolve_model(str(folder), tmp_path)
+
+
+def test_a_configuration_that_its_architecture_cannot_read_is_refused(small_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change in (
+        {"dtype": "float7"},
+        {"hidden_size": "x"},
+        {"rope_parameters": 3},
+        {"num_attention_heads": 0},
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=str(folder)):
+            check_model(load_config(None, ["model.lora={}"]), ModelFacts(str(folder)))
+
+
+def test_a_garbled_tokenizer_is_refused(small_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    for text in ("", "[]", '{"model": {"type": "?"}}', "{"):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(InputError, match=rf"model\.name_or_path={folder}: no tokenizer could be loaded"):
+            load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "refused", "noted"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 64, False, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, 65, True, False),
+        (
+            {
+                "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 32, "factor": 2.0,
+            },
+            33, True, False,
+        ),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256, False, False),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 257, False, True),
+        ({"rope_type": "default"}, 64, False, False),
+        ({"rope_type": "default"}, 65, False, True),
+    ],
+)  # fmt: skip
+def test_positions_of_scaled_rotary_embeddings(tmp_path, rope, length, refused, noted):
+    facts = facts_of(
+        tmp_path, "llama", rope_parameters={"rope_theta": 10000.0} | rope, max_position_embeddings=64,
+        hidden_size=32, num_attention_heads=4, head_dim=8, num_hidden_layers=1, vocab_size=90,
+    )  # fmt: skip
+    config = load_config(None, [f"data.max_length={length}"])
+    if refused:
+        with pytest.raises(InputError, match=rf"data\.max_length={length}: .*{rope['rope_type']}"):
+            check_model(config, facts)
+    else:
+        assert [f"data.max_length={length}" in note for note in check_model(config, facts)] == [True] * noted
+
+
+@pytest.mark.parametrize("targets", ["mlp", "[q_proj, self_attn]", "[norm]", "'.*layernorm'", "layers"])
+def test_lora_modules_without_a_low_rank_form_are_refused(small_model, targets):
+    config = load_config(None, [f"model.lora.target_modules={targets}"])
+    with pytest.raises(InputError, match=r"model\.lora\.target_modules=.* has no low-rank form"):
+        check_model(config, ModelFacts(small_model))

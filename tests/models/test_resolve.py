@@ -14,6 +14,7 @@ import pytest
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.prompts import resolve_policy
+from tbpo_ray.models.load import split_revision
 from tbpo_ray.models.resolve import local_model, policy_folder
 
 RESOLVE = """
@@ -55,6 +56,30 @@ def cache(tiny_model, tmp_path_factory):
 def test_a_hub_name_becomes_a_folder_at_its_revision(cache):
     assert resolve_offline("acme/tiny", cache)["folder"].endswith("a" * 40)
     assert resolve_offline("acme/tiny", cache, "v2")["folder"].endswith("b" * 40)
+    assert resolve_offline("acme/tiny@v2", cache)["folder"].endswith("b" * 40)
+    assert "another revision than v2" in resolve_offline("acme/tiny@main", cache, "v2")["error"]
+
+
+def test_the_revision_in_a_name(tmp_path):
+    for name, expected in (
+        ("acme/tiny@v2", ("acme/tiny", "v2")),
+        ("acme/tiny@refs/pr/7", ("acme/tiny", "refs/pr/7")),
+        ("tiny@0123456", ("tiny", "0123456")),
+        ("acme/tiny", ("acme/tiny", None)),
+        ("builtin:tiny", ("builtin:tiny", None)),
+        ("/a/b@c", ("/a/b@c", None)),
+        ("a/b/c@d", ("a/b/c@d", None)),
+    ):
+        assert split_revision(name) == expected
+    assert split_revision("acme/tiny@v2", "v2") == split_revision("acme/tiny", "v2") == ("acme/tiny", "v2")
+    folder = tmp_path / "acme" / "tiny@v2"
+    folder.mkdir(parents=True)
+    assert split_revision(str(folder)) == (str(folder), None)
+
+
+def test_a_revision_of_a_folder_is_said_to_have_no_effect(tiny_model, tmp_path, capfd):
+    assert local_model(tiny_model, tmp_path, revision="v2") == tiny_model
+    assert "revision v2 has no effect" in "".join(capfd.readouterr())
 
 
 def test_an_unknown_name_is_a_clear_error(cache):
