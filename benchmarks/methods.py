@@ -1,13 +1,21 @@
-"""Quality of the objectives: each trained from the same SFT policy with several seeds, by sampled answers."""
+"""Quality of the objectives: each trained from the same SFT policy with several seeds.
+
+It is measured twice: on sampled answers, as `jobs/evaluate.py` does, and without sampling noise, as the
+probability of exactly the correct answers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.local_run import load_policy, measure
 from benchmarks.tables import table
 from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
+from tbpo_ray.data.preparation import PairsSpec, prepare
+from tbpo_ray.data.shards import PreparedPairs
+from tbpo_ray.storage.paths import cache_dir
 
 METHODS: dict[str, dict[str, Any]] = {
     "tbpo_q": {"objective.name": "tbpo_q"},
@@ -34,18 +42,21 @@ def run(
     seeds: Sequence[int] = (0, 1, 2),
     methods: Mapping[str, Mapping[str, Any]] | None = None,
     rates: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Train and evaluate; finished runs are reused.
 
     Args:
         quick: use the first seed only.
 
     Returns:
-        `{"rows": [{"seed", "method", "learning_rate", "metrics": {name: {value, low, high}}}]}`.
+        A row for each policy and seed with `policy`, `seed`, `beta`, `rate`, `expected_exact_match`, `kl`,
+        `entropy` (see :func:`benchmarks.local_run.measure`) and `metrics`, those of sampled answers as
+        `{name: {value, low, high}}`; the SFT policy has no `beta`.
     """
     from tbpo_ray.cluster.fit import fit_to_cluster
     from tbpo_ray.cluster.session import start_ray
     from tbpo_ray.evaluation.evaluator import evaluate_policies
+    from tbpo_ray.evaluation.prompts import prompt_sources
     from tbpo_ray.storage.paths import run_dir
     from tbpo_ray.workflows.train import train
 
@@ -56,7 +67,8 @@ def run(
             config, config.sft, objective__name="sft", run__name=f"{name}-sft-{seed}", run__seed=seed
         )
         start = str(train(sft, kind="sft").export)
-        policies, used = {"sft": start}, {"sft": sft.training.learning_rate}
+        policies = {"sft": start}
+        used: dict[str, tuple[float | None, float]] = {"sft": (None, sft.training.learning_rate)}
         for method, overrides in (methods or METHODS).items():
             rate = (rates or LEARNING_RATES)[method]
             label = f"{method.replace(' ', '-')}-{rate:g}"
@@ -67,33 +79,53 @@ def run(
                 "run.name": f"{name}-{label}-{seed}",
                 "run.seed": seed,
             }
-            policies[label] = str(train(stage_config(config, changes)).export)
-            used[label] = rate
+            settled = stage_config(config, changes)
+            policies[label] = str(train(settled).export)
+            used[label] = (settled.objective.effective_beta, rate)
         start_ray()
         changes = {"run.seed": seed, "run.name": f"{name}-{seed}", "evaluation.credit_pairs": CREDIT_PAIRS}
         settled = fit_to_cluster(stage_config(config, changes))
         verdict = evaluate_policies(settled, policies, output=run_dir(settled) / "evaluation")
-        for label, rate in used.items():
+        pairs = _held_out(settled, prompt_sources(settled)[0], start)
+        for label, (beta, rate) in used.items():
             metrics = {key: estimate.to_json() for key, estimate in verdict[label].metrics.items()}
-            rows.append({"seed": seed, "method": label, "learning_rate": rate, "metrics": metrics})
-    return {"rows": rows}
+            about = {"policy": label, "seed": seed, "beta": beta, "rate": rate}
+            rows.append(about | exact_quality(policies[label], start, pairs) | {"metrics": metrics})
+    return rows
 
 
-def markdown(result: Mapping[str, Any]) -> str:
+def _held_out(config: Config, source: str, start: str) -> PreparedPairs:
+    """The pairs of a source, whose chosen answers are the correct ones. Needs a Ray session."""
+    settled = stage_config(config, {"data.train": source, "data.max_pairs": None})
+    spec = PairsSpec(source, settled.data, start)
+    return prepare(spec, cache_dir(config), progress=False)
+
+
+def exact_quality(policy: str, start: str, pairs: PreparedPairs) -> dict[str, float]:
+    """`expected_exact_match`, `entropy` and `kl` of a policy's folder; the reference is that of `start`."""
+    return measure(load_policy(policy), load_policy(start), pairs)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table: exact match of sampled answers per seed with its 95 % interval, and means of other metrics."""
-    rows = result["rows"]
     seeds = sorted({row["seed"] for row in rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
     head = ["policy", *(f"exact match, seed {seed}" for seed in seeds), *MEANS.values()]
     lines = []
-    for method in methods:
-        mine = {row["seed"]: row["metrics"] for row in rows if row["method"] == method}
+    for policy in policies:
+        own = [row for row in rows if row["policy"] == policy]
+        mine = {row["seed"]: _all_metrics(row) for row in own}
         cells = [_share(mine[seed].get("exact_match")) if seed in mine else "" for seed in seeds]
-        lines.append([method, *cells, *(_mean(mine.values(), key) for key in MEANS)])
+        lines.append([policy, *cells, *(_mean(mine.values(), key) for key in MEANS)])
     return table(head, lines)
 
 
+def _all_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row["metrics"], "expected_exact_match": {"value": row["expected_exact_match"]}}
+
+
 MEANS = {
+    "expected_exact_match": "expected exact match",
     "distinct_1": "distinct-1",
     "kl_k1": "KL from SFT",
     "credit_auc": "credit AUC, log-ratio",
