@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from tbpo_ray.config.schema import TuneConfig
 from tbpo_ray.storage.files import write_atomic
-from tbpo_ray.storage.json_lines import dumps, with_nan
+from tbpo_ray.storage.json_lines import dumps, read_object, with_nan
 
 ENDED = ("finished", "stopped", "failed")
 
@@ -71,7 +70,8 @@ class StudyState:
     def open(cls, file: Path) -> StudyState:
         if not file.is_file():
             return cls(file, {})
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        remedy = "restore it, or use another run.name for a new study"
+        tree = read_object(file, remedy, ("facts", "trials"))
         return cls(file, tree["facts"], [_read_trial(trial) for trial in tree["trials"]])
 
     def save(self) -> None:
