@@ -12,6 +12,7 @@ from tbpo_ray.evaluation.judge import ImplicitJudge, Judge, refuse_unknown
 from tbpo_ray.evaluation.llm_judge import LlmJudge
 from tbpo_ray.evaluation.pool_judge import PoolJudge
 from tbpo_ray.evaluation.reward_model import RewardModelJudge
+from tbpo_ray.storage.paths import cache_dir
 
 
 def make_judge(config: Config, *, source: str, output: Path) -> Judge:
@@ -29,7 +30,10 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
     builders: dict[str, Callable[[], Judge]] = {
         "checker": lambda: Checker.from_settings(settings, source),
         "reward_model": lambda: RewardModelJudge.from_settings(
-            settings, attention=config.model.attention, use_gpu=config.cluster.gpus
+            settings,
+            attention=config.model.attention,
+            use_gpu=config.cluster.gpus,
+            cache=cache_dir(config),
         ),
         "llm": lambda: _language_model(settings, config, output),
         "implicit": lambda: _implicit(settings),

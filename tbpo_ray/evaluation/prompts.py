@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import Any
 
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
-from tbpo_ray.data.messages import content_text
 from tbpo_ray.data.records import BadRecord, Prompt, iter_prompts
 from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.readable import conversation_text
 from tbpo_ray.generation.samples import PromptTokens
 from tbpo_ray.models.load import BUILTIN
 from tbpo_ray.models.resolve import local_model
+from tbpo_ray.progress import log_progress
+from tbpo_ray.storage.json_lines import read_object
 from tbpo_ray.storage.paths import cache_dir, output_dir
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class PromptSet:
     prompts: list[Prompt]
     skipped: list[BadRecord] = field(default_factory=list)
     """Rows without a prompt."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """How many prompts a policy did not get as they are, by reason; see :func:`tokenize_prompts`."""
 
     @property
     def ids(self) -> list[str]:
@@ -47,6 +52,7 @@ class PromptSet:
             "digest": self.digest,
             "rows": len(self.prompts),
             "skipped": len(self.skipped),
+            **self.counts,
         }
 
 
@@ -106,37 +112,59 @@ def read_prompts(config: Config) -> PromptSet:
 
 
 def tokenize_prompts(prompts: PromptSet, model: str, config: Config) -> list[PromptTokens]:
-    """Tokenize prompts as in training.
+    """Tokenize prompts as in training, and count those that the template rejects or whose tools it ignores.
 
     Raises:
         InputError: the model's chat template rejects every prompt.
     """
-    from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
-
     spec = TokenizerSpec.load(model, config.model.chat_template, config.data.template_kwargs)
-    encoded = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit).prompts(
-        [prompt.prompt for prompt in prompts.prompts],
-        tools=[prompt.tools for prompt in prompts.prompts],
-        template_kwargs=[prompt.template_kwargs for prompt in prompts.prompts],
-    )
+    tokenizer = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
+    encoded = _encode(tokenizer, prompts.prompts)
     rejected = [item for item in encoded if isinstance(item, RecordError)]
     if len(rejected) == len(encoded):
         raise InputError(
             f"evaluation.prompts={prompts.source}: {model} rejects all; the first error: {rejected[0]}"
         )
+    _count(prompts, model, "rejected_by_template", len(rejected), "; ".join(map(str, rejected[:1])))
+    ignored = _without_tools(tokenizer, prompts.prompts, encoded)
+    _count(prompts, model, "tools_ignored_by_template", ignored, "its chat template writes no tools")
+    # The token that the template in use puts behind an answer; the model's own are added by the pool.
+    stop_ids = (tokenizer.end,) if config.model.chat_template is not None else ()
     return [
-        PromptTokens(key, ids, format_prompt(prompt), prompt.metadata)
+        PromptTokens(key, ids, conversation_text(prompt.prompt, prompt.tools), prompt.metadata, stop_ids)
         for key, ids, prompt in zip(prompts.ids, encoded, prompts.prompts, strict=True)
         if not isinstance(ids, RecordError)
     ]
 
 
-def format_prompt(prompt: Prompt) -> str:
-    """A conversation as readable text: a single message plain, several with their roles."""
-    messages: Sequence[dict[str, Any]] = prompt.prompt
-    if len(messages) == 1:
-        return content_text(messages[0])
-    return "\n".join(f"{message['role']}: {content_text(message)}" for message in messages)
+def _encode(
+    tokenizer: PairTokenizer, prompts: Sequence[Prompt], *, with_tools: bool = True
+) -> list[list[int] | RecordError]:
+    return tokenizer.prompts(
+        [prompt.prompt for prompt in prompts],
+        tools=[prompt.tools if with_tools else None for prompt in prompts],
+        template_kwargs=[prompt.template_kwargs for prompt in prompts],
+    )
+
+
+def _without_tools(
+    tokenizer: PairTokenizer, prompts: Sequence[Prompt], encoded: Sequence[list[int] | RecordError]
+) -> int:
+    """The number of prompts whose tokens are the same without their tools."""
+    asked = [
+        (prompt, ids)
+        for prompt, ids in zip(prompts, encoded, strict=True)
+        if prompt.tools and not isinstance(ids, RecordError)
+    ]
+    plain = _encode(tokenizer, [prompt for prompt, _ in asked], with_tools=False)
+    return sum(ids == other for (_, ids), other in zip(asked, plain, strict=True))
+
+
+def _count(prompts: PromptSet, model: str, name: str, count: int, why: str) -> None:
+    """Report prompts that a policy does not get as they are; the verdict has the largest number."""
+    if count:
+        log_progress(f"{count} of {len(prompts.prompts)} prompts, {model}: {name} ({why})")
+        prompts.counts[name] = max(prompts.counts[name], count)
 
 
 def resolve_policy(name: str, where: str, config: Config) -> Policy:
@@ -145,7 +173,7 @@ def resolve_policy(name: str, where: str, config: Config) -> Policy:
     Args:
         name: its name in `evaluation.policies`.
         where: a model folder, an adapter folder, the name of a run with an export, a built-in model or a hub
-            name.
+            name, with or without `@REVISION`.
 
     Raises:
         InputError: `where` is none of these.
@@ -155,7 +183,7 @@ def resolve_policy(name: str, where: str, config: Config) -> Policy:
         if (folder / "config.json").is_file():
             return Policy(name, str(folder.absolute()))
         if (folder / "adapter_config.json").is_file():
-            adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            adapter = read_object(folder / "adapter_config.json", "save the adapter again")
             base = adapter.get("base_model_name_or_path")
             if not base or not (Path(base) / "config.json").is_file():
                 raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tbpo_ray.errors import InputError, first_line
@@ -10,6 +11,7 @@ from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.judge import ScoringJudge, refuse_unknown
 from tbpo_ray.generation.samples import Sample
 from tbpo_ray.models.chat import ChatTemplate, template_of
+from tbpo_ray.models.resolve import local_model
 
 
 class RewardModelJudge(ScoringJudge):
@@ -22,24 +24,25 @@ class RewardModelJudge(ScoringJudge):
 
     kind = "reward_model"
 
-    def __init__(self, model: str, *, batch_size: int, use_gpu: bool, attention: str = "sdpa"):
-        self.model, self.batch_size, self.use_gpu = model, batch_size, use_gpu
+    def __init__(self, model: str, *, name: str, batch_size: int, use_gpu: bool, attention: str = "sdpa"):
+        self.model, self.name, self.batch_size, self.use_gpu = model, name, batch_size, use_gpu
         self.attention = attention
         self.truncated = 0
 
     @classmethod
     def from_settings(
-        cls, settings: Mapping[str, Any], *, use_gpu: bool, attention: str = "sdpa"
+        cls, settings: Mapping[str, Any], *, use_gpu: bool, cache: Path, attention: str = "sdpa"
     ) -> RewardModelJudge:
         """Validate `evaluation.judge` without `kind` and build the judge.
 
         Args:
+            cache: the folder for snapshots of the hub, which all nodes share.
             attention: `model.attention`.
 
         Raises:
             InputError: invalid settings, or a model that is not such a classifier.
         """
-        refuse_unknown(settings, ("model", "batch_size"))
+        refuse_unknown(settings, ("model", "revision", "batch_size"))
         model = settings.get("model")
         if not model:
             raise InputError(
@@ -48,7 +51,10 @@ class RewardModelJudge(ScoringJudge):
         size = settings.get("batch_size", 16)
         if not isinstance(size, int) or size < 1:
             raise InputError(f"evaluation.judge.batch_size={size}: must be an integer of at least 1")
-        judge = cls(str(model), batch_size=size, use_gpu=use_gpu, attention=attention)
+        revision = settings.get("revision")
+        folder = local_model(str(model), cache, key="evaluation.judge.model", revision=revision)
+        name = f"{model}@{revision}" if revision else str(model)
+        judge = cls(folder, name=name, batch_size=size, use_gpu=use_gpu, attention=attention)
         judge.check()
         return judge
 
@@ -63,11 +69,11 @@ class RewardModelJudge(ScoringJudge):
         try:
             config = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise InputError(f"evaluation.judge.model={self.model}: {first_line(error)}") from error
+            raise InputError(f"evaluation.judge.model={self.name}: {first_line(error)}") from error
         kinds = config.architectures or []
         if config.num_labels != 1 or not any("SequenceClassification" in name for name in kinds):
             raise InputError(
-                f"evaluation.judge.model={self.model}: is {', '.join(kinds) or 'unknown'} with "
+                f"evaluation.judge.model={self.name}: is {', '.join(kinds) or 'unknown'} with "
                 f"{config.num_labels} outputs; must be a sequence classifier with one output"
             )
 
@@ -83,7 +89,7 @@ class RewardModelJudge(ScoringJudge):
         return values
 
     def report(self) -> dict[str, Any]:
-        return {"kind": self.kind, "model": self.model, "truncated": self.truncated}
+        return {"kind": self.kind, "model": self.name, "truncated": self.truncated}
 
 
 def classify(

@@ -118,12 +118,14 @@ def sampling_fingerprint(
 ) -> str:
     """Digest of everything that samples depend on: model files, prompts, sampling parameters and seed.
 
-    The model files include those that the stop tokens come from.
+    The model files include those that the stop tokens come from. The prompts' texts are what judges read.
     """
     settings = to_tree(generation)
     for key in ("engines", "batch_size", "tensor_parallel"):  # change the speed, not the samples
         settings.pop(key)
-    contents = [(p.id, p.token_ids, p.metadata) for p in prompts]
+    contents = [
+        (p.id, p.token_ids, p.metadata, p.text, *([list(p.stop_ids)] if p.stop_ids else [])) for p in prompts
+    ]
     files = [_files(model), _files(adapter) if adapter else None]
     return digest([*files, digest(contents), settings, seed, SAMPLING_VERSION])
 

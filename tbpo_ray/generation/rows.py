@@ -21,18 +21,26 @@ def input_rows(
     adapter: str | None,
     stop_ids: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """One row per sample of each prompt, numbered by `index`."""
+    """One row per sample of each prompt, numbered by `index`.
+
+    Args:
+        stop_ids: the token ids that end an answer of the model.
+    """
     sampling = {
         "max_tokens": generation.max_tokens,
         "temperature": generation.temperature,
         "top_p": generation.top_p,
         "logprobs": 0,
-        # Without these, vLLM stops only at the ids of `generation_config.json`, or `config.json` without it.
-        "stop_token_ids": list(stop_ids),
     }
-    common = {"sampling": json.dumps(sampling)} | ({"model": adapter} if adapter else {})
-    numbered = enumerate((prompt, sample) for prompt in prompts for sample in range(generation.samples))
-    return [_input_row(index, prompt, sample, seed) | common for index, (prompt, sample) in numbered]
+    common = {"model": adapter} if adapter else {}
+    rows: list[dict[str, Any]] = []
+    for prompt in prompts:
+        # Without these, vLLM stops only at the ids of `generation_config.json`, or `config.json` without it.
+        ends = {"stop_token_ids": sorted({*stop_ids, *prompt.stop_ids})}
+        options = common | {"sampling": json.dumps(sampling | ends)}
+        for sample in range(generation.samples):
+            rows.append(_input_row(len(rows), prompt, sample, seed) | options)
+    return rows
 
 
 def _input_row(index: int, prompt: PromptTokens, sample: int, seed: int) -> dict[str, Any]:

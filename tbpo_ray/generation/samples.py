@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tbpo_ray.errors import InputError
 from tbpo_ray.storage.files import atomic_file, write_atomic
+from tbpo_ray.storage.json_lines import read_object
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST = "manifest.json"
+_REMEDY = "restore it, or remove the folder, whose answers are then sampled again"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class PromptTokens:
     """Readable form; the engine gets the token ids."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Copied to the samples, for checkers and for slicing the results. Must be JSON."""
+    stop_ids: Sequence[int] = ()
+    """Token ids that end an answer in addition to the model's own: another chat template has another end."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Samples:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        self.manifest: dict[str, Any] = read_object(self.folder / MANIFEST, _REMEDY)
         """`fingerprint rows failed tokens seconds tokens_per_second complete`, and the settings."""
 
     def table(self) -> pa.Table:
@@ -144,7 +148,7 @@ def open_folder(folder: Path, fingerprint: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / MANIFEST
     if file.is_file():
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_object(file, _REMEDY)
         if manifest.get("fingerprint") != fingerprint:
             raise InputError(
                 f"{folder}: contains samples of another model, other prompts or settings; use another folder"

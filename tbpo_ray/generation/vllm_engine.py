@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.errors import InputError
+from tbpo_ray.storage.json_lines import read_object
 
 _SPARE_CPUS = 0.2
 """CPUs that are reserved for the small Ray Data tasks around the engines."""
@@ -98,8 +98,7 @@ def _adapter_config(adapter: str | Path) -> dict[str, Any]:
     file = Path(adapter) / "adapter_config.json"
     if not file.is_file():
         raise InputError(f"{adapter}: not a LoRA adapter (adapter_config.json is missing)")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
+    return read_object(file, "save the adapter again", ("r",))
 
 
 def _check_adapter(model: Path, adapter: Path) -> None:

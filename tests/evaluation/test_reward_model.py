@@ -34,9 +34,11 @@ def classifier(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_scores_do_not_depend_on_the_batch_and_decide_preferences(classifier, make_sample):
+def test_scores_do_not_depend_on_the_batch_and_decide_preferences(classifier, make_sample, tmp_path):
     samples = [make_sample(i, "tree " * (i + 1)) for i in range(6)]
-    judge = RewardModelJudge.from_settings({"model": classifier, "batch_size": 4}, use_gpu=False)
+    judge = RewardModelJudge.from_settings(
+        {"model": classifier, "batch_size": 4}, use_gpu=False, cache=tmp_path
+    )
     scores = judge.scores(samples)
     alone, _ = classify(classifier, [(samples[3].prompt_text, samples[3].answer)], 1, "cpu")
     assert scores[3] == pytest.approx(alone[0], abs=1e-5)
@@ -44,8 +46,8 @@ def test_scores_do_not_depend_on_the_batch_and_decide_preferences(classifier, ma
     assert judge.preferences(samples[:3], samples[3:]) == expected
 
 
-def test_truncated_texts_are_counted(classifier, make_sample):
-    judge = RewardModelJudge.from_settings({"model": classifier}, use_gpu=False)
+def test_truncated_texts_are_counted(classifier, make_sample, tmp_path):
+    judge = RewardModelJudge.from_settings({"model": classifier}, use_gpu=False, cache=tmp_path)
     judge.scores([make_sample(0, "tree " * 200), make_sample(1, "tree")])
     assert judge.report()["truncated"] == 1
 
@@ -59,16 +61,18 @@ def test_truncated_texts_are_counted(classifier, make_sample):
         ({"model": "x", "batch_size": 0}, r"batch_size=0.*at least 1"),
     ],
 )
-def test_invalid_settings_are_rejected(settings, message):
+def test_invalid_settings_are_rejected(settings, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        RewardModelJudge.from_settings(settings, use_gpu=False)
+        RewardModelJudge.from_settings(settings, use_gpu=False, cache=tmp_path)
 
 
 def test_a_language_model_is_not_a_reward_model(tmp_path):
     from tbpo_ray.models.tiny import build_tiny
 
     with pytest.raises(InputError, match=r"evaluation\.judge\.model=.*one output"):
-        RewardModelJudge.from_settings({"model": str(build_tiny(tmp_path / "tiny"))}, use_gpu=False)
+        RewardModelJudge.from_settings(
+            {"model": str(build_tiny(tmp_path / "tiny"))}, use_gpu=False, cache=tmp_path
+        )
 
 
 def test_a_template_that_prints_the_date_gives_the_same_score_on_every_day(classifier, tmp_path, monkeypatch):
@@ -89,3 +93,31 @@ def test_a_template_that_prints_the_date_gives_the_same_score_on_every_day(class
     today, _ = classify(str(tmp_path), [("copy: tree", "tree")], 1, "cpu")
     monkeypatch.setattr(chat_template_utils, "datetime", Later)
     assert classify(str(tmp_path), [("copy: tree", "tree")], 1, "cpu")[0] == today
+
+
+def test_a_hub_name_is_loaded_at_its_revision(classifier, tmp_path, monkeypatch):
+    """Without the hub: a cache with one repository at two revisions."""
+    import shutil
+
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    repository = tmp_path / "hub" / "models--acme--reward"
+    for commit, ref in (("a" * 40, "main"), ("b" * 40, "v2")):
+        shutil.copytree(classifier, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+
+    def judge(**settings):
+        return RewardModelJudge.from_settings(settings, use_gpu=False, cache=tmp_path)
+
+    assert judge(model="acme/reward").model.endswith("a" * 40)
+    for settings in ({"model": "acme/reward", "revision": "v2"}, {"model": "acme/reward@v2"}):
+        found = judge(**settings)
+        assert found.model.endswith("b" * 40) and found.report()["model"] == "acme/reward@v2"
+    with pytest.raises(InputError, match=r"evaluation\.judge\.model=acme/reward.*revision v3"):
+        judge(model="acme/reward", revision="v3")
+    with pytest.raises(InputError, match="another revision than v2"):
+        judge(model="acme/reward@main", revision="v2")
