@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -51,9 +51,11 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
     """
     plan = resolve_run(config)
     model = resolve_model(config.model.name_or_path, plan.cache_dir)
-    check_shared_prompt(plan, model, "model.name_or_path")
+    notes = check_shared_prompt(plan, model, "model.name_or_path")
+    if notes:
+        plan = replace(plan, shared_prompt=False)
     facts = ModelFacts(model, source=config.model)
-    for note in check_model(config, facts):
+    for note in notes + check_model(config, facts):
         log_progress(note)
     check_token_weights(plan, planned=planned)
     data = estimate_data(config, model)

@@ -159,20 +159,26 @@ def test_a_long_row_has_no_dense_mask_and_pair_attention_is_not_saved_with_the_m
     torch.testing.assert_close(model(ids).logits, loaded(ids).logits)
 
 
-def test_a_model_whose_layers_mix_the_answers_of_a_row_is_refused(tmp_path):
+def test_a_model_whose_layers_mix_the_answers_of_a_row_gets_separate_rows(tmp_path):
     sizes: Any = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
     mixed = Lfm2Config(**sizes, num_attention_heads=2, layer_types=["conv", "full_attention"])
     for name, made in (("rwkv", RwkvConfig(**sizes)), ("lfm2", mixed), ("llama", llama().config)):
         made.save_pretrained(tmp_path / name)
     config = Config()
     apart = stage_config(config, {"training.shared_prompt": False})
+    together = stage_config(config, {"training.shared_prompt": True})
     for name, layers in (("rwkv", "recurrent"), ("lfm2", "conv")):
-        with pytest.raises(InputError, match=rf"model\.name_or_path: .*{layers}.*shared_prompt=false"):
-            check_shared_prompt(resolve_run(config), str(tmp_path / name), "model.name_or_path")
-        check_shared_prompt(resolve_run(apart), str(tmp_path / name), "model.name_or_path")
-    check_shared_prompt(resolve_run(config), str(tmp_path / "llama"), "model.name_or_path")
+        folder, key = str(tmp_path / name), "model.name_or_path"
+        (sentence,) = check_shared_prompt(resolve_run(config), folder, key)
+        assert sentence.startswith(f"{key}: the model has ") and layers in sentence
+        assert sentence.endswith("(training.shared_prompt=false)")
+        with pytest.raises(InputError, match=rf"training\.shared_prompt=true: .*{layers}.*must be false"):
+            check_shared_prompt(resolve_run(together), folder, key)
+        assert check_shared_prompt(resolve_run(apart), folder, key) == []
+    for plan in (resolve_run(config), resolve_run(together)):
+        assert check_shared_prompt(plan, str(tmp_path / "llama"), "model.name_or_path") == []
     sft = stage_config(config, {"objective.name": "sft"})
-    check_shared_prompt(resolve_run(sft), str(tmp_path / "rwkv"), "model.name_or_path")
+    assert check_shared_prompt(resolve_run(sft), str(tmp_path / "rwkv"), "model.name_or_path") == []
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(InputError, match=str(tmp_path / "unknown")):

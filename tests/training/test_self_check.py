@@ -101,6 +101,26 @@ def test_shared_rows_that_fail_are_replaced_and_said(save, prepared):
     assert not found.layout.shared_prompt and "ValueError" in found.sentences[0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("mamba, recurrent", "linear_attention"),
+        ("rwkv, recurrent", "recurrent"),
+        ("lfm2, convolution", "conv"),
+    ],
+)
+def test_layers_that_carry_state_get_separate_rows_in_every_precision(
+    save, prepared, name, layers, precision
+):
+    model = save(name)
+    found = components(model, prepared, f"training.precision={precision}")
+    assert not found.layout.shared_prompt
+    assert layers in found.sentences[-1] and "each answer gets its own row" in found.sentences[-1]
+    with pytest.raises(InputError, match=r"training\.shared_prompt=true"):
+        components(model, prepared, "training.shared_prompt=true", f"training.precision={precision}")
+
+
 def test_a_reference_that_needs_separate_rows_decides_for_both(save, prepared):
     model, reference = save(LLAMA), save(GPT_NEO)
     config = load_config(
