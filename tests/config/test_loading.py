@@ -145,6 +145,13 @@ def test_an_empty_mapping_clears_and_a_judge_of_another_kind_replaces(tmp_path):
     assert kept.evaluation.judge == {"kind": "checker", "function": "c:d"}
 
 
+def test_the_sft_stage_does_not_inherit_the_direction_and_the_share_of_the_pairs():
+    config = load_config(None, ["data.swap_answers=true", "data.share=[0.3, 1]", "sft.training.max_steps=3"])
+    assert (sft_config(config).data.swap_answers, sft_config(config).data.share) == (False, 1.0)
+    own = load_config(None, ["data.share=0.3", "sft.data.share=0.5", "sft.data.swap_answers=true"])
+    assert (sft_config(own).data.swap_answers, sft_config(own).data.share) == (True, 0.5)
+
+
 def test_the_sft_stage_does_not_inherit_label_smoothing():
     config = load_config(None, ["objective.label_smoothing=0.1", "sft={training.max_steps: 3}"])
     stage = sft_config(config, run__name="first")
