@@ -110,11 +110,15 @@ def _typed_entry(key: str, entry: Any) -> Any:
     for name, value in entry.items():
         if name == "when" and isinstance(value, dict):
             out[name] = {
-                other: yaml_text.typed(wanted, _type_of(other) | list[_type_of(other)])  # type: ignore[misc]
+                other: yaml_text.typed(
+                    wanted,
+                    _type_of(other) | list[_type_of(other)],  # type: ignore[misc]
+                    f"{other}.",
+                )
                 for other, wanted in value.items()
             }
         else:
-            out[name] = yaml_text.typed(value, values)
+            out[name] = yaml_text.typed(value, values, f"{key}.")
     return out
 
 
@@ -126,7 +130,7 @@ def overrides_to_tree(overrides: Iterable[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise InputError(f"override {item!r}: write it as dotted.key=value")
         tree = merge(tree, expand_dotted({key: _override_value(key, text.strip())}))
     return tree

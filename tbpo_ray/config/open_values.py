@@ -63,6 +63,9 @@ def check_engine(arguments: Mapping[str, Any]) -> None:
         for name, key in ENGINE_SET_ELSEWHERE.items()
         if name in arguments
     ]
+    faults += [
+        f"{where}.{name}: must be the name of an argument" for name in arguments if not name.isidentifier()
+    ]
     known = {name: value for name, value in arguments.items() if name not in ENGINE_SET_ELSEWHERE}
     faults += type_faults(known, ENGINE_KINDS, where, optional=tuple(ENGINE_KINDS))
     if arguments.get("trust_remote_code") is True:

@@ -149,6 +149,11 @@ class DataConfig(Section):
     @field_validator("template_kwargs")
     @classmethod
     def _check_template_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        names = [name for name in value if not name.isidentifier()]
+        if names:
+            raise ValueError(
+                f"{names[0]!r} is not the name of a template variable; must be letters, digits and _"
+            )
         taken = sorted({"messages", "tools", "documents", "add_generation_prompt"} & set(value))
         if taken:
             raise ValueError(f"{', '.join(taken)}: set from the records; must be other template variables")

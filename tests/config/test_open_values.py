@@ -14,7 +14,10 @@ import yaml
 
 from tbpo_ray.config.engine_options import ENGINE_KINDS
 from tbpo_ray.config.loading import load_config, stage_config, to_tree, to_yaml, validate
+from tbpo_ray.config.open_values import BENCHMARK_TYPES, JUDGE_TYPES
 from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation.harness import BenchmarkSettings
+from tbpo_ray.evaluation.llm_judge import LlmSettings
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "jobs" / "configs").glob("*.yaml"))
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
@@ -127,6 +130,12 @@ def test_a_valid_deepspeed_mapping(value):
         ("model.lora={target_modules: {a: b}}", "model.lora.target_modules={'a': 'b'}"),
         ("data.template_kwargs={messages: 1}", "data.template_kwargs"),
         ("data.template_kwargs=x", "data.template_kwargs='x'"),
+        ("data.template_kwargs={'': 1}", "data.template_kwargs={'': 1}"),
+        ("data.template_kwargs={a b: 1}", "data.template_kwargs={'a b': 1}"),
+        ("generation.engine={1: 2}", "generation.engine.1: must be the name"),
+        ("data.template_kwargs.=1", "override 'data.template_kwargs.=1'"),
+        (".a=1", "override '.a=1'"),
+        ("training..tf32=true", "override 'training..tf32=true'"),
         ("data.template_kwargs={a: {b: .nan}}", "data.template_kwargs.a.b=nan"),
         ("data.template_kwargs={a: [1, -.inf]}", "data.template_kwargs.a=[1, -inf]"),
         ("training.deepspeed={gradient_clipping: .nan}", "training.deepspeed.gradient_clipping=nan"),
@@ -137,6 +146,12 @@ def test_other_malformed_mappings(override, key):
     with pytest.raises(InputError) as caught:
         load_config(None, [override])
     assert any(key in fault for fault in caught.value.faults), caught.value.faults
+
+
+def test_settings_of_judges_and_benchmarks_have_the_types_of_their_models():
+    for model, types in ((LlmSettings, JUDGE_TYPES), (BenchmarkSettings, BENCHMARK_TYPES)):
+        for name, field in model.model_fields.items():
+            assert types[name] == field.annotation, name
 
 
 def test_benchmark_settings_of_a_wrong_type():

@@ -181,7 +181,7 @@ def test_an_open_value_never_loses_what_was_typed(tmp_path, text, value):
 
 
 @pytest.mark.parametrize("text", ["yes", "No", "on", "OFF"])
-def test_a_text_that_two_versions_of_yaml_read_differently_is_refused_where_the_type_is_open(text):
+def test_a_text_that_two_versions_of_yaml_read_differently_is_refused_where_the_type_is_open(tmp_path, text):
     with pytest.raises(InputError, match=rf"data\.template_kwargs\.a\.b={text}: .*'{text}' in quotes"):
         load_config(None, [f"data.template_kwargs={{a: {{b: {text}}}}}"])
     kwargs = load_config(None, [f"data.template_kwargs={{a: '{text}'}}"]).data.template_kwargs
@@ -194,6 +194,10 @@ def test_a_text_that_two_versions_of_yaml_read_differently_is_refused_where_the_
         assert load_config(None, [typed % text])
     with pytest.raises(InputError, match="trainin"):
         load_config(None, [f"trainin.tf32={text}"])
+    file = tmp_path / "space.yaml"
+    file.write_text(f"data.template_kwargs.a: {{choice: [{text}]}}")
+    with pytest.raises(InputError, match=rf"data\.template_kwargs\.a={text}: "):
+        read_space(file)
 
 
 @pytest.mark.parametrize("text", ["26 Jul #3", "Today: Monday", "*now*", "[open", "a, b"])
