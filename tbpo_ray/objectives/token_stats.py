@@ -121,7 +121,9 @@ def token_log_probs(  # noqa: PLR0913  (a public signature that callers rely on)
     if selected is None:
         selected = mask.to(torch.bool).reshape(-1).nonzero().squeeze(1)
     ids = labels.reshape(-1).index_select(0, selected).long()
-    if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < weight.shape[0]:
+    # Subclasses, such as the tensors without values that memory is planned with, may not be readable.
+    readable = type(ids) is Tensor and ids.device.type == "cpu" and len(ids) > 0
+    if readable and not 0 <= ids.min() <= ids.max() < weight.shape[0]:
         raise InputError(
             f"labels: {ids.min()} to {ids.max()} where the mask is true; must be 0 to {weight.shape[0] - 1}"
         )
