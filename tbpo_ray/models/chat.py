@@ -23,6 +23,7 @@ from tbpo_ray.models.turn_tokens import (
     assistant_markers,
     turn_ends,
 )
+from tbpo_ray.storage.json_lines import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -292,13 +293,14 @@ def stop_token_ids(model: str, *, chat_template: str | None = None, revision: st
     from tbpo_ray.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model, chat_template=chat_template, revision=revision)
-    ids = {turn_end_id(tokenizer), tokenizer.eos_token_id}
+    ids: list[Any] = [turn_end_id(tokenizer), tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         tree = _read_json(model, name, revision)
-        for holder in (tree, tree.get("text_config") or {}):
+        text = tree.get("text_config")
+        for holder in (tree, text if isinstance(text, dict) else {}):
             value = holder.get("eos_token_id")
-            ids |= set(value) if isinstance(value, list) else {value}
-    return sorted(token for token in ids if isinstance(token, int) and token >= 0)
+            ids += value if isinstance(value, list) else [value]
+    return sorted({token for token in ids if type(token) is int and token >= 0})
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -338,8 +340,7 @@ def _read_json(model: str, name: str, revision: str | None) -> dict[str, Any]:
         )
     if file is None or not Path(file).is_file():
         return {}
-    tree = json.loads(Path(file).read_text(encoding="utf-8"))
-    return tree if isinstance(tree, dict) else {}
+    return read_object(Path(file), "save or download the model again")
 
 
 def _probe_call(arguments: Any) -> dict[str, Any]:

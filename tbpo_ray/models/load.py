@@ -136,7 +136,12 @@ def load_tokenizer(
             raise InputError(
                 f"model.chat_template={chat_template}: no such file; must be a Jinja template file or `none`"
             )
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"model.chat_template={chat_template}: not UTF-8 ({error}); must be a Jinja template file"
+            ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"model.name_or_path={path}: its tokenizer has no EOS token, so answers cannot end")
     return tokenizer

@@ -61,7 +61,11 @@ def _index(file: Path, name: str) -> dict[str, set[str]]:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, set[str]] = {}
         for tensor, shard in weight_map.items():
-            files.setdefault(str(shard), set()).add(tensor)
+            if Path(shard).name != shard:
+                raise ValueError(f"{shard!r} is not the name of a file")
+            files.setdefault(shard, set()).add(tensor)
+        if not files:
+            raise ValueError("it lists no tensor")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{name}: {file.name} is not an index of safetensors files ({error})") from error
     return files

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaCo
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.attention import choose_attention, cpu_attention
+from tbpo_ray.models.chat import stop_token_ids
 from tbpo_ray.models.load import load_model, load_tokenizer, resolve_model
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.training.estimate import plan_text
@@ -175,6 +176,55 @@ def test_a_model_is_loaded_with_the_attention_that_keeps_its_features(tmp_path):
     config = AutoConfig.for_model("gemma2", **architecture.config)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert load_model(str(tmp_path), dtype=torch.float32).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../a.safetensors"}}',
+        '{"weight_map": {"a": 7}}',
+    ],
+)
+def test_an_index_that_lists_no_files_is_refused(sharded, tmp_path, content):
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match="is not an index of safetensors files"):
+        resolve_model(str(sharded), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "ends"),
+    [
+        ('{"eos_token_id": [5, null, "6", 5.0, true, [7], 8]}', [5, 8]),
+        ('{"eos_token_id": true, "text_config": 3}', []),
+        ("", None),
+        ("[1]", None),
+    ],
+)
+def test_end_tokens_of_generation_settings(small_model, tmp_path, content, ends):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(content)
+    if ends is None:
+        with pytest.raises(InputError, match=r"generation_config\.json"):
+            stop_token_ids(str(folder))
+    else:
+        assert (
+            set(ends)
+            <= set(stop_token_ids(str(folder)))
+            <= {*ends, load_tokenizer(small_model).eos_token_id, 2}
+        )
+
+
+def test_a_chat_template_that_is_not_text_is_refused(small_model, tmp_path):
+    (tmp_path / "t.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"model\.chat_template=.*not UTF-8"):
+        load_tokenizer(small_model, chat_template=str(tmp_path / "t.jinja"))
 
 
 def _rewrite_header(file: Path, change) -> None:
