@@ -44,6 +44,10 @@ class ClusterConfig(Section):
     node with GPUs."""
     resources_per_worker: dict[str, NonNegative] = Field(default_factory=dict)
     """Ray resources of a training worker; default: `{CPU: 1}`, or `{CPU: 4, GPU: 1}` with GPUs."""
+    device_memory_gib: Positive | None = None
+    """Memory of the device of a training worker in GiB: its GPU, or its share of the node without GPUs. A run
+    that does not fit is refused before it starts; default: that of a GPU on the driver's node, if there is
+    one, and no check otherwise."""
     threads_per_worker: Count | None = None
     """Torch threads of a CPU worker; default: the node's cores divided by the workers on the node."""
     max_failures: Annotated[int, Field(ge=-1), Number] = 2

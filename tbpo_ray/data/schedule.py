@@ -191,13 +191,13 @@ class Schedule:
             self.padded_tokens(step, rank, world) for step in counted for rank in range(world)
         )
 
+    def micro_batch_tokens(self, ids: np.ndarray) -> int:
+        """Tokens of a micro-batch of these pairs that go through the model, padding included."""
+        return padded_tokens(self._rows[ids], packed=self.packed)
+
     def padded_tokens(self, step: int, rank: int, world: int) -> int:
         """Tokens of a rank's micro-batches in a step, padding included."""
-        return sum(
-            padded_tokens(self._rows[ids], packed=self.packed)
-            for ids in self.micro_batches(step, rank, world)
-            if len(ids)
-        )
+        return sum(self.micro_batch_tokens(ids) for ids in self.micro_batches(step, rank, world) if len(ids))
 
     def busy_share(self, step: int, world: int) -> float:
         """Share of the time of a step in which the ranks compute something useful, by tokens.
@@ -207,8 +207,7 @@ class Schedule:
         """
         found = self.deal(step, world)
         lockstep = sum(
-            max(padded_tokens(self._rows[parts[index]], packed=self.packed) for parts in found)
-            for index in range(len(found[0]))
+            max(self.micro_batch_tokens(parts[index]) for parts in found) for index in range(len(found[0]))
         )
         return float(self._rows[self.step_pairs(step)].sum()) / (world * lockstep)
 

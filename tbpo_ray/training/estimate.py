@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.records import ReadOptions, iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import add_lora, load_tokenizer, resolve_model
+from tbpo_ray.models.load import load_tokenizer, resolve_model
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.progress import log_progress
+from tbpo_ray.training.memory_plan import (
+    MemoryPlan,
+    check_fits,
+    kv_cache_bytes,
+    plan_memory,
+    resolve_budget,
+)
 from tbpo_ray.training.run_plan import RunPlan, check_shared_prompt, make_schedule, resolve_run
 from tbpo_ray.training.token_weight_cache import check_token_weights
 
 READ_RECORDS, SAMPLE_PAIRS = 200_000, 1_000
-ACTIVATION_WIDTHS, CHECKPOINTED_WIDTHS = 16, 2
-"""Hidden-sized tensors that a layer keeps per token, without and with activation checkpointing."""
-OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
-OUTPUT_BLOCK_BYTES = 128 * 2**20
+BUSY_STEPS = 8
+"""Steps whose distribution across workers is reported."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,12 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
     check_token_ids(facts, data.largest_token, "data.train")
     prompt, chosen, rejected = data.lengths.mean(axis=0)
     per_pair = _tokens_per_pair(plan, data.lengths)
-    schedule = make_schedule(plan, np.resize(data.lengths, (max(1, data.pairs), 3)))
+    lengths = np.resize(data.lengths, (max(1, data.pairs), 3))
+    plan = resolve_budget(plan, facts, lengths)
+    schedule = make_schedule(plan, lengths)
     tokens = int(per_pair * schedule.pairs_before(schedule.steps_total))
-    memory = estimate_memory(plan, model, float(data.lengths.sum(axis=1).max()))
-    memory["total"] = sum(memory.values())
+    memory = plan_memory(plan, facts, lengths)
+    check_fits(plan, memory)
     lines = [
         "",
         "# plan",
@@ -77,10 +84,53 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
         f"# objective        {plan.objective.name}; reference: {plan.reference_mode}; "
         f"shared prompt: {plan.shared_prompt}; truncated to shorter answer: {plan.truncate_to_shorter}",
         f"# workers          {config.cluster.num_workers}, each {config.cluster.worker_resources}",
-        "# memory per worker (estimate)",
-        *(f"#   {part:<22} {int(size):>16} bytes ({size / 2**30:.2f} GiB)" for part, size in memory.items()),
+        f"# micro-batches    {_format_micro_batches(plan, memory)}",
+        f"# busy             {_format_busy(schedule, config.cluster.max_workers)}",
+        "# memory per worker, at the largest micro-batch of a sample",
+        *(_format_bytes(part, size) for part, size in memory.parts.items() if size),
+        _format_bytes("total", memory.total),
+        "# memory of the node, per worker on it",
+        *(_format_bytes(part, size) for part, size in memory.host.items() if size),
+        f"# checkpoints      {config.training.keep_checkpoints} kept, and one being written",
+        _format_bytes("on disk, at most", memory.checkpoints),
+        *_format_engine(config, facts),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _format_bytes(part: str, size: float) -> str:
+    return f"#   {part:<26} {int(size):>16} bytes ({size / 2**30:.2f} GiB)"
+
+
+def _format_micro_batches(plan: RunPlan, memory: MemoryPlan) -> str:
+    training = plan.config.training
+    limits = [
+        f"at most {limit} {name}"
+        for name, limit in (("tokens", training.micro_batch_tokens), ("pairs", training.micro_batch_pairs))
+        if limit is not None
+    ]
+    return f"{', '.join(limits)}; rows: {plan.rows}; the largest one has {memory.tokens} tokens"
+
+
+def _format_busy(schedule: Schedule, workers: int) -> str:
+    steps = range(min(BUSY_STEPS, schedule.steps_total))
+    busy = np.mean([schedule.busy_share(step, workers) for step in steps])
+    bound = np.mean([schedule.busy_bound(step, workers) for step in steps])
+    return f"{busy:.1%} of the time of {workers} worker(s), by tokens; the longest pairs allow {bound:.1%}"
+
+
+def _format_engine(config: Config, facts: ModelFacts) -> list[str]:
+    """What a vLLM engine needs at least: the weights, and the cache of one sequence of the longest length."""
+    generation = config.generation
+    text = facts.config.get_text_config() if hasattr(facts.config, "get_text_config") else facts.config
+    longest = generation.max_model_len or int(getattr(text, "max_position_embeddings", 0))
+    width = 2 if config.cluster.use_gpu is not False else 4
+    weights = width * sum(p.numel() for p in facts.skeleton.parameters())
+    return [
+        f"# vLLM engine, divided by {generation.tensor_parallel} GPU(s)",
+        _format_bytes("weights", weights),
+        _format_bytes(f"cache of {longest} tokens", kv_cache_bytes(config, facts.config, longest)),
+    ]
 
 
 def _format_pairs(data: DataEstimate, config: Config) -> str:
@@ -127,48 +177,3 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     if not lengths:
         raise InputError(f"data.train={sources}: no preference pair in it")
     return DataEstimate(round(count), read < READ_RECORDS, np.array(lengths, dtype=np.int32), largest)
-
-
-def estimate_memory(plan: RunPlan, model: str, longest_pair: float) -> dict[str, float]:
-    """Bytes on one worker, by part. Activations follow a rule of thumb, the rest is counted."""
-    config = plan.config
-    training, workers, stage = config.training, config.cluster.max_workers, config.training.zero_stage
-    facts = ModelFacts(model, source=config.model)
-    weights, trained = _count_parameters(config, facts)
-    width = plan.dtype.itemsize
-    has_reference = plan.reference_mode == "live" and not plan.adapter_off_reference
-    master_and_states = 4 * (1 + OPTIMIZER_STATES[training.optimizer])
-    return {
-        "weights": weights * width / (workers if stage == 3 else 1),
-        "reference": weights * width if has_reference else 0,
-        "gradients": trained * _gradient_width(training.precision, stage) / (workers if stage >= 2 else 1),
-        "master and optimizer": trained * master_and_states / (workers if stage >= 1 else 1),
-        "activations": _activation_bytes(config, facts.config, width, longest_pair),
-        "output layer blocks": OUTPUT_BLOCK_BYTES,
-    }
-
-
-def _gradient_width(precision: str, stage: int) -> int:
-    """Bytes of gradient per parameter, see `deepspeed_engine.FP32_GRADIENTS`."""
-    # Up to stage 1, a bf16 gradient of the micro-batch exists next to the fp32 sum; then only in buckets.
-    return 6 if precision == "bf16" and stage < 2 else 4
-
-
-def _count_parameters(config: Config, facts: ModelFacts) -> tuple[int, int]:
-    """All parameters of the model, adapter included, and those that are trained."""
-    import torch
-
-    network: Any = facts.skeleton
-    with torch.device("meta"):
-        if config.model.lora is not None:
-            network = add_lora(network, config.model.lora)
-    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-
-
-def _activation_bytes(config: Config, facts: Any, width: int, longest_pair: float) -> float:
-    training = config.training
-    text = facts.get_text_config() if hasattr(facts, "get_text_config") else facts
-    tokens = training.micro_batch_pairs * min(longest_pair, 2.0 * config.data.max_length)
-    widths = CHECKPOINTED_WIDTHS if training.activation_checkpointing else ACTIVATION_WIDTHS
-    return float(tokens * text.hidden_size * width * widths * text.num_hidden_layers)
