@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -35,9 +35,15 @@ def section_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key below a section, nested sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
+        for kind in (field.annotation, *_alternatives(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from section_keys(kind, f"{prefix}{name}.")
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """The arguments of a type, without `Annotated`."""
+    for kind in get_args(annotation):
+        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def unknown_key_message(key: str, known: Iterable[str]) -> str:

@@ -6,12 +6,14 @@ q the reference's, y the label and v_i tokens drawn from q:
     logp    = z_y - lse(z)                          dlogp/dz    = onehot(y) - p
     entropy = -sum p log p                          dentropy/dz = -p (log p + entropy)
     kl      = sum q (log q - log p)                 dkl/dz      = p - q
+    reverse = sum p (log p - log q)                 dreverse/dz = p (log p - log q - reverse)
     k3      = mean_i (rho_i - 1 - log rho_i)        dk3/dz      = mean_i (rho_i - 1) (onehot(v_i) - p)
               rho_i = p(v_i) / q(v_i)
 
-There are two backward passes. With weight and bias frozen (LoRA on the backbone), the scan also sums p W, q W
-and p log p W, which gives each output's gradient as one vector in hidden space per token; backward recomputes
-nothing. Otherwise backward goes through the blocks again and writes each block of the weight's gradient once.
+There are two backward passes. With weight and bias frozen (LoRA on the backbone), the scan also sums p W,
+q W, p log p W and p (log p - log q) W, which gives each output's gradient as one vector in hidden space per
+token; backward recomputes nothing. Otherwise backward goes through the blocks again and writes each block of
+the weight's gradient once.
 
 Shapes: N selected tokens, C vocabulary block, H hidden, V vocabulary, K samples per token.
 """
@@ -55,8 +57,8 @@ class TokenStatistics(torch.autograd.Function):
         n, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         out = hidden.new_empty(len(options.outputs), n, dtype=dtype)
         vectors = [torch.empty_like(hidden) for _ in options.differentiable if options.save_gradients]
-        # lse, the reference's lse, entropy: what the recomputation in backward starts from
-        normalizers = hidden.new_zeros(3, n, dtype=dtype)
+        # lse, the reference's lse, entropy, reverse KL: what the recomputation in backward starts from
+        normalizers = hidden.new_zeros(4 if "reverse_kl" in options.outputs else 3, n, dtype=dtype)
         k = options.samples if "k3" in options.outputs else 0
         drawn = torch.zeros(n, k, dtype=torch.long, device=hidden.device)
         on_drawn = hidden.new_zeros(n, k, dtype=dtype)
@@ -76,6 +78,8 @@ class TokenStatistics(torch.autograd.Function):
                     normalizers[1, rows] = scan.q.lse[:, 0]
                 if "entropy" in values:
                     normalizers[2, rows] = values["entropy"]
+                if "reverse_kl" in values:
+                    normalizers[3, rows] = values["reverse_kl"]
                 if scan.drawn is not None:
                     drawn[rows], on_drawn[rows] = scan.drawn.ids, scan.sample_gradients(scan.drawn)
         ctx.options = options
@@ -111,8 +115,9 @@ class LogitGradient:
     """The gradient of the loss in the logits, block by block.
 
     Attributes, [N, 1] unless stated otherwise:
-        lse, ref_lse, entropy: normalizers of policy and reference, and the policy's entropy.
-        g_entropy, g_kl: gradients of the loss in these outputs; None without such an output.
+        lse, ref_lse, entropy, reverse_kl: normalizers of policy and reference, and two outputs; the last is
+            None if it was not requested.
+        g_entropy, g_kl, g_reverse_kl: gradients of the loss in these outputs; None without such an output.
         on_p: total coefficient of p.
         points, on_points: token ids with a term of their own (label and samples), and its value. [N, 1 + K]
     """
@@ -123,8 +128,10 @@ class LogitGradient:
     lse: Tensor
     ref_lse: Tensor
     entropy: Tensor
+    reverse_kl: Tensor | None
     g_entropy: Tensor | None
     g_kl: Tensor | None
+    g_reverse_kl: Tensor | None
     on_p: Tensor
     points: Tensor
     on_points: Tensor
@@ -135,7 +142,7 @@ class LogitGradient:
     ) -> LogitGradient:
         """Combine the gradients of the outputs with what forward saved."""
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, normalizers, drawn, on_drawn = saved
-        lse, ref_lse, entropy = normalizers.unsqueeze(-1)
+        lse, ref_lse, entropy, *rest = normalizers.unsqueeze(-1)
         zero = torch.zeros_like(lse)
         scaled = {name: grad * options.scale for name, grad in grads.items()}
         g_logp, g_k3 = scaled.get("logp", zero), scaled.get("k3", zero)
@@ -146,8 +153,10 @@ class LogitGradient:
             lse=lse,
             ref_lse=ref_lse,
             entropy=entropy,
+            reverse_kl=rest[0] if rest else None,
             g_entropy=scaled.get("entropy"),
             g_kl=scaled.get("kl"),
+            g_reverse_kl=scaled.get("reverse_kl"),
             on_p=scaled.get("kl", zero) - g_logp - g_k3 * on_drawn.sum(1, keepdim=True),
             points=torch.cat([labels[:, None], drawn], 1),
             on_points=torch.cat([g_logp, g_k3 * on_drawn], 1),
@@ -157,6 +166,7 @@ class LogitGradient:
         """The gradient in h W^T + b of some tokens over a block of the vocabulary. [rows, C]"""
         z = logits(self.policy, rows, cols, self.options)
         slope = softcap_slope(z, self.options)
+        reverse_dz = self._reverse_kl_block(z, rows, cols) if self.g_reverse_kl is not None else None
         # In place from here on, so that no more than three [rows, C] exist at a time.
         if self.g_entropy is not None:
             p = z.sub_(self.lse[rows]).exp()
@@ -164,6 +174,9 @@ class LogitGradient:
             dz = p.mul_(factor)
         else:
             dz = z.sub_(self.lse[rows]).exp_().mul_(self.on_p[rows])
+        if reverse_dz is not None:
+            dz.add_(reverse_dz)
+            del reverse_dz
         if self.g_kl is not None:
             assert self.ref is not None
             q = logits(self.ref, rows, cols, self.options).sub_(self.ref_lse[rows]).exp_()
@@ -171,6 +184,13 @@ class LogitGradient:
             del q
         add_points(dz, self.points[rows], self.on_points[rows], cols)
         return apply_slope(dz, slope)
+
+    def _reverse_kl_block(self, z: Tensor, rows: slice, cols: slice) -> Tensor:
+        """g p (log p - log q - reverse_kl), from the policy's logits z, which stay as they are. [rows, C]"""
+        assert self.ref is not None and self.reverse_kl is not None and self.g_reverse_kl is not None
+        zq = logits(self.ref, rows, cols, self.options)
+        gap = zq.neg_().add_(z).add_(self.ref_lse[rows] - self.lse[rows] - self.reverse_kl[rows])
+        return gap.mul_((z - self.lse[rows]).exp_()).mul_(self.g_reverse_kl[rows])
 
 
 def recompute(

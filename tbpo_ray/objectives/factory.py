@@ -8,7 +8,7 @@ from typing import Any
 
 from tbpo_ray.config.objective import BregmanConfig, ObjectiveConfig, StateBaselineConfig
 from tbpo_ray.config.validation import validate_section
-from tbpo_ray.objectives.generators import Generator, make_generator
+from tbpo_ray.objectives.generators import Generator, generator_from_config
 from tbpo_ray.objectives.objective import FAMILIES, Objective
 
 
@@ -37,7 +37,7 @@ def build_objective(section: ObjectiveConfig | Mapping[str, Any]) -> Objective:
 
 def build_generator(config: BregmanConfig) -> Generator:
     """Build the Bregman generator of `objective.bregman`."""
-    return make_generator(config.generator, lam=config.lam, scale=config.scale)
+    return generator_from_config(config)
 
 
 def validated_baseline(section: Mapping[str, Any] | None) -> StateBaselineConfig:

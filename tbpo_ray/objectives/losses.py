@@ -1,10 +1,12 @@
 """Every objective as a log model ratio u (rejected over chosen: smaller is better) and a loss of u.
 
 Each function below is one paper's formula for u, without the loss that is applied to it: `softplus` for the
-DPO family, `(u + 1/(2 beta))^2` for IPO, any Bregman `loss_h` for TBPO and BPO (see `objective`).
+DPO family (or, with ties, a loss of `ties`), `(u + 1/(2 beta))^2` for IPO, any Bregman `loss_h` for TBPO and
+BPO (see `objective`).
 
 Shapes: B pairs, T answer tokens. w is the chosen side, l the rejected one; r_t = log pi - log pi_ref;
-S = sum of r_t over the answer's own tokens, K = sum of the per-token KL(pi_ref || pi).
+S = sum of r_t over the answer's own tokens (its mean with `normalization: token_mean`), K = sum of the
+per-token KL(pi_ref || pi).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tbpo_ray.config.objective import ObjectiveConfig, StateBaselineConfig
+from tbpo_ray.config.objective import Normalization, ObjectiveConfig, StateBaselineConfig
 from tbpo_ray.objectives.baseline import baseline_difference, side_baseline
 from tbpo_ray.objectives.types import Side, masked_mean
 
@@ -28,7 +30,9 @@ class Params:
     label_smoothing: float
     alpha: float
     gamma: float
-    select_ratio: float
+    select_ratio: tuple[float, float]
+    normalization: Normalization
+    base: str
     baseline: StateBaselineConfig
 
     @classmethod
@@ -39,7 +43,9 @@ class Params:
             label_smoothing=config.label_smoothing,
             alpha=config.effective_alpha,
             gamma=config.gamma,
-            select_ratio=config.select_ratio,
+            select_ratio=config.select_ratios,
+            normalization=config.effective_normalization,
+            base=config.base,
             baseline=config.effective_baseline,
         )
 
@@ -58,12 +64,22 @@ def tbpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
 
 def dpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
     """u = beta (S^l - S^w). [B]. Source: DPO, arXiv 2305.18290, eq. 7; BPO, arXiv 2505.19601."""
-    return p.beta * (rejected.log_ratio.sum(-1) - chosen.log_ratio.sum(-1))
+    return p.beta * (answer_log_ratio(rejected, p) - answer_log_ratio(chosen, p))
+
+
+def answer_log_ratio(side: Side, p: Params) -> Tensor:
+    """S: the sum of an answer's token log-ratios, or with `token_mean` their mean. [B]"""
+    if p.normalization == "token_mean":
+        return masked_mean(side.log_ratio, side.mask)
+    return side.log_ratio.sum(-1)
 
 
 def ipo(chosen: Side, rejected: Side, p: Params) -> Tensor:
-    """u = S^l - S^w, without beta. [B]. Source: IPO, arXiv 2310.12036, eq. 17 (its tau is our beta)."""
-    return rejected.log_ratio.sum(-1) - chosen.log_ratio.sum(-1)
+    """u = S^l - S^w, without beta. [B]. Source: IPO, arXiv 2310.12036, eq. 17 (its tau is our beta).
+
+    S is the mean over the tokens by default: TRL averages, and reports that the authors confirmed it.
+    """
+    return answer_log_ratio(rejected, p) - answer_log_ratio(chosen, p)
 
 
 def simpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
@@ -96,30 +112,38 @@ def tdpo2(chosen: Side, rejected: Side, p: Params) -> Tensor:
 
 
 def tis_dpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
-    """u = -beta (sum w_t^w r_t^w - sum w_t^l r_t^l), weights without gradient. [B]
+    """u = beta (sum o_t r_t^l - sum o_t r_t^w + alpha (D^w - D^l)), weights o_t without gradient. [B]
 
-    Source: TIS-DPO, arXiv 2410.04350; `token_weights.contrastive_weights` estimates the weights.
+    D = sum of o_t KL(pi || pi_ref)_t, policy first, with its gradient; `*_baseline` has the KL, which is read
+    for alpha > 0 only.
+
+    Source: TIS-DPO, arXiv 2410.04350; `token_weights.contrastive_weights` estimates the weights. The released
+    code has alpha 0.5 behind a switch that is off.
     """
     assert chosen.weights is not None and rejected.weights is not None
-    weighted_chosen = (chosen.weights.detach() * chosen.log_ratio).sum(-1)
-    weighted_rejected = (rejected.weights.detach() * rejected.log_ratio).sum(-1)
-    return p.beta * (weighted_rejected - weighted_chosen)
+    w_chosen, w_rejected = chosen.weights.detach(), rejected.weights.detach()
+    u = (w_rejected * rejected.log_ratio).sum(-1) - (w_chosen * chosen.log_ratio).sum(-1)
+    if p.alpha > 0:
+        assert chosen.baseline is not None and rejected.baseline is not None
+        divergence = (w_chosen * chosen.baseline).sum(-1) - (w_rejected * rejected.baseline).sum(-1)
+        u = u + p.alpha * divergence
+    return p.beta * u
 
 
 def sepo(chosen: Side, rejected: Side, p: Params) -> Tensor:
     """u = beta (mean of log pi^l over its lowest tokens - mean of log pi^w over its highest). [B]
 
-    An oracle's token scores (`*_weights`) select ceil(select_ratio * |y|) tokens of each answer: the highest
-    of the chosen one and the lowest of the rejected one. Only these tokens enter the loss, normalized by
-    their number and without a reference.
+    An oracle's token scores (`*_weights`) select max(1, floor(ratio |y|)) tokens of each answer: the highest
+    of the chosen one and the lowest of the rejected one, each with its own ratio. Only these tokens enter the
+    loss, normalized by their number and without a reference.
 
-    Source: SePO, arXiv 2408.13518. The oracle is a small DPO-trained model; `token_weights.oracle_scores`
-    computes its scores. The paper normalizes by |y| * select_ratio, which differs from the number of selected
-    tokens by rounding.
+    Source: SePO, arXiv 2408.13518 and its released code, which has no factor beta (1 here) and drops answers
+    of less than 8 tokens (kept here). The oracle is a small DPO-trained model; `token_weights.oracle_scores`
+    computes its scores.
     """
     assert chosen.weights is not None and rejected.weights is not None
-    high = top_tokens(chosen.weights, chosen.mask, p.select_ratio)
-    low = top_tokens(-rejected.weights, rejected.mask, p.select_ratio)
+    high = top_tokens(chosen.weights, chosen.mask, p.select_ratio[0])
+    low = top_tokens(-rejected.weights, rejected.mask, p.select_ratio[1])
     u = p.beta * (masked_mean(rejected.logps, low) - masked_mean(chosen.logps, high))
     read = chosen.weights + rejected.weights + chosen.logps + rejected.logps
     # A NaN among the scores, or at a token that was not selected, must not pass silently.
@@ -127,33 +151,45 @@ def sepo(chosen: Side, rejected: Side, p: Params) -> Tensor:
 
 
 def top_tokens(scores: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """Mask of the ceil(ratio * |y|) highest-scored tokens of each row; ties go to earlier tokens. [B, T]"""
+    """Mask of the max(1, floor(ratio |y|)) highest-scored tokens of each row; earlier tokens first in a tie.
+
+    [B, T]
+    """
     lowest = torch.full((), -torch.inf, dtype=scores.dtype, device=scores.device)
     order = torch.where(mask, scores, lowest).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
-    # The small subtrahend keeps 0.3 * 10 at 3 in fp32 as well.
-    count = (mask.sum(-1, keepdim=True) * ratio - 1e-6).ceil()
+    # In float64, where 0.3 * 10 is within 1e-9 of 3.
+    count = (mask.sum(-1, keepdim=True).double() * ratio + 1e-9).floor().clamp(min=1)
     return mask & (rank < count)
 
 
-def t_reg_penalty(chosen: Side, rejected: Side, p: Params) -> Tensor:
-    """alpha times the mean squared distance between implicit token rewards beta r_t and target rewards. [B]
+def t_reg(chosen: Side, rejected: Side, p: Params) -> Tensor:
+    """u of the base objective, `dpo` or `simpo`, to which `t_reg_pull` is added. [B]"""
+    return (simpo if p.base == "simpo" else dpo)(chosen, rejected, p)
 
-    The targets (`*_weights`) are the rewards that the model assigns to itself under contrastive prompts
-    (`token_weights.self_rewards`). Each answer contributes the mean over its tokens. The penalty is added to
-    the DPO loss of the pair.
 
-    Source: T-REG, arXiv 2412.02685: DPO plus a regularizer that pulls the implicit token rewards toward
-    self-assigned ones. The paper leaves the form of the distance open; the square, and the equal weight of
-    both answers whatever their length and margin, are choices made here.
+def t_reg_pull(u: Tensor, chosen: Side, rejected: Side, p: Params) -> Tensor:
+    """alpha w (R(y_w) + R(y_l)), which pulls log pi by token rewards rho_t. [B]
+
+    R(y) = -beta sum of rho_t log pi_t; on `simpo`, the same divided by |y|. w is the weight that the base
+    loss gives its own gradient, sigmoid(u) (less the label smoothing), without gradient. So in gradient this
+    is the base objective with token weights: on `dpo`, -w beta (1 + alpha rho_t) at the chosen tokens and
+    w beta (1 - alpha rho_t) at the rejected ones.
+
+    The rewards (`*_weights`), in (-1/2, 1/2), are those that the reference gives itself under a prompt that
+    asks for a better answer and one that asks for a worse one (`token_weights.self_rewards`).
+
+    Source: T-REG, arXiv 2412.02685; the form on `simpo` is derived here.
     """
-    return p.alpha * (reward_distance(chosen, p.beta) + reward_distance(rejected, p.beta))
+    w = (torch.sigmoid(u) - p.label_smoothing).detach()
+    return p.alpha * w * (_reward_pull(chosen, p) + _reward_pull(rejected, p))
 
 
-def reward_distance(side: Side, beta: float) -> Tensor:
-    """Mean over an answer's tokens of (beta r_t - target reward)^2. [B]"""
+def _reward_pull(side: Side, p: Params) -> Tensor:
+    """R(y) of one answer. [B]"""
     assert side.weights is not None
-    return masked_mean((beta * side.log_ratio - side.weights.detach()) ** 2, side.mask)
+    pull = side.weights.detach() * side.logps
+    return -p.beta * (masked_mean(pull, side.mask) if p.base == "simpo" else pull.sum(-1))
 
 
 def sft(chosen: Side) -> Tensor:

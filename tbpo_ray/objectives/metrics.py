@@ -15,12 +15,15 @@ number of pairs or tokens; this is exact for the means and approximate for the q
 | `logratio/q05`, `/q50`, `/q95`          | quantiles of r_t | A |
 | `u/mean`                                | log model ratio, rejected over chosen, before clamping | C or P |
 | `u/clamped_share`                       | 1 where the generator clamped u | C or P |
-| `baseline/mean`                         | c_t before centering (tdpo: the KL) | A |
+| `u/outlier_share`                       | 1 where u is past the peak of the slope (beta_family) | C or P |
+| `baseline/mean`                         | c_t before centering (tdpo, tis_dpo: the KL) | A |
 | `baseline/std`                          | standard deviation of the same | A |
 | `kl/k3`                                 | K3 with rho = pi_ref/pi, an estimate of KL(pi || pi_ref) | A |
-| `loss/t_reg`                            | the regularizer's part of the loss (t_reg) | P |
+| `loss/t_reg`                            | the token rewards' part of the loss (t_reg) | P |
+| `ties/share`                            | 1 where the pair is a tie | P |
 | `token_nll`                             | -log pi (sft) | A |
 | `entropy`, `kl/exact` [2]               | of the policy; KL(pi_ref || pi) | A |
+| `kl/exact_reverse` [2]                  | KL(pi || pi_ref) | A |
 | `baseline/gate`, `baseline/gate_std` [3] | the mixed baseline's gate; its standard deviation | A |
 
 [1] `simpo` and `sepo`, which have no reference, use log pi in place of r_t and normalize by length.
@@ -112,16 +115,21 @@ def baseline_metrics(c_chosen: Tensor, c_rejected: Tensor, chosen: Side, rejecte
 
 @torch.no_grad()
 def distribution_metrics(
-    entropies: Mapping[str, Tensor | None], kls: Mapping[str, Tensor | None], masks: Mapping[str, Tensor]
+    entropies: Mapping[str, Tensor | None],
+    kls: Mapping[str, Tensor | None],
+    masks: Mapping[str, Tensor],
+    *,
+    kl_name: str = "kl/exact",
 ) -> dict[str, Tensor]:
     """Compute `entropy` and `kl/exact` from the outputs of `token_log_probs`.
 
     Args:
         entropies, kls: {"chosen": [B, T], "rejected": [B, T]}; a side that is None or absent is skipped.
         masks: the same keys, [B, T] bool.
+        kl_name: the metric that `kls` give; `kl/exact_reverse` for KL(pi || pi_ref).
     """
     m = {}
-    for name, sides in (("entropy", entropies), ("kl/exact", kls)):
+    for name, sides in (("entropy", entropies), (kl_name, kls)):
         present = [(value, masks[side]) for side, value in sides.items() if value is not None]
         if present:
             values = torch.cat([value.detach().flatten() for value, _ in present])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tbpo_ray.config.objective import ObjectiveConfig, ObjectiveName, StateBaselineConfig
 from tbpo_ray.errors import InputError
-from tbpo_ray.objectives import losses, metrics
+from tbpo_ray.objectives import losses, metrics, ties
 from tbpo_ray.objectives.baseline import side_baseline
 from tbpo_ray.objectives.generators import Generator
 from tbpo_ray.objectives.losses import Params
@@ -48,10 +48,15 @@ FAMILIES: dict[ObjectiveName, Family] = {
     "tdpo2": Family(losses.tdpo2, source="arXiv 2404.11999"),
     "tis_dpo": Family(losses.tis_dpo, source="arXiv 2410.04350"),
     "sepo": Family(losses.sepo, source="arXiv 2408.13518"),
-    "t_reg": Family(losses.dpo, source="arXiv 2412.02685"),
+    "t_reg": Family(losses.t_reg, source="arXiv 2412.02685"),
     "sft": Family(None),
 }
-FIELD_OF_INPUT = {"reference": "ref_logps", "kl": "baseline", "weights": "weights"}
+FIELD_OF_INPUT = {
+    "reference": "ref_logps",
+    "kl": "baseline",
+    "reverse_kl": "baseline",
+    "weights": "weights",
+}
 """Which field of a side carries each input of an objective."""
 
 
@@ -60,10 +65,12 @@ class Objective:
 
     Attributes:
         name: its configured name.
-        params: beta, label_smoothing, alpha, gamma, select_ratio and the state baseline.
+        params: beta, label_smoothing, alpha, gamma, select_ratio, normalization and the state baseline.
         generator: the Bregman generator; None if the loss of u is fixed.
         needs_reference: reads the reference's log-probs of the answer tokens.
-        needs_kl: reads (or its head reads) the exact KL from both distributions.
+        ties, tie_strength: what becomes of pairs marked as ties.
+        needs_kl: reads (or its head reads) the exact KL(ref || policy) from both distributions.
+        needs_reverse_kl: reads the exact KL(policy || ref).
         needs_samples: number of reference tokens to draw per state (`k3_sampled`), otherwise 0.
         needs_weights: reads `*_weights`: token weights, oracle scores or self-assigned rewards.
         needs_rejected: reads the rejected answer (all but `sft`).
@@ -77,9 +84,11 @@ class Objective:
         self.params = Params.from_config(config)
         self.family = FAMILIES[config.name]
         self.generator = generator
-        self.fields = ("logps", "mask", *(FIELD_OF_INPUT[name] for name in config.traits.inputs))
+        self.ties, self.tie_strength = config.ties, config.effective_tie_strength
+        self.fields = ("logps", "mask", *(FIELD_OF_INPUT[name] for name in config.inputs))
         self.needs_reference: bool = config.needs_reference
         self.needs_kl: bool = config.needs_kl
+        self.needs_reverse_kl: bool = config.needs_reverse_kl
         self.needs_samples: int = config.needed_samples
         self.needs_weights: bool = config.needs_weights
         self.needs_rejected: bool = self.family.u is not None
@@ -88,6 +97,11 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"Objective({self.name!r}, {self.params}, {self.generator})"
+
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the reference's whole distribution is needed, not only its score of the label."""
+        return self.needs_kl or self.needs_reverse_kl or self.needs_samples > 0
 
     @property
     def state_baseline(self) -> StateBaselineConfig:
@@ -108,22 +122,35 @@ class Objective:
         if self.family.u is None:
             return self._sft(chosen)
         rejected = clean_side(scores, "rejected", self.fields)
+        tie = clean_tie(scores)
         u = self.family.u(chosen, rejected, self.params)
-        per_pair, compared = self._reduce(self._smoothed(u), chosen, rejected)
+        per_pair, compared = self._reduce(self._smoothed(u, tie), chosen, rejected)
         extra: dict[str, Tensor] = {}
         if self.name == "t_reg":
-            penalty = torch.where(compared, losses.t_reg_penalty(chosen, rejected, self.params), 0)
-            per_pair = per_pair + penalty
-            extra["loss/t_reg"] = penalty.detach().mean()
-        return ObjectiveOutput(per_pair, mean(per_pair), self._metrics(u, chosen, rejected, compared) | extra)
+            pull = torch.where(compared, losses.t_reg_pull(u, chosen, rejected, self.params), 0)
+            per_pair = per_pair + pull
+            extra["loss/t_reg"] = pull.detach().mean()
+        counted: Tensor | None = None
+        if tie is not None:
+            extra["ties/share"] = tie.to(u.dtype).mean()
+            if self.ties == "drop":
+                counted = ~tie
+                per_pair = torch.where(counted, per_pair, 0)
+        found = self._metrics(u, chosen, rejected, compared)
+        return ObjectiveOutput(per_pair, mean(per_pair, counted), found | extra)
 
-    def _smoothed(self, u: Tensor) -> Tensor:
+    def _smoothed(self, u: Tensor, tie: Tensor | None) -> Tensor:
         """(1 - eps) loss(u) + eps loss(-u). Same shape."""
         eps = self.params.label_smoothing
-        return (1 - eps) * self._link(u) + eps * self._link(-u) if eps else self._link(u)
+        if not eps:
+            return self._link(u, tie)
+        return (1 - eps) * self._link(u, tie) + eps * self._link(-u, tie)
 
-    def _link(self, u: Tensor) -> Tensor:
+    def _link(self, u: Tensor, tie: Tensor | None) -> Tensor:
         """The loss of u, elementwise."""
+        if self.ties != "drop":
+            tied = torch.zeros_like(u, dtype=torch.bool) if tie is None else tie
+            return ties.loss(u, tied, self.ties, self.tie_strength)
         if callable(self.family.link):
             return self.family.link(u, self.params.beta)
         assert self.generator is not None
@@ -156,6 +183,9 @@ class Objective:
         if self.generator is not None:
             clamped = self.generator.is_clamped(u).to(u.dtype)
             found["u/clamped_share"] = metrics.token_mean(clamped, over)
+            if self.generator.name == "beta_family":
+                outliers = self.generator.is_outlier(u).to(u.dtype)
+                found["u/outlier_share"] = metrics.token_mean(outliers, over)
         token_u = self._token_u(u, chosen, rejected)
         found["rewards/token_accuracy"] = metrics.token_mean((token_u < 0).to(u.dtype), both)
         found |= self._baseline_metrics(chosen, rejected)
@@ -173,7 +203,11 @@ class Objective:
         if self.family.u is losses.tbpo and self.params.baseline.kind != "none":
             c = [side_baseline(self.params.baseline, side, "") for side in (chosen, rejected)]
             return metrics.baseline_metrics(c[0], c[1], chosen, rejected)
-        if self.needs_kl and chosen.baseline is not None and rejected.baseline is not None:
+        if (
+            (self.needs_kl or self.needs_reverse_kl)
+            and chosen.baseline is not None
+            and rejected.baseline is not None
+        ):
             return metrics.baseline_metrics(chosen.baseline, rejected.baseline, chosen, rejected)
         return {}
 
@@ -201,6 +235,22 @@ class Objective:
             raise InputError(*faults)
 
 
-def mean(per_pair: Tensor) -> Tensor:
-    """Mean over pairs; for an empty batch a zero with a gradient. Scalar."""
-    return per_pair.sum() / max(1, per_pair.shape[0])
+def mean(per_pair: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean over pairs, or over the counted ones; for an empty batch a zero with a gradient. Scalar."""
+    if counted is None:
+        return per_pair.sum() / max(1, per_pair.shape[0])
+    return per_pair.sum() / counted.sum().clamp(min=1)
+
+
+def clean_tie(scores: TokenScores) -> Tensor | None:
+    """Which pairs are ties, [B] bool; None if the scores do not say.
+
+    Raises:
+        InputError: a shape other than [B].
+    """
+    if scores.tie is None:
+        return None
+    pairs = scores.chosen_logps.shape[0]
+    if scores.tie.shape != (pairs,):
+        raise InputError(f"tie: shape {tuple(scores.tie.shape)}, expected ({pairs},) (one value per pair)")
+    return scores.tie.to(torch.bool)

@@ -17,8 +17,8 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.objectives.blockwise import TokenStatistics
 from tbpo_ray.objectives.vocab_scan import LayerInputs, ScanOptions
 
-OUTPUTS = ("logp", "entropy", "kl", "k3", "ref_logp")
-REFERENCE_OUTPUTS = ("kl", "k3", "ref_logp")
+OUTPUTS = ("logp", "entropy", "kl", "reverse_kl", "k3", "ref_logp")
+REFERENCE_OUTPUTS = ("kl", "reverse_kl", "k3", "ref_logp")
 # Bytes of float32 logits in a block, and the most tokens in one. On the CPU a block stays in the cache and
 # below the size at which the allocator would map (and fault in) fresh pages for it every time; on an
 # accelerator it has to be large enough to fill the device.
@@ -34,6 +34,7 @@ class TokenStats:
         logp: log pi(label | state).
         entropy: of pi(. | state).
         kl: KL(pi_ref || pi) of the state, exact.
+        reverse_kl: KL(pi || pi_ref) of the state, exact.
         k3: its sampled k3 estimate.
         ref_logp: log pi_ref(label | state); never carries a gradient.
     """
@@ -41,6 +42,7 @@ class TokenStats:
     logp: Tensor | None = None
     entropy: Tensor | None = None
     kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
     k3: Tensor | None = None
     ref_logp: Tensor | None = None
 
@@ -81,8 +83,8 @@ def token_log_probs(  # noqa: PLR0913  (a public signature that callers rely on)
         labels: token ids; values outside the mask are not read. [..., T] int
         mask: which tokens to compute. [..., T] bool
         ref_hidden, ref_weight: the reference's; ref_weight None means the same layer. [..., T, H'], [V, H']
-        want: outputs, any of logp, entropy, kl, k3, ref_logp; the last three need the reference. By
-            default logp and entropy, and kl if there is a reference.
+        want: outputs, any of logp, entropy, kl, reverse_kl, k3, ref_logp; all but the first two need the
+            reference. By default logp and entropy, and kl if there is a reference.
         block_tokens: tokens in a block; by default 1,024 on the CPU, 4,096 on an accelerator.
         bias, ref_bias: biases of the output layers, if they have any. [V]
         softcap: cap of the logits (Gemma's `final_logit_softcapping`), for both models.

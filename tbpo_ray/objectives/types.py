@@ -28,11 +28,14 @@ class TokenScores:
         rejected_ref_logps: [B, T] float
         chosen_mask: True where the answer has a token; tokens start at index 0. [B, T] bool
         rejected_mask: [B, T] bool
-        chosen_baseline: c_t, the state baseline (learned b, or a KL): depends on the prefix only. [B, T]
+        chosen_baseline: c_t, the state baseline (learned b, or a KL): depends on the prefix only. For `tdpo1`
+            and `tdpo2` KL(pi_ref || pi), for `tis_dpo` with alpha above 0 KL(pi || pi_ref). [B, T]
         rejected_baseline: [B, T] float
         chosen_weights: token weights (`tis_dpo`), oracle token scores (`sepo`) or self-assigned token
             rewards (`t_reg`). [B, T] float
         rejected_weights: [B, T] float
+        tie: True for a pair whose answers are equally good; None if no pair is. `objective.ties` says what
+            becomes of it. [B] bool
     """
 
     chosen_logps: Tensor
@@ -45,6 +48,7 @@ class TokenScores:
     rejected_baseline: Tensor | None = None
     chosen_weights: Tensor | None = None
     rejected_weights: Tensor | None = None
+    tie: Tensor | None = None
 
 
 @dataclass
@@ -52,8 +56,9 @@ class ObjectiveOutput:
     """What an objective returns.
 
     Args:
-        per_pair_loss: [B] float32 (float64 for float64 scores); 0 for a pair with nothing to compare.
-        loss: mean of per_pair_loss over pairs, a scalar to call `backward()` on.
+        per_pair_loss: [B] float32 (float64 for float64 scores); 0 for a pair with nothing to compare, and for
+            a tie that is dropped.
+        loss: mean of per_pair_loss over pairs, dropped ties excluded; a scalar to call `backward()` on.
         metrics: scalars, detached; `tbpo_ray.objectives.metrics` documents each of them.
     """
 

@@ -54,7 +54,7 @@ class ScanOptions:
     """How one call goes through the output layer.
 
     Attributes:
-        outputs: requested outputs, in order, of logp, entropy, kl, k3, ref_logp.
+        outputs: requested outputs, in order, of logp, entropy, kl, reverse_kl, k3, ref_logp.
         differentiable: those of them that carry a gradient.
         rows, cols: tokens and vocabulary entries in a block.
         scale, softcap: z = softcap * tanh(scale * (h W^T + b) / softcap).
@@ -150,8 +150,10 @@ class Scan:
     Attributes, all [rows, 1] unless stated otherwise:
         p, q: running softmax of policy and reference.
         z_label, zq_label: their logits at the label.
-        p_logp: sum of e^z z (entropy); cross: sum of e^zq (zq - z) (kl); both shifted by the maxima.
-        pw, pzw, qw: sums of e^z W, e^z z W and e^zq W [rows, H], for gradient vectors that forward saves.
+        p_logp: sum of e^z z (entropy); cross: sum of e^zq (zq - z) (kl); reverse_cross: sum of e^z (z - zq)
+            (reverse_kl); all shifted by the maxima.
+        pw, pzw, qw, pgw: sums of e^z W, e^z z W, e^zq W and e^z (z - zq) W [rows, H], for gradient vectors
+            that forward saves.
         drawn: the reference's samples, for k3.
     """
 
@@ -170,19 +172,20 @@ class Scan:
         self.zero = hidden.new_zeros(n, 1, dtype=dtype)
         # A label outside the vocabulary is in no block, so its log-prob stays NaN.
         self.z_label = self.zq_label = self.zero + torch.nan
-        self.p_logp = self.cross = self.zero
+        self.p_logp = self.cross = self.reverse_cross = self.zero
         self.p, self.q = Softmax(self.zero), Softmax(self.zero)
         self.drawn = Reservoir(self.zero, options) if "k3" in options.outputs else None
         grads = options.differentiable if options.save_gradients else ()
-        self.pw, self.pzw, self.qw = (
+        self.pw, self.pzw, self.qw, self.pgw = (
             hidden.new_zeros(n, hidden.shape[1], dtype=dtype) if needed else None
-            for needed in (grads, "entropy" in grads, "kl" in grads)
+            for needed in (grads, "entropy" in grads, "kl" in grads, "reverse_kl" in grads)
         )
         for cols in blocks(policy.weight.shape[0], options.cols):
             self.add_block(cols)
 
     def add_block(self, cols: slice) -> None:
-        """Add a block of the vocabulary to every sum, in place: at most four [rows, C] exist at a time."""
+        """Add a block of the vocabulary to every sum, in place: at most four [rows, C] exist at a time, five
+        with reverse_kl."""
         z = logits(self.policy, self.rows, cols, self.options)
         self.z_label = gather_in_block(z, self.ids, cols, self.z_label)
         slope = softcap_slope(z, self.options) if self.pw is not None else None
@@ -192,11 +195,16 @@ class Scan:
             self.zq_label = gather_in_block(zq, self.ids, cols, self.zq_label)
             raw = (z.clone(), zq.clone()) if self.drawn is not None else None
         step, keep = self.p.shift(z)
+        q_before = self.q.top
+        gap = None
         if zq is not None:
-            self.add_reference_block(zq, z, step, raw, slope, cols)
+            gap = self.add_reference_block(zq, z, step, raw, slope, cols)
+            del zq
         block = self.policy.weight[cols]
         separate = "entropy" in self.options.outputs
         e = z.exp() if separate else z.exp_()
+        if gap is not None:
+            self.add_gap(gap.mul_(e), step - (q_before - self.q.top), keep, slope, block)
         if separate:
             z.mul_(e)
             self.p_logp = keep * (self.p_logp + self.p.total * step) + z.sum(1, keepdim=True)
@@ -207,6 +215,14 @@ class Scan:
         if self.pw is not None:
             add_product(self.pw.mul_(keep), apply_slope(e, slope), block)
 
+    def add_gap(self, e_gap: Tensor, step: Tensor, keep: Tensor, slope: Tensor | None, block: Tensor) -> None:
+        """Add e^z (z - zq) of a block, [rows, C]; `step` is by how much z - zq of earlier blocks shifts."""
+        total = e_gap.sum(1, keepdim=True)
+        self.reverse_cross = keep * (self.reverse_cross + self.p.total * step) + total
+        if self.pgw is not None and self.pw is not None:
+            self.pgw.addcmul_(step, self.pw).mul_(keep)
+            add_product(self.pgw, apply_slope(e_gap, slope), block)
+
     def add_reference_block(
         self,
         zq: Tensor,
@@ -215,9 +231,13 @@ class Scan:
         raw: tuple[Tensor, Tensor] | None,
         slope: Tensor | None,
         cols: slice,
-    ) -> None:
-        """The reference's half of `add_block`. zq: its raw logits; z: the policy's, shifted. [rows, C]"""
+    ) -> Tensor | None:
+        """The reference's half of `add_block`. zq: its raw logits; z: the policy's, shifted. [rows, C]
+
+        Returns z - zq, both shifted, if reverse_kl needs it.
+        """
         step, keep = self.q.shift(zq)
+        gap = z - zq if "reverse_kl" in self.options.outputs else None
         separate = "kl" in self.options.outputs
         e = zq.exp() if separate else zq.exp_()
         if separate:
@@ -230,6 +250,7 @@ class Scan:
             self.drawn.offer(e, mass / self.q.total, raw, cols)
         if self.qw is not None:
             add_product(self.qw.mul_(keep), apply_slope(e, slope), self.policy.weight[cols])
+        return gap
 
     def outputs(self) -> dict[str, Tensor]:
         """The requested outputs. [rows] each"""
@@ -240,6 +261,8 @@ class Scan:
         if self.ref is not None:
             found["ref_logp"] = self.zq_label - q.lse
             found["kl"] = self.cross / q.total - q.total.log() + p.total.log()
+        if "reverse_kl" in self.options.outputs:
+            found["reverse_kl"] = self.reverse_cross / p.total - p.total.log() + q.total.log()
         if self.drawn is not None:
             log_rho = self.drawn.log_rho(p.lse, q.lse)
             found["k3"] = k3(log_rho).mean(1, keepdim=True)
@@ -259,6 +282,7 @@ class Scan:
             "logp": self._logp_gradient,
             "entropy": self._entropy_gradient,
             "kl": self._kl_gradient,
+            "reverse_kl": self._reverse_kl_gradient,
             "k3": self._k3_gradient,
         }
         return [formulas[name](mean_p) * self.options.scale for name in self.options.differentiable]
@@ -274,6 +298,11 @@ class Scan:
     def _kl_gradient(self, mean_p: Tensor) -> Tensor:
         assert self.qw is not None
         return mean_p - self.qw / self.q.total
+
+    def _reverse_kl_gradient(self, mean_p: Tensor) -> Tensor:
+        assert self.pgw is not None
+        mean_gap = self.reverse_cross / self.p.total
+        return self.pgw / self.p.total - mean_gap * mean_p
 
     def _k3_gradient(self, mean_p: Tensor) -> Tensor:
         assert self.drawn is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,22 +20,44 @@ CONFIGS = {
     "tbpo_smooth": {"name": "tbpo_q", "beta": 0.5, "label_smoothing": 0.2},
     "dpo": {"name": "dpo", "beta": 0.5},
     "dpo_smooth": {"name": "dpo", "beta": 0.5, "label_smoothing": 0.1},
+    "dpo_mean": {"name": "dpo", "beta": 0.5, "normalization": "token_mean"},
+    "dpo_rao_kupper": {"name": "dpo", "beta": 0.5, "ties": "rao_kupper"},
+    "dpo_davidson": {"name": "dpo", "beta": 0.5, "ties": "davidson", "label_smoothing": 0.1},
     "ipo": {"name": "ipo", "beta": 0.5},
+    "ipo_sum": {"name": "ipo", "beta": 0.5, "normalization": "sum"},
     "simpo": {"name": "simpo", "beta": 0.5, "gamma": 0.5},
     "bpo": {"name": "bpo", "beta": 0.5, "bregman": {"generator": "ba", "lam": 0.5}},
+    "bpo_plane": {
+        "name": "bpo",
+        "beta": 0.5,
+        "normalization": "token_mean",
+        "bregman": {"generator": "beta_family", "a": 0.5, "b": 2.0},
+    },
+    "tbpo_plane": {"name": "tbpo_q", "beta": 0.5, "bregman": {"generator": "beta_family", "a": 1, "b": 1}},
     "tdpo1": {"name": "tdpo1", "beta": 0.5},
     "tdpo2": {"name": "tdpo2", "beta": 0.5},
     "tis_dpo": {"name": "tis_dpo", "beta": 0.5},
-    "sepo": {"name": "sepo", "beta": 0.5, "select_ratio": 0.5},
+    "tis_dpo_kl": {"name": "tis_dpo", "beta": 0.5, "alpha": 0.5},
+    "sepo": {"name": "sepo", "beta": 0.5, "select_ratio": 0.7},
+    "sepo_sides": {"name": "sepo", "beta": 0.5, "select_ratio": {"chosen": 0.6, "rejected": 0.2}},
     "t_reg": {"name": "t_reg", "beta": 0.5},
+    "t_reg_simpo": {"name": "t_reg", "base": "simpo", "beta": 0.5, "gamma": 0.3},
+    "t_reg_smooth": {"name": "t_reg", "beta": 0.5, "label_smoothing": 0.1},
     "sft": {"name": "sft"},
 }
 
 
 def random_scores(
-    pairs: int = 5, tokens: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = True
+    pairs: int = 5,
+    tokens: int = 7,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    grad: bool = True,
+    *,
+    ties: bool = False,
 ) -> TokenScores:
-    """Scores of random lengths from 1 token up, every optional field given."""
+    """Scores of random lengths from 1 token up, every optional field given; with `ties`, every second pair is
+    one."""
     rng = torch.Generator().manual_seed(seed)
     values = {}
     for side in ("chosen", "rejected"):
@@ -44,10 +67,21 @@ def random_scores(
             x = torch.randn(pairs, tokens, generator=rng, dtype=torch.float64)
             x = -x.abs() if "logps" in field else x
             values[f"{side}_{field}"] = x.to(dtype).requires_grad_(grad and field in ("logps", "baseline"))
+    if ties:
+        values["tie"] = torch.arange(pairs) % 2 == 1
     return TokenScores(**values)
 
 
 def rows(scores: TokenScores, at: object) -> TokenScores:
     """Some pairs of a batch, or some of every pair's tokens (an index into [B, T])."""
-    picked: dict[str, Any] = {k: None if v is None else v[at] for k, v in vars(scores).items()}  # type: ignore[index]
+    pairs = at[0] if isinstance(at, tuple) else at
+    picked: dict[str, Any] = {
+        k: None if v is None else v[pairs if k == "tie" else at] for k, v in vars(scores).items()
+    }
     return TokenScores(**picked)
+
+
+def map_sides(scores: TokenScores, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TokenScores:
+    """Scores whose [B, T] fields are `change(name, field)`."""
+    fields: dict[str, Any] = vars(scores)
+    return TokenScores(**{k: v if v is None or k == "tie" else change(k, v) for k, v in fields.items()})

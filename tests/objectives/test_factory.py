@@ -36,7 +36,40 @@ from tbpo_ray.objectives.objective import FAMILIES
         ({"name": "simpo", "gamma": -1}, ["objective.gamma=-1", "0"]),
         ({"name": "dpo", "label_smoothing": 0.7}, ["objective.label_smoothing", "0.7", "0.5"]),
         ({"name": "sft", "label_smoothing": 0.1}, ["objective.label_smoothing", "sft"]),
-        ({"name": "sepo", "select_ratio": 0}, ["objective.select_ratio", "0"]),
+        ({"name": "sepo", "select_ratio": 0}, ["objective.select_ratio=0", "greater than 0"]),
+        ({"name": "sepo", "select_ratio": 1.1}, ["objective.select_ratio=1.1", "less than or equal to 1"]),
+        ({"name": "sepo", "select_ratio": "x"}, ["objective.select_ratio='x'", "number"]),
+        (
+            {"name": "sepo", "select_ratio": {"chosen": 2}},
+            ["objective.select_ratio.chosen=2", "less than or equal to 1"],
+        ),
+        (
+            {"name": "sepo", "select_ratio": {"chosn": 0.3}},
+            ["objective.select_ratio.chosn", "objective.select_ratio.chosen"],
+        ),
+        ({"name": "t_reg", "base": "ipo"}, ["objective.base='ipo'", "simpo"]),
+        ({"name": "dpo", "normalization": "mean"}, ["objective.normalization='mean'", "token_mean"]),
+        ({"name": "bpo", "bregman": {"a": float("nan")}}, ["objective.bregman.a=nan", "finite"]),
+        ({"name": "bpo", "bregman": {"b": float("inf")}}, ["objective.bregman.b=inf", "finite"]),
+        ({"name": "bpo", "bregman": {"a": 101}}, ["objective.bregman.a=101", "100"]),
+        (
+            {"name": "bpo", "bregman": {"a": 1, "a_plus_b": 2}},
+            ["objective.bregman.a=1.0", "a_plus_b", "remove"],
+        ),
+        ({"name": "bpo", "bregman": {"generator": "a.py"}}, ["objective.bregman.generator", "path.py:NAME"]),
+        ({"name": "dpo", "ties": "elo"}, ["objective.ties='elo'", "davidson"]),
+        ({"name": "dpo", "ties": "davidson", "tie_strength": 0}, ["objective.tie_strength=0", "0"]),
+        (
+            {"name": "dpo", "ties": "rao_kupper", "tie_strength": 1},
+            ["objective.tie_strength=1.0", "greater than 1"],
+        ),
+        *(
+            (
+                {"name": name, "ties": "davidson"},
+                ["objective.ties=davidson", f"objective.name={name}", "drop"],
+            )
+            for name in ("tbpo_q", "ipo", "bpo", "t_reg", "sft")
+        ),
         ({"name": "tdpo2", "alpha": -1}, ["objective.alpha", "-1"]),
         ({"name": "bpo", "bregman": {"lam": -1}}, ["objective.bregman.lam=-1", "greater than -1"]),
         ({"name": "bpo", "bregman": {"generator": "x"}}, ["objective.bregman.generator", "'x'"]),
@@ -77,7 +110,7 @@ def test_a_mapping_and_the_typed_section_build_the_same_objective() -> None:
 
 def test_every_objective_has_a_formula_and_traits() -> None:
     assert set(FAMILIES) == set(TRAITS) == set(OBJECTIVES)
-    assert set(LOSSES) == set(GENERATORS)
+    assert {*LOSSES, "beta_family"} == set(GENERATORS)
     settings = {key.removeprefix("objective.") for key in READ_BY}
     assert settings < set(ObjectiveConfig.model_fields)
     for name, family in FAMILIES.items():
@@ -123,7 +156,7 @@ def test_one_configuration_serves_every_name(name: str) -> None:
     }
     objective = build_objective(section)
     assert objective.name == name and name in repr(objective)
-    assert objective.params.beta == (2.0 if name in ("simpo", "sepo") else 0.1)
+    assert objective.params.beta == {"simpo": 2.0, "sepo": 1.0}.get(name, 0.1)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -146,7 +179,7 @@ def test_mismatched_shapes_and_missing_fields(name: str) -> None:
 def test_scores_of_three_dimensions() -> None:
     scores = random_scores()
     for name, value in vars(scores).items():
-        setattr(scores, name, value[None])
+        setattr(scores, name, None if value is None else value[None])
     with pytest.raises(InputError, match="two dimensions"):
         build_objective({"name": "dpo"})(scores)
 
@@ -186,7 +219,7 @@ def test_token_weights_of_two_models() -> None:
     chosen = contrastive_weights(plus, minus, chosen=True)
     torch.testing.assert_close(chosen, torch.tensor([[0.0, 1.5, -0.5]]).exp())
     rejected = contrastive_weights(plus, minus, chosen=False, k=2.0)
-    torch.testing.assert_close(rejected, 2 * torch.tensor([[0.0, -1.5, 0.5]]).exp())
+    torch.testing.assert_close(rejected, 2 * torch.tensor([[0.0, -0.5, 1.5]]).exp())
     torch.testing.assert_close(oracle_scores(plus, minus), torch.tensor([[0.0, 3.0, -4.0]]))
     rewards = self_rewards(plus, minus)
     torch.testing.assert_close(rewards, torch.tensor([[0.0, 3.0, -4.0]]).sigmoid() - 0.5)

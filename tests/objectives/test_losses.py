@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from objective_cases import CONFIGS, random_scores, rows
+from objective_cases import CONFIGS, map_sides, random_scores, rows
 
-from tbpo_ray.objectives import GENERATORS, OBJECTIVES, TokenScores, build_objective
+from tbpo_ray.objectives import GENERATORS, OBJECTIVES, TokenScores, build_objective, losses
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 every_loss = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def scores_for(config: dict[str, Any], **options: Any) -> TokenScores:
+    """Random scores, with ties for the configurations that read them."""
+    return random_scores(**options, ties="ties" in config)
 
 
 def golden_config(key: str, beta: float) -> tuple[dict[str, Any], str]:
@@ -31,6 +38,8 @@ def golden_config(key: str, beta: float) -> tuple[dict[str, Any], str]:
             config["bregman"]["scale"] = float(numbers.get("s", 4))
         elif "=" in option:
             config[option.split("=")[0]] = float(option.split("=")[1])
+    if name == "ipo":
+        config["normalization"] = "sum"  # the token mean is in golden_3.json
     if name == "tbpo":
         variant = options[-1]
         config["name"] = "tbpo_a" if variant == "a" else "tbpo_q"
@@ -61,15 +70,23 @@ def test_golden(case: dict[str, Any], key: str) -> None:
 
 HAND = {
     "dpo": math.log1p(math.exp(-0.45)),  # S^w = .8, S^l = -.1
-    "ipo": 0.01,  # (.9 - 1)^2
+    "dpo_mean": math.log1p(math.exp(-0.5 * (0.8 / 3 + 0.05))),
+    "dpo_rao_kupper": math.log1p(3 * math.exp(-0.45)),
+    "dpo_davidson": 0.9 * math.log(1 + math.exp(-0.45) + 2 * math.exp(-0.225))
+    + 0.1 * math.log(1 + math.exp(0.45) + 2 * math.exp(0.225)),
+    "ipo": (0.8 / 3 + 0.05 - 1) ** 2,
+    "ipo_sum": 0.01,  # (.9 - 1)^2
     "simpo": math.log1p(math.exp(1 / 3)),  # .5 (-7/6 + 3/2) - .5 = -1/3
     "bpo": (math.exp(-0.45 * 1.5) - 3 * math.expm1(0.225)),  # ba, lam 1/2
     "tdpo1": math.log1p(math.exp(-0.5)),  # K^w = .6, K^l = .5
     "tdpo2": math.log1p(math.exp(-0.475)),
     "tis_dpo": math.log1p(math.exp(-0.125)),  # .35 - .1
+    "tis_dpo_kl": math.log1p(math.exp(-0.125 + 0.25 * (0.65 - 0.3))),  # D^w = .65, D^l = .3
     "sft": 3.5 / 3,
     "sepo": math.log1p(math.exp(-0.25)),  # tokens 0, 1 of the chosen, token 0 of the rejected
-    "t_reg": math.log1p(math.exp(-0.45)) + 0.1 * ((0.5625 + 4.41 + 0.0625) / 3 + (0.49 + 0.7225) / 2),
+    # R^w = -.5 (-1 - 4 - .25) = 2.625, R^l = -.5 (-1 - 1) = 1
+    "t_reg": math.log1p(math.exp(-0.45)) + 0.25 * 3.625 / (1 + math.exp(0.45)),
+    "t_reg_simpo": math.log1p(math.exp(2 / 15)) + 0.25 * (2.625 / 3 + 0.5) / (1 + math.exp(-2 / 15)),
     "tbpo_none": (math.exp(-0.45) - 0.45 + math.exp(0.25) + 0.25) / 8,
     "tbpo_q": (math.exp(-0.3) - 0.3 + math.exp(0.2) + 0.2) / 8,
     "tbpo_a": (math.exp(-0.6) - 2 * math.exp(0.3) + math.exp(0.4) - 2 * math.exp(-0.2)) / 2,
@@ -94,8 +111,8 @@ def test_every_objective_has_a_hand_computed_value() -> None:
 
 
 @every_loss
-def test_mask_equals_selection(config: dict[str, Any], scores: TokenScores) -> None:
-    objective = build_objective(config)
+def test_mask_equals_selection(config: dict[str, Any]) -> None:
+    objective, scores = build_objective(config), scores_for(config)
     whole = objective(scores).per_pair_loss
     assert scores.rejected_mask is not None
     for pair in range(len(whole)):
@@ -105,8 +122,8 @@ def test_mask_equals_selection(config: dict[str, Any], scores: TokenScores) -> N
 
 
 @every_loss
-def test_padding_and_order_change_nothing(config: dict[str, Any], scores: TokenScores) -> None:
-    objective = build_objective(config)
+def test_padding_and_order_change_nothing(config: dict[str, Any]) -> None:
+    objective, scores = build_objective(config), scores_for(config)
     out = objective(scores)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(1))
     shuffled = objective(rows(scores, order))
@@ -116,7 +133,7 @@ def test_padding_and_order_change_nothing(config: dict[str, Any], scores: TokenS
         fill = torch.zeros(5, 3) if "mask" in name else torch.full((5, 3), float("nan"))
         return torch.cat([x, fill.to(x.dtype)], 1)
 
-    padded = objective(TokenScores(**{k: pad(k, v) for k, v in vars(scores).items()}))
+    padded = objective(map_sides(scores, pad))
     torch.testing.assert_close(padded.per_pair_loss, out.per_pair_loss, rtol=0, atol=1e-12)
     for name, value in out.metrics.items():
         torch.testing.assert_close(padded.metrics[name], value, rtol=0, atol=1e-12)
@@ -124,28 +141,48 @@ def test_padding_and_order_change_nothing(config: dict[str, Any], scores: TokenS
 
 @every_loss
 def test_gradient_is_the_numerical_one(config: dict[str, Any]) -> None:
-    scores = random_scores(pairs=3, tokens=4, seed=2)
+    scores = scores_for(config, pairs=3, tokens=4, seed=2)
     objective = build_objective(config)
+    frozen = frozen_weight(config, scores)
     names = ["chosen_logps"]
     if objective.needs_rejected:
         names.append("rejected_logps")
-    if (objective.needs_kl or objective.learned_baseline) and config["name"] != "tdpo2":
+    reads_baseline = objective.needs_kl or objective.needs_reverse_kl or objective.learned_baseline
+    if reads_baseline and config["name"] != "tdpo2":
         names += ["chosen_baseline", "rejected_baseline"]  # tdpo2 stops one of them on purpose
     leaves = [getattr(scores, name) for name in names]
 
     def per_pair(*values: torch.Tensor) -> torch.Tensor:
-        return objective(
-            TokenScores(**{**vars(scores), **dict(zip(names, values, strict=True))})
-        ).per_pair_loss
+        with frozen:
+            return objective(
+                TokenScores(**{**vars(scores), **dict(zip(names, values, strict=True))})
+            ).per_pair_loss
 
     assert torch.autograd.gradcheck(per_pair, leaves)
+
+
+def frozen_weight(config: dict[str, Any], scores: TokenScores) -> Any:
+    """A context in which the weight that `t_reg` stops the gradient of is a constant in values too."""
+    if config["name"] != "t_reg":
+        return nullcontext()
+    original, at = losses.t_reg_pull, []
+
+    def pull(u: torch.Tensor, *rest: Any) -> torch.Tensor:
+        at.append(u.detach())
+        # The pull is linear in its weight, so the pull at the first u is that with a constant weight.
+        return original(at[0], *rest)
+
+    patch = mock.patch.object(losses, "t_reg_pull", pull)
+    with patch:
+        build_objective(config)(scores)
+    return patch
 
 
 @every_loss
 @pytest.mark.parametrize("masked", ["both", "chosen", "rejected"])
 def test_all_masked_is_zero_with_a_gradient(config: dict[str, Any], masked: str) -> None:
     objective = build_objective(config)
-    scores = random_scores()
+    scores = scores_for(config)
     for side in ("chosen", "rejected") if masked == "both" else (masked,):
         mask = getattr(scores, f"{side}_mask").clone()
         mask[0] = False
@@ -171,9 +208,10 @@ def test_nan_stays_nan_in_its_own_pair(config: dict[str, Any]) -> None:
     reads += ["rejected_logps"] if objective.needs_rejected else []
     reads += ["chosen_ref_logps"] if objective.needs_reference else []
     reads += ["chosen_weights", "rejected_weights"] if objective.needs_weights else []
-    reads += ["chosen_baseline"] if objective.needs_kl or objective.learned_baseline else []
+    reads_baseline = objective.needs_kl or objective.needs_reverse_kl or objective.learned_baseline
+    reads += ["chosen_baseline"] if reads_baseline else []
     for name in reads:
-        scores = random_scores(grad=False)
+        scores = scores_for(config, grad=False)
         getattr(scores, name)[1, 0] = float("nan")
         loss = objective(scores).per_pair_loss
         assert loss[1].isnan(), name
@@ -183,7 +221,7 @@ def test_nan_stays_nan_in_its_own_pair(config: dict[str, Any]) -> None:
 @every_loss
 def test_nan_outside_the_mask_poisons_nothing(config: dict[str, Any]) -> None:
     objective = build_objective(config)
-    clean, dirty = random_scores(), random_scores(grad=False)
+    clean, dirty = scores_for(config), scores_for(config, grad=False)
     for side in ("chosen", "rejected"):
         for field in ("logps", "ref_logps", "baseline", "weights"):
             getattr(dirty, f"{side}_{field}")[~getattr(dirty, f"{side}_mask")] = float("nan")
@@ -199,10 +237,10 @@ def test_nan_outside_the_mask_poisons_nothing(config: dict[str, Any]) -> None:
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_extreme_scores_stay_finite(config: dict[str, Any], dtype: torch.dtype) -> None:
-    scores = random_scores(dtype=dtype)
+    scores = scores_for(config, dtype=dtype)
     objective = build_objective(config)
     for scale in (1e2, 1e4, 1e6):
-        far = TokenScores(**{k: v if "mask" in k else v.detach() * scale for k, v in vars(scores).items()})
+        far = map_sides(scores, lambda name, v: v if "mask" in name else v.detach() * scale)  # noqa: B023
         far.chosen_logps.requires_grad_()
         out = objective(far)
         out.loss.backward()
@@ -226,8 +264,8 @@ def test_tokens_beyond_the_shorter_answer_have_no_effect_in_tbpo(scores: TokenSc
     both = scores.chosen_mask & scores.rejected_mask
     assert scores.chosen_logps.grad is not None
     assert not scores.chosen_logps.grad[~both].any() and scores.chosen_logps.grad[both].all()
-    cut = {k: v.masked_fill(~both, 0) if "mask" in k else v for k, v in vars(scores).items()}
-    torch.testing.assert_close(objective(TokenScores(**cut)).loss, objective(scores).loss)
+    cut = map_sides(scores, lambda name, v: v.masked_fill(~both, 0) if "mask" in name else v)
+    torch.testing.assert_close(objective(cut).loss, objective(scores).loss)
 
 
 def test_tdpo2_stops_the_chosen_kl(scores: TokenScores) -> None:

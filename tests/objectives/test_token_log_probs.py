@@ -15,6 +15,7 @@ from tbpo_ray.objectives import token_log_probs
 
 B, T, H, V, K = 2, 4, 2, 7, 3
 WANT = ("logp", "entropy", "kl")
+EVERY = (*WANT, "reverse_kl")
 
 
 def log_softmax(
@@ -42,6 +43,7 @@ def plain(
         "logp": logp.gather(-1, label)[..., 0],
         "entropy": -(logp.exp() * logp).sum(-1),
         "kl": (ref.exp() * (ref - logp)).sum(-1),
+        "reverse_kl": (logp.exp() * (logp - ref)).sum(-1),
         "ref_logp": ref.gather(-1, label)[..., 0],
     }
     return {name: torch.where(x["mask"], value, 0) for name, value in every.items()}
@@ -87,9 +89,10 @@ frozen_or_not = pytest.mark.parametrize("frozen", [False, True], ids=["learning"
 
 @every_layer
 @frozen_or_not
+@pytest.mark.parametrize("want_outputs", [WANT, EVERY, ("logp", "reverse_kl")], ids="+".join)
 @pytest.mark.parametrize("blocks", [(2, 4), (None, None), (1, 1), (5, 7)], ids=str)
-def test_values_and_gradients_equal_the_plain_formula(x, layer, frozen, blocks) -> None:
-    options = dict(layer)
+def test_values_and_gradients_equal_the_plain_formula(x, layer, frozen, blocks, want_outputs) -> None:
+    options = {**layer, "want": want_outputs}
     bias = x["bias"].clone().requires_grad_(not frozen) if options.pop("bias", False) else None
     hidden = x["hidden"].requires_grad_()
     weight = x["weight"].requires_grad_(not frozen)
@@ -105,17 +108,18 @@ def test_values_and_gradients_equal_the_plain_formula(x, layer, frozen, blocks) 
         options.get("logit_scale", 1.0),
     )
     rng = torch.Generator().manual_seed(5)
-    upstream = {name: torch.randn(B, T, generator=rng, dtype=torch.float64) for name in WANT}
-    for name in WANT:
+    names = want_outputs
+    upstream = [torch.randn(B, T, generator=rng, dtype=torch.float64) for _ in names]
+    for name in names:
         torch.testing.assert_close(getattr(stats, name), expected[name], rtol=0, atol=1e-12)
-    got = torch.autograd.grad([getattr(stats, n) for n in WANT], leaves, [upstream[n] for n in WANT])
-    want = torch.autograd.grad([expected[n] for n in WANT], leaves, [upstream[n] for n in WANT])
+    got = torch.autograd.grad([getattr(stats, n) for n in names], leaves, upstream)
+    want = torch.autograd.grad([expected[n] for n in names], leaves, upstream)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @every_layer
-@pytest.mark.parametrize("name", WANT)
+@pytest.mark.parametrize("name", EVERY)
 def test_gradcheck(x, layer, name) -> None:
     options = dict(layer)
     with_bias = options.pop("bias", False)
@@ -196,10 +200,10 @@ def test_weight_storage_may_be_swapped_between_forward_and_backward(x, frozen) -
 def test_only_masked_in_rows_are_read(x) -> None:
     hidden = x["hidden"].masked_fill(~x["mask"][..., None], float("nan")).requires_grad_()
     weight = x["weight"].requires_grad_()
-    stats = ours(hidden, weight, x)
-    for name in WANT:
+    stats = ours(hidden, weight, x, want=EVERY)
+    for name in EVERY:
         assert not getattr(stats, name)[~x["mask"]].any()
-    sum(getattr(stats, name).sum() for name in WANT).backward()
+    sum(getattr(stats, name).sum() for name in EVERY).backward()
     assert hidden.grad is not None and hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
@@ -207,8 +211,8 @@ def test_only_masked_in_rows_are_read(x) -> None:
 def test_nothing_selected_is_a_zero_with_a_gradient(x, frozen) -> None:
     x["mask"] = torch.zeros_like(x["mask"])
     hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_(not frozen)
-    stats = ours(hidden, weight, x, want=(*WANT, "k3"), samples=2)
-    (stats.logp.sum() + stats.kl.sum() + stats.entropy.sum() + stats.k3.sum()).backward()
+    stats = ours(hidden, weight, x, want=(*EVERY, "k3"), samples=2)
+    sum(getattr(stats, name).sum() for name in (*EVERY, "k3")).backward()
     assert not hidden.grad.any()
     assert frozen or (weight.grad.shape == weight.shape and not weight.grad.any())
 
@@ -271,23 +275,24 @@ def test_half_precision_stays_close_and_autocast_changes_nothing(x, dtypes, froz
     hidden = x["hidden"].to(dtypes[0]).requires_grad_()
     weight = x["weight"].to(dtypes[1]).requires_grad_(not frozen)
     low = {k: v.to(dtypes[0]) if v.is_floating_point() else v for k, v in x.items()}
-    stats = ours(hidden, weight, low)
+    stats = ours(hidden, weight, low, want=EVERY)
     expected = plain(
         hidden.double(), weight.double(), {k: v.double() if "ref" in k else v for k, v in low.items()}
     )
     near = 0.05 if torch.bfloat16 in dtypes else 1e-5
     leaves = [hidden] if frozen else [hidden, weight]
-    got = torch.autograd.grad(sum(getattr(stats, n).sum() for n in WANT), leaves)
-    want = torch.autograd.grad(torch.stack([expected[n].sum() for n in WANT]).sum(), leaves)
-    for name in WANT:
+    got = torch.autograd.grad(sum(getattr(stats, n).sum() for n in EVERY), leaves)
+    want = torch.autograd.grad(torch.stack([expected[n].sum() for n in EVERY]).sum(), leaves)
+    for name in EVERY:
         assert getattr(stats, name).dtype == torch.float32
         torch.testing.assert_close(getattr(stats, name).double(), expected[name], rtol=near, atol=near)
     for g, e, leaf in zip(got, want, leaves, strict=True):
         assert g.dtype == leaf.dtype
         torch.testing.assert_close(g.double(), e.double(), rtol=near, atol=near)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = ours(hidden, weight, low)
+        again = ours(hidden, weight, low, want=EVERY)
     torch.testing.assert_close(again.kl, stats.kl, rtol=0, atol=0)
+    torch.testing.assert_close(again.reverse_kl, stats.reverse_kl, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -314,18 +319,19 @@ def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[[3e4], [-3e4], [1e-4]]]).requires_grad_()
     weight = torch.linspace(-1, 1, V)[:, None].requires_grad_()
     labels, mask = torch.tensor([[0, 0, 5]]), torch.ones(1, 3, dtype=torch.bool)
-    stats: Any = token_log_probs(hidden, weight, labels, mask, -hidden, weight, want=WANT, block_vocab=4)
-    sum(getattr(stats, n).sum() for n in WANT).backward()
+    stats: Any = token_log_probs(hidden, weight, labels, mask, -hidden, weight, want=EVERY, block_vocab=4)
+    sum(getattr(stats, n).sum() for n in EVERY).backward()
     assert stats.logp[0, 0].item() == pytest.approx(-6e4, rel=1e-5)
     assert stats.kl[0, 0].item() == pytest.approx(6e4, rel=1e-5)
+    assert stats.reverse_kl[0, 0].item() == pytest.approx(6e4, rel=1e-5)
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
 def test_nan_stays_in_its_token(x) -> None:
     x["hidden"][0, 1] = float("nan")
-    stats = ours(x["hidden"], x["weight"], x)
-    for name in WANT:
+    stats = ours(x["hidden"], x["weight"], x, want=EVERY)
+    for name in EVERY:
         nan = getattr(stats, name).isnan()
         assert nan[0, 1] and nan.sum() == 1
 
@@ -337,6 +343,7 @@ def test_nan_stays_in_its_token(x) -> None:
         ({"mask": torch.ones(B, 3, dtype=torch.bool)}, ["mask", "(2, 3)"]),
         ({"weight": torch.zeros(V, H + 1)}, ["weight", "[V, 2]"]),
         ({"ref_hidden": None}, ["ref_hidden", "kl"]),
+        ({"ref_hidden": None, "want": ("reverse_kl",)}, ["ref_hidden", "reverse_kl"]),
         ({"ref_hidden": torch.zeros(B, 3, H)}, ["ref_hidden", "(2, 3, 2)"]),
         ({"ref_weight": torch.zeros(V + 1, H)}, ["ref_weight", "8", "7"]),
         ({"want": ("logp", "kll")}, ["kll", "entropy"]),
