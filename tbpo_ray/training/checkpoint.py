@@ -6,7 +6,8 @@ checkpoints/step-00000200/
     optimizer-0000.safetensors ...   master weights and optimizer state, a slice per rank
     head.safetensors                 learned baseline and its AdamW
     rng-0000.safetensors ...         torch random state per rank
-    state.json                       step, pairs seen, batch order, metrics offset, fingerprints
+    state.json                       step, pairs seen, batch order, objective's definition, metrics offset,
+                                     fingerprints
     manifest.json                    size and SHA-256 of each of the above, written last
 """
 

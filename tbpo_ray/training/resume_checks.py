@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,39 @@ def refuse_other_order(config: Config, folder: Path, *, extended: bool) -> None:
     """
     state = last_state(folder / "checkpoints")
     old = state.get("order", 1)
-    if not state or old == ORDER_VERSION or (state["step"] == state.get("steps_total") and not extended):
+    if old == ORDER_VERSION or not _has_steps_left(state, extended=extended):
         return
     age = "older" if old < ORDER_VERSION else "newer"
     raise InputError(
         f"run.name={config.run.name}: its steps up to {state['step']} took the pairs in order {old}, of "
         f"{age} code; this code has order {ORDER_VERSION} and would repeat some pairs and skip others; "
         "resume with the code that started the run, or use another run.name"
+    )
+
+
+def _has_steps_left(state: Mapping[str, Any], *, extended: bool) -> bool:
+    return bool(state) and (extended or state["step"] != state.get("steps_total"))
+
+
+def refuse_other_objective(config: Config, folder: Path, *, extended: bool) -> None:
+    """Compare the definition of the objective in this code with the one that the run has minimized so far.
+
+    Args:
+        extended: whether the run gets more steps than it had.
+
+    Raises:
+        InputError: there are steps left, and this code would minimize another loss under the same name.
+    """
+    state = last_state(folder / "checkpoints")
+    old, new = state.get("objective_definition", 1), config.objective.traits.definition
+    if old == new or not _has_steps_left(state, extended=extended):
+        return
+    age = "older" if old < new else "newer"
+    name = config.objective.name
+    raise InputError(
+        f"objective.name={name}: run {config.run.name} minimized definition {old} of {name} up to step "
+        f"{state['step']}, with {age} code; this code has definition {new}, which is another loss (see the "
+        "changelog); resume with the code that started the run, or use another run.name"
     )
 
 

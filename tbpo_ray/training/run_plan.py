@@ -100,7 +100,7 @@ def _reference_mode(config: Config, objective: Objective) -> ReferenceMode:
     if not objective.needs_reference:
         return "none"
     # The cache holds log-probs of the labels. A KL needs the distribution over the vocabulary.
-    needs_distribution = objective.needs_kl or objective.needs_samples > 0
+    needs_distribution = objective.needs_distribution
     requested = config.training.reference_scores
     assert not (requested == "cached" and needs_distribution), "refused by the configuration"
     return requested or ("live" if needs_distribution else "cached")

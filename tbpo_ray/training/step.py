@@ -42,13 +42,15 @@ class PreferenceStep:
         self.outputs = self._outputs()
         self.seed = seed
         self.sides = 2 if objective.needs_rejected else 1
-        self.needs_distribution = objective.needs_kl or objective.needs_samples > 0
+        self.needs_distribution = objective.needs_distribution
 
     def _outputs(self) -> tuple[str, ...]:
         """What the scorer has to return for this objective."""
         names: tuple[str, ...] = ("logp",)
         if self.objective.needs_kl:
             names = ("logp", "entropy", "kl")
+        elif self.objective.needs_reverse_kl:
+            names = ("logp", "entropy", "reverse_kl")
         elif self.objective.needs_samples:
             names = ("logp", "k3")
         return (*names, "ref_logp") if self.is_live else names
@@ -82,12 +84,13 @@ class PreferenceStep:
             baseline = divergence
         result = self.objective(to_scores(logp, batch, baseline, ref_logp if self.is_live else None))
         metrics = dict(result.metrics)
-        if self.objective.needs_kl:
+        if self.objective.needs_kl or self.objective.needs_reverse_kl:
             names = ("chosen", "rejected")
             metrics |= distribution_metrics(
                 dict(zip(names, entropy, strict=True)),
                 dict(zip(names, divergence, strict=True)),
                 dict(zip(names, batch.mask, strict=True)),
+                kl_name="kl/exact" if self.objective.needs_kl else "kl/exact_reverse",
             )
         metrics |= getattr(self.head, "metrics", {})
         return result.per_pair_loss.sum(), metrics

@@ -36,6 +36,8 @@ def logged_metrics(config: Config) -> set[str]:
     names = set(objective(TokenScores(**sides, chosen_mask=mask, rejected_mask=mask)).metrics)
     if objective.needs_kl:
         names |= {"entropy", "kl/exact"}
+    if objective.needs_reverse_kl:
+        names |= {"entropy", "kl/exact_reverse"}
     held_out = {f"eval/{name}" for name in {*names, "loss"}} if config.data.eval is not None else set()
     return names | set(ROW_METRICS) | held_out
 

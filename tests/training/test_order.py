@@ -1,4 +1,4 @@
-"""A run resumes only in the batch order that it was started with."""
+"""A run resumes only in the batch order and with the definition of its objective that it was started with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from tbpo_ray.config.loading import load_config, to_yaml
+from tbpo_ray.config.objective import OBJECTIVES
 from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.errors import InputError
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.resume_checks import refuse_other_order
+from tbpo_ray.training.resume_checks import refuse_other_objective, refuse_other_order
 from tbpo_ray.workflows.train import train
 
 STEPS = 10
@@ -76,3 +77,33 @@ def test_the_newest_readable_state_counts(tmp_path):
         refuse_other_order(config, folder, extended=False)
     (ckpt.step_folder(folder / "checkpoints", 8) / "state.json").write_text("")
     refuse_other_order(config, folder, extended=False)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_of_an_older_definition_is_refused_by_name(tmp_path, name):
+    _, folder = started(tmp_path, 5, order=ORDER_VERSION)
+    config = load_config(None, [f"run.output_dir={tmp_path}", "run.name=old", f"objective.name={name}"])
+    if name not in ("t_reg", "sepo", "tis_dpo", "ipo"):
+        refuse_other_objective(config, folder, extended=False)
+        return
+    with pytest.raises(InputError) as refusal:
+        refuse_other_objective(config, folder, extended=False)
+    (fault,) = refusal.value.faults
+    assert fault.startswith(f"objective.name={name}: run old minimized definition 1 of {name} up to step 5")
+    assert "older code" in fault and "definition 2" in fault and "use another run.name" in fault
+    refuse_other_objective(config, tmp_path / "none", extended=False)
+    _, folder = started(tmp_path, 6, order=ORDER_VERSION, objective_definition=2)
+    refuse_other_objective(config, folder, extended=False)
+    _, folder = started(tmp_path, STEPS, order=ORDER_VERSION)
+    refuse_other_objective(config, folder, extended=False)
+    with pytest.raises(InputError, match=f"minimized definition 1 of {name}"):
+        refuse_other_objective(config, folder, extended=True)
+
+
+def test_training_refuses_the_older_definition_before_anything_starts(tmp_path):
+    _, folder = started(tmp_path, 5, order=ORDER_VERSION)
+    config = load_config(None, [f"run.output_dir={tmp_path}", "run.name=old", f"training.max_steps={STEPS}",
+                                "objective.name=ipo"])  # fmt: skip
+    (folder / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(InputError, match="ipo: run old minimized definition 1"):
+        train(config)
