@@ -337,10 +337,17 @@ def stage_config(config: Config, stage: Mapping[str, Any], **fixed: Any) -> Conf
 def sft_config(config: Config, **fixed: Any) -> Config:
     """The configuration of supervised fine-tuning: the `sft` section, then `fixed` as :func:`stage_config`.
 
-    What describes preferences alone is not inherited: label smoothing, swapped answers, and the share of the
-    pairs.
+    What describes preferences alone is not inherited: label smoothing, ties, swapped answers, and the share
+    of the pairs.
     """
-    own = stage_config(config, {}, objective__label_smoothing=0.0, data__swap_answers=False, data__share=1.0)
+    own = stage_config(
+        config,
+        {},
+        objective__label_smoothing=0.0,
+        objective__ties="drop",
+        data__swap_answers=False,
+        data__share=1.0,
+    )
     return stage_config(own, config.sft, objective__name="sft", **fixed)
 
 

@@ -23,7 +23,8 @@ ScorerOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 - log-prob of each label [S, B, T]
 - entropy of the policy, nats, without a gradient [S, B, T]; zeros where not requested
-- exact KL(reference || policy), or sampled k3 [S, B, T]; zeros where not requested
+- exact KL(reference || policy), exact KL(policy || reference), or sampled k3 [S, B, T]; zeros where not
+  requested
 - the reference's log-prob of each label [S, B, T]; zeros where not requested
 - detached hidden states of the predicting positions [S, B, T, H]
 """
@@ -106,8 +107,8 @@ class PairScorer(nn.Module):
         """Score a batch.
 
         Args:
-            outputs: `logp`, and any of `entropy`, `kl`, `k3`, `ref_logp`.
-            reference: what `kl`, `k3` and `ref_logp` are computed from; `adapter_off` is this model with its
+            outputs: `logp`, any of `entropy` and `ref_logp`, and one of `kl`, `reverse_kl` and `k3`.
+            reference: what the last four are computed from; `adapter_off` is this model with its
                 LoRA adapter disabled.
             samples: tokens drawn from the reference per state, for `k3`.
             generator: random state for these draws.
@@ -138,7 +139,8 @@ class PairScorer(nn.Module):
         )
         assert stats.logp is not None
         zeros = torch.zeros_like(stats.logp)
-        divergence = stats.kl if stats.kl is not None else stats.k3
+        divergences = (stats.kl, stats.reverse_kl, stats.k3)
+        divergence = next((values for values in divergences if values is not None), None)
         shape = (sides, pairs, tokens)
         return (
             stats.logp.view(shape),
@@ -219,7 +221,7 @@ def to_scores(
         for index, side in enumerate(("chosen", "rejected")[: batch.labels.shape[0]])
         for name, values in fields.items()
     }
-    return TokenScores(**scores)
+    return TokenScores(**scores, tie=batch.tie)
 
 
 def _causal(model: nn.Module) -> Any:

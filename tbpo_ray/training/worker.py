@@ -316,6 +316,7 @@ class Worker:
             "skipped": self.engine.skipped,
             "data": self.prepared.fingerprint,
             "order": ORDER_VERSION,
+            "objective_definition": self.config.objective.traits.definition,
         }
         validated = self._is_validated()
         folder = self.saver.save(self.step, files, state, pending=validated)

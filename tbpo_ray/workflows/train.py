@@ -31,7 +31,12 @@ from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.cost import measure_cost
 from tbpo_ray.training.metrics_file import read_metrics
-from tbpo_ray.training.resume_checks import refuse_changes, refuse_other_order, steps_changed
+from tbpo_ray.training.resume_checks import (
+    refuse_changes,
+    refuse_other_objective,
+    refuse_other_order,
+    steps_changed,
+)
 from tbpo_ray.training.run_paths import RunPaths
 from tbpo_ray.training.run_plan import RunPlan, check_shared_prompt, make_schedule, resolve_run
 from tbpo_ray.training.run_result import RunResult
@@ -166,6 +171,7 @@ def train(
             return _finished_result(folder)
         if extended or not done.is_file():
             refuse_other_order(config, folder, extended=extended)
+            refuse_other_objective(config, folder, extended=extended)
         if done.is_file() and extended:
             done.unlink()
             log_progress(f"run {config.run.name} is extended")
