@@ -98,6 +98,8 @@ def check_helpers(start: Config, helpers: Sequence[Helper], base: Config) -> Non
     Raises:
         InputError: naming the helper's key, the value and the remedy.
     """
+    if helpers:
+        check_run(base)  # first, so that faults of the run are not reported as faults of its helpers
     for helper in helpers:
         own = helper.config.objective
         if own.needs_weights and own.token_weights.source == "models" and not _names_models(helper.config):

@@ -190,6 +190,12 @@ def test_helpers_that_do_not_fit_are_refused(tmp_path, objective, overrides, wor
         assert word in str(caught.value)
 
 
+def test_a_fault_of_the_run_is_not_reported_as_one_of_its_helpers(tmp_path):
+    with pytest.raises(InputError) as caught:
+        planned(tmp_path, "sepo", "data.train=/no/file.jsonl")
+    assert str(caught.value).startswith("data.train")
+
+
 def test_a_helper_with_another_tokenizer_is_refused_before_anything_starts(tmp_path, tiny_model):
     from tokenizers import Tokenizer
 
