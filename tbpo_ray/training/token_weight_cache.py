@@ -33,7 +33,7 @@ from tbpo_ray.training.instructions import check_instruction, tokenize_instructi
 from tbpo_ray.training.reference_scores import reference_scores
 from tbpo_ray.training.run_plan import RunPlan
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 SIDES = ("chosen", "rejected")
 T_REG_INSTRUCTIONS = (
@@ -167,6 +167,8 @@ def token_weights(
         "scores": [folder.name for folder in scores],
         "estimate": objective.name if scores else "given",
     }
+    if scores and objective.name == "tis_dpo":
+        identity["transform"] = objective.token_weights.transform
     folder = cache / f"weights-{digest(identity)}"
     with file_lock(cache / f".{folder.name}.lock"):
         if not (folder / MANIFEST).is_file():
@@ -205,7 +207,8 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 def _estimate(objective: ObjectiveConfig, positive: Tensor, negative: Tensor, *, chosen: bool) -> Tensor:
     if objective.name == "tis_dpo":
-        return contrastive_weights(positive, negative, chosen=chosen)
+        transform = objective.token_weights.transform
+        return contrastive_weights(positive, negative, chosen=chosen, transform=transform)
     return {"sepo": oracle_scores, "t_reg": self_rewards}[objective.name](positive, negative)
 
 

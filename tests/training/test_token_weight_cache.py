@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tbpo_ray.data.reader import PairReader
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError
 from tbpo_ray.storage.paths import cache_dir
+from tbpo_ray.training.instructions import Instruction
 from tbpo_ray.training.run_plan import resolve_run
 from tbpo_ray.training.token_weight_cache import token_weights, weight_models
 from tbpo_ray.workflows.prepare import prepare_role
@@ -74,25 +76,41 @@ def test_weights_are_those_of_the_two_models(ray_session, tmp_path, small_model,
         for side, sign in (("chosen", 1.0), ("rejected", -1.0)):
             answer = list(weights[f"{side}_ids"][i])
             ratio = log_probs(positive, prompt, answer) - log_probs(negative, prompt, answer)
-            want = np.exp(sign * ratio.clip(-0.5, 1.5))
+            want = np.exp((sign * ratio).clip(-0.5, 1.5))
             np.testing.assert_allclose(weights[f"{side}_weights"][i], want, atol=1e-4)
+    ranked = settings(
+        tmp_path, small_model, "tis_dpo", f"objective.token_weights.negative={other_model}",
+        "objective.token_weights.transform=rank",
+    )  # fmt: skip
+    ranks = PairReader(prepared, [str(token_weights(resolve_run(ranked), prepared))]).fetch(np.arange(12))
+    for i in range(12):
+        order = np.argsort(weights["chosen_weights"][i], kind="stable")
+        sorted_ranks = ranks["chosen_weights"][i][order]
+        assert (sorted_ranks[0], sorted_ranks[-1]) == pytest.approx((0.7, 1.3))
+        assert (np.diff(sorted_ranks) > -1e-6).all()
 
-    config = settings(tmp_path, small_model, "t_reg", "objective.token_weights.positive_instruction=Be kind.")
+    keys = [f"objective.token_weights.{side}_instruction" for side in ("positive", "negative")]
+    template = "Request: {prompt} Answer: {answer} Now do worse."
+    config = settings(tmp_path, small_model, "t_reg", f"{keys[0]}=Be kind.", f"{keys[1]}={template}")
     got = PairReader(prepared, [str(token_weights(resolve_run(config), prepared))]).fetch(np.arange(3))
     tokenizer = AutoTokenizer.from_pretrained(small_model)
-    texts = [f"{model.instruction}\n\n" for model in weight_models(config)]
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     for i in range(3):
-        first, *rest = list(got["prompt_ids"][i])
-        assert first == tokenizer.bos_token_id
-        answer = list(got["chosen_ids"][i])
-        better, worse = (
-            log_probs(
-                positive, [first, *tokenizer(text, add_special_tokens=False)["input_ids"], *rest], answer
-            )
-            for text in texts
+        first, *prompt = list(got["prompt_ids"][i])
+        *turn, assistant = prompt
+        assert first == tokenizer.bos_token_id and assistant == tokenizer.convert_tokens_to_ids(
+            "<|assistant|>"
         )
-        want = 1 / (1 + np.exp(worse - better)) - 0.5
-        np.testing.assert_allclose(got["chosen_weights"][i], want, atol=1e-5)
+        for side in ("chosen", "rejected"):
+            answer = list(got[f"{side}_ids"][i])
+            shown = [*ids(" Answer: "), *answer[:-1], *ids(" Now do worse.")]
+            better = log_probs(positive, [first, *ids("Be kind.\n\n"), *prompt], answer)
+            worse = log_probs(positive, [first, *ids("Request: "), *turn, *shown, assistant], answer)
+            want = 1 / (1 + np.exp(worse - better)) - 0.5
+            np.testing.assert_allclose(got[f"{side}_weights"][i], want, atol=1e-5)
 
 
 @pytest.mark.e2e
@@ -137,3 +155,23 @@ def test_weights_that_do_not_fit_name_the_record(tmp_path, small_model, weights,
     config = settings(tmp_path, small_model, "sepo", "objective.token_weights.source=columns")
     with pytest.raises(InputError, match=f"x.jsonl row 7: chosen_weights: .*{words}"):
         token_weights(resolve_run(config), prepared_with_weights(tmp_path / "bad", weights, [1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "text", ["{prompt} and {prompt}", "{answer}", "{answer} to {prompt}", "{prompt} {answer} {answer}"]
+)
+def test_an_instruction_with_misplaced_placeholders_is_refused(tmp_path, small_model, text):
+    key = "objective.token_weights.negative_instruction"
+    with pytest.raises(InputError, match=re.escape(f"{key}={text!r}")):
+        weight_models(settings(tmp_path, small_model, "t_reg", f"{key}={text}"))
+
+
+def test_an_instruction_goes_into_the_last_turn():
+    plain = Instruction(before=(7, 8), bos=1)
+    assert plain.identity == {"prefix": [7, 8]}  # as earlier versions named it
+    assert plain.revise(np.array([1, 5, 6]), np.array([9])).tolist() == [1, 7, 8, 5, 6]
+    assert plain.revise(np.array([5, 6]), np.array([9])).tolist() == [7, 8, 5, 6]
+    whole = Instruction((7,), (8,), True, (9,), tail=(3, 4), bos=1, end=2)
+    assert whole.revise(np.array([1, 5, 3, 4]), np.array([6, 2])).tolist() == [1, 7, 5, 8, 6, 9, 3, 4]
+    assert whole.revise(np.array([1, 5]), np.array([6])).tolist() == [1, 7, 5, 8, 6, 9]
+    assert whole.identity != Instruction((7,), (8,), True, (), tail=(3, 4), bos=1, end=2).identity
