@@ -10,9 +10,9 @@ and the user's words between them are context, not trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tbpo_ray.data.rejection_reasons import RecordError
@@ -199,7 +199,7 @@ class _Task:
     notes: list[str]
 
     @cached_property
-    def _frame(self) -> tuple[str, str, str] | None:
+    def _frame(self) -> tuple[str, str] | None:
         """The frame of an answer to the prompt, which both answers share."""
         return self.renderer.template.frame(self.prompt, ends=self.renderer.ends, **self.options)
 
@@ -243,7 +243,7 @@ class _Task:
     def _turns(self, turns: Sequence[Message]) -> tuple[str, list[Segment]]:
         render = self.renderer.template.render
         whole = render([*self.prompt, *turns], **self.options)
-        begin = reached = self._start(self.prompt, self.opening, whole)
+        begin = reached = self._start(self.prompt, self.opening, whole, turns)
         segments: list[Segment] = []
         for k, turn in enumerate(turns):
             if turn["role"] != "assistant":
@@ -252,7 +252,7 @@ class _Task:
             if k > 0:
                 known = [*self.prompt, *turns[:k]]
                 opened = render(known, add_generation_prompt=True, **self.options)
-                start = self._start(known, opened, whole)
+                start = self._start(known, opened, whole, turns[k:])
                 segments.append(Segment(whole[reached:start], False))
             if k == len(turns) - 1:
                 text = self.renderer.cut(whole[start:], last=True)
@@ -286,26 +286,37 @@ class _Task:
                 return body
         return renderer.cut_within(whole[start:], known[-1], text)
 
-    def _start(self, known: Sequence[Message], opening: str, whole: str) -> int:
+    def _frames(
+        self, known: Sequence[Message], opening: str, whole: str, following: Sequence[Message]
+    ) -> Iterator[tuple[str, str]]:
+        """`known` alone, and what may be the template's own text in front of the turn behind it."""
+        frame = partial(self.renderer.template.frame, known, ends=self.renderer.ends, **self.options)
+        found = self._frame if known is self.prompt else frame()
+        if found is None:
+            return
+        yield found
+        alone, _ = found
+        # A turn that others follow, or that only calls tools, may have another header than the last answer.
+        if following[1:] and (within := frame(rest=following[1:])) is not None:
+            yield within
+        if not any(_texts(following[0])) and opening.startswith(alone) and whole.startswith(alone):
+            yield alone, whole[len(alone) :]
+
+    def _start(self, known: Sequence[Message], opening: str, whole: str, following: Sequence[Message]) -> int:
         """Where in `whole` the assistant's turn behind `known` begins.
 
         Args:
             opening: `known` with its generation prompt.
+            following: the turn and those behind it.
         """
         if whole.startswith(opening):
             return len(opening)
         # The generation prompt may hold more than the template writes in front of a finished answer, such as
         # an opened `<think>`: the answer then begins behind what both have in common. Only the template's own
         # text is compared, since an answer may happen to begin like the generation prompt.
-        renderer = self.renderer
-        if known is self.prompt:
-            frame = self._frame
-        else:
-            frame = renderer.template.frame(known, ends=renderer.ends, **self.options)
-        if frame is not None:
-            alone, header, _ = frame
+        for alone, header in self._frames(known, opening, whole, following):
             if opening.startswith(alone):
-                header = renderer.common_header(opening[len(alone) :], header)
+                header = self.renderer.common_header(opening[len(alone) :], header)
             if whole.startswith(alone + header):
                 return len(alone) + len(header)
         raise NotPrefixStableError("the prompt is written differently in front of an answer")

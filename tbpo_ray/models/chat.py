@@ -106,26 +106,28 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         ends: Sequence[str] = (),
-    ) -> tuple[str, str, str] | None:
-        """Text of the prompt alone, text between it and an answer's content, and text behind the content.
+        rest: Sequence[Message] = (),
+    ) -> tuple[str, str] | None:
+        """Text of the prompt alone, and text between it and an answer's content.
 
         Found by rendering an answer that no template alters; None where the template refuses or hides it.
 
         Args:
             ends: the tokens behind a turn, which some templates write behind a prompt too.
+            rest: turns behind the answer.
         """
         probe = {"role": "assistant", "content": PROBE}
         try:
             alone = self.render(prompt, tools=tools, template_kwargs=template_kwargs)
-            text = self.render([*prompt, probe], tools=tools, template_kwargs=template_kwargs)
+            text = self.render([*prompt, probe, *rest], tools=tools, template_kwargs=template_kwargs)
         except TemplateRefusedError:
             return None
-        before, found, behind = text.rpartition(PROBE)
+        before, found, _ = text.rpartition(PROBE)
         if not before.startswith(alone):
             alone = alone.rstrip().removesuffix("".join(ends)).rstrip()
         if not found or not before.startswith(alone):
             return None
-        return alone, before[len(alone) :], behind
+        return alone, before[len(alone) :]
 
     def turn_ends(self, tokens: Iterable[str], special: Iterable[str] = ()) -> tuple[str, ...]:
         """The tokens directly behind an assistant's turn; see :func:`tbpo_ray.models.turn_tokens.turn_ends`.

@@ -185,6 +185,28 @@ LAST_EOS = (
 )
 ALWAYS_EOS = LAST_EOS.replace("{% if loop.last %}{{ eos_token }}{% endif %}", "") + "{{ eos_token }}"
 
+NEMOTRON = (
+    "<|role|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "{{ tools | tojson if tools }}\n{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|role|>user\n' + m.content + '\n' }}"
+    "{% elif m.role == 'tool' %}{{ '<|role|>user\n[' + m.content + ']\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|role|>assistant\n' }}"
+    "{% if loop.last and m.content %}{{ '<think>\n' }}{% endif %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    "{% for c in m.tool_calls or [] %}{{ '<TOOLCALL>' }}{{ c.function | tojson }}{% endfor %}{{ '\n<|stop|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|role|>assistant\n<think>\n' }}{% endif %}"
+)
+
+HARMONY = (
+    "{% for m in messages %}{{ '<|start|>' }}{% if m.role == 'assistant' and m.tool_calls %}"
+    "{{ 'assistant<|channel|>call<|message|>' }}{{ m.tool_calls[0].function | tojson }}{{ '<|call|>' }}"
+    "{% elif m.role == 'assistant' %}{% if loop.last and m.thinking %}"
+    "{{ 'assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|><|start|>' }}{% endif %}"
+    "{{ 'assistant<|channel|>final<|message|>' + m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}"
+    "{% else %}{{ m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
 STYLES = {
     # name: template, special tokens, added tokens that are not special, BOS, EOS, what it cannot write
     "qwen2": (QWEN2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>"], None,
@@ -218,6 +240,9 @@ STYLES = {
                   "<|endoftext|>", "<|endoftext|>", ("tool",)),
     "granite": (GRANITE, ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"], [],
                 "<|end_of_text|>", "<|end_of_text|>", ()),
+    "nemotron": (NEMOTRON, ["<s>", "<|role|>", "<|stop|>", "<think>", "</think>"], [], "<s>", "<|stop|>", ()),
+    "harmony": (HARMONY, ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>", "<|call|>"], [], None,
+                "<|return|>", ()),
     "last eos": (LAST_EOS, ["<s>", "</s>", "[INST]", "[/INST]"], [], "<s>", "</s>", ("system", "tool")),
     "last eos, words": (LAST_EOS, ["<s>", "</s>"], [], "<s>", "</s>", ("system", "tool")),
     "always eos": (ALWAYS_EOS, ["<s>", "</s>", "[INST]", "[/INST]"], [], "<s>", "</s>", ("system", "tool")),
@@ -228,7 +253,7 @@ ENDS = {
     "mistral": "</s>", "llama2": "</s>", "phi3": "<|end|>", "qwen3 special": "<|im_end|>",
     "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek r1": "<｜end▁of▁sentence｜>", "qwq": "<|im_end|>",
     "kimi": "<|im_end|>", "phi4 mini": "<|end|>", "granite": "<|end_of_text|>", "last eos": "</s>",
-    "last eos, words": "</s>", "always eos": "</s>",
+    "last eos, words": "</s>", "always eos": "</s>", "nemotron": "<|stop|>", "harmony": "<|return|>",
 }  # fmt: skip
 TEXTS = [
     "the quick brown fox jumps over the lazy dog, and the weather in Oslo is 12 degrees",

@@ -73,8 +73,8 @@ CORPUS = {
     "tool result in the answer": (HELLO, [call("天气"), result("12"), say("assistant", "12 degrees")], TOOLS),
     "user turn in the answer": (HELLO, [say("assistant", "fox"), *HELLO, say("assistant", "the dog")], None),
 }
-ENDS_ONCE = ("last eos", "last eos, words", "always eos")
-"""Styles that write an end token behind the last turn only."""
+ENDS_ONCE = ("last eos", "last eos, words", "always eos", "harmony")
+"""Styles that write their end token behind the last turn only."""
 _NEEDS = {"system": ("system",), "tool call": ("tool",), "tool result in the prompt": ("tool",)}
 _NEEDS |= {"tool result in the answer": ("tool",)}
 
@@ -94,7 +94,7 @@ def expected(tokenizer, style, messages, tools=None, **kwargs):
         messages, tools=tools, tokenize=True, return_dict=False, **options, **kwargs
     )
     end = tokenizer.convert_tokens_to_ids(ENDS[style])
-    return encoded[: len(encoded) - encoded[::-1].index(end)]
+    return encoded[: len(encoded) - encoded[::-1].index(end)] if end in encoded else encoded
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,7 +195,7 @@ def test_both_ends_of_a_turn_belong_to_the_answer():
         assert trained.count(first) == trained.count(last) == turns
 
 
-@pytest.mark.parametrize("style", ENDS_ONCE)
+@pytest.mark.parametrize("style", ["last eos", "last eos, words", "always eos"])
 def test_a_turn_has_no_end_where_the_template_writes_one_behind_the_last_only(style):
     tokenizer, pairs, pair = pair_of(style, CORPUS["user turn in the answer"][1])
     trained = [t for t, mask in zip(pair.chosen_ids, pair.chosen_mask, strict=True) if mask]
