@@ -24,6 +24,8 @@ from tbpo_ray.progress import log_progress
 from tbpo_ray.redaction import strip_credentials
 
 _TYPES = OPEN_TYPES | DEEPSPEED_TYPES
+_SHOWN = 400
+"""Characters of each end of a message that are shown."""
 STAGES = ("sft",)
 """Keys that hold overrides of the whole tree."""
 _WHOLE_TREE = re.compile(r"(?:sft|objective\.helpers\.[^.]+)\.")
@@ -92,6 +94,11 @@ def _parse_file(path: str | Path, option: str, example: str) -> dict[str, Any]:
 
 
 def _read_text(file: Path) -> str:
+    size = file.stat().st_size
+    if size > yaml_limits.MAX_BYTES:
+        raise InputError(
+            f"{file}: {size} bytes; must be a configuration, which has at most {yaml_limits.MAX_BYTES} bytes"
+        )
     content = file.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -149,7 +156,9 @@ def _override_value(key: str, text: str) -> Any:
         # Valid text need not be valid YAML: `data.train=[ab]*.jsonl`.
         if accepts_text:
             return text
-        raise InputError(f"{key}={text!r}: the value is not valid YAML ({_problem(error)})") from error
+        raise InputError(
+            f"{_shortened(f'{key}={text!r}')}: the value is not valid YAML ({_problem(error)})"
+        ) from error
     if accepts_text and _is_verbatim(text, parsed, annotation):
         return text
     return _typed_config({key: parsed})[key]
@@ -256,7 +265,12 @@ def validate(tree: Mapping[str, Any]) -> Config:
     try:
         return validate_section(Config, plain)
     except InputError as error:
-        raise InputError(*(_as_written(fault, spellings) for fault in error.faults)) from error
+        raise InputError(*(_shortened(_as_written(fault, spellings)) for fault in error.faults)) from error
+
+
+def _shortened(text: str) -> str:
+    """A message without the middle of a value that is too long to show."""
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} … {text[-_SHOWN:]}"
 
 
 def _as_written(fault: str, spellings: Mapping[str, tuple[str, str]]) -> str:

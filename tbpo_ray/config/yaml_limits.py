@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 
 import yaml
 
+MAX_BYTES = 1_000_000
+"""Size of a file; PyYAML takes seconds for a megabyte."""
 MAX_DEPTH = 50
 """Levels of nesting; the configuration itself has five."""
 MAX_NODES = 100_000
