@@ -253,6 +253,8 @@ class _Task:
                 known = [*self.prompt, *turns[:k]]
                 opened = render(known, add_generation_prompt=True, **self.options)
                 start = self._start(known, opened, whole, turns[k:])
+                if start < reached:
+                    raise NotPrefixStableError("a turn of the answer has no end of its own")
                 segments.append(Segment(whole[reached:start], False))
             if k == len(turns) - 1:
                 text = self.renderer.cut(whole[start:], last=True)

@@ -205,6 +205,12 @@ def test_a_turn_has_no_end_where_the_template_writes_one_behind_the_last_only(st
     assert pairs.counts["turn_without_end"] == 1
 
 
+def test_a_turn_that_says_nothing_never_swallows_the_next_ones():
+    answer = [say("assistant", "  "), *HELLO, say("assistant", "fox")]
+    _, _, pair = pair_of("last eos, words", answer)
+    assert isinstance(pair, RecordError) and pair.reason == "template_not_prefix_stable"
+
+
 def test_tools_of_a_message_are_written_once():
     reads = "{{ m.tools | tojson if m.tools }}{{ m.content }}</s>{% endfor %}"
     reads = "{% for m in messages %}" + reads
