@@ -18,7 +18,7 @@ from tbpo_ray.config import field_types, yaml_limits, yaml_text
 from tbpo_ray.config.deepspeed_options import OPEN_TYPES as DEEPSPEED_TYPES
 from tbpo_ray.config.open_values import OPEN_TYPES
 from tbpo_ray.config.schema import RENAMED_KEYS, Config
-from tbpo_ray.config.validation import section_keys, unknown_key_message, validate_section
+from tbpo_ray.config.validation import ModelT, section_keys, unknown_key_message, validate_section
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.progress import log_progress
 from tbpo_ray.redaction import strip_credentials
@@ -59,6 +59,20 @@ def read_space(path: str | Path) -> dict[str, Any]:
     tree = _parse_file(path, "--space", "tune_spaces/joint.yaml")
     typed, _ = yaml_text.split_written({key: _typed_entry(key, entry) for key, entry in tree.items()})
     return dict(typed)
+
+
+def read_section(path: str | Path, model: type[ModelT], option: str, example: str) -> ModelT:
+    """Read a YAML file that holds one section of its own, such as a suite of prompts.
+
+    Args:
+        option: the key that names the file, for messages.
+        example: a file of this kind, for messages.
+
+    Raises:
+        InputError: the file cannot be read, or does not fit the section.
+    """
+    typed, _ = yaml_text.split_written(yaml_text.typed(_parse_file(path, option, example), model))
+    return validate_section(model, typed, option)
 
 
 def _parse_file(path: str | Path, option: str, example: str) -> dict[str, Any]:

@@ -214,7 +214,8 @@ class GenerationConfig(Section):
     batch_size: Count = 256
     """Prompts per batch that an engine receives."""
     max_model_len: Count | None = None
-    """Maximum number of tokens of a prompt and its answer together; default: the model's own limit."""
+    """Maximum number of tokens of a prompt and its answer together; default: what the longest prompt and
+    `max_tokens` need, or the model's own limit if that is less."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, passed through; `trust_remote_code` is refused."""
 
@@ -229,9 +230,17 @@ class EvaluationConfig(Section):
     """The prompts, the judge and the policies of an evaluation."""
 
     prompts: str | None = None
-    """Source of the prompts (JSONL, Parquet or `builtin:copyedit?split=test`); default: `data.eval`."""
-    max_prompts: Count | None = 400
-    """Use at most this many prompts, from the beginning; null: all."""
+    """Source of the prompts (JSONL, Parquet or `builtin:copyedit?split=test`); default: `data.eval`, with a
+    suite the suite's own."""
+    suite: str | None = None
+    """A ready evaluation that sets how prompts are read, how many, and the judge's rubric: `helpful`,
+    `harmless`, `tldr`, `alpaca_eval`, `arena_hard_v2`, or the path of a YAML file with one's own."""
+    max_prompts: Count | Literal["auto"] | None = "auto"
+    """Use at most this many prompts, from the beginning; null: all; `auto`: as many as the suite says, 400
+    without a suite."""
+    reference_column: str | None = None
+    """Metadata column with a reference answer (a text or several), to which ROUGE-L compares the answers;
+    default: that of the suite, else no ROUGE-L."""
     judge: dict[str, Any] = Field(default_factory=lambda: {"kind": "checker", "function": None})
     """How answers are judged: `{kind: KIND, ...}` with `checker`, `reward_model`, `llm` or `implicit`, and
     the settings of that kind."""

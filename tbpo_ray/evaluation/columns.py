@@ -30,6 +30,8 @@ COLUMNS = (
     Column("score", "score", 1, 1),
     Column("win_rate", "win rate", 100, 1),
     Column("lc_win_rate", "win rate, length-controlled", 100, 1),
+    Column("length_tokens", "tokens per answer"),
+    Column("rouge_l", "ROUGE-L", 1, 1),
     Column("implicit_accuracy", "implicit reward accuracy", 100, 1),
     Column("credit_auc", "credit AUC, log-ratio", 1, 1),
     Column("credit_auc_advantage", "credit AUC, advantage", 1, 1),
@@ -38,7 +40,6 @@ COLUMNS = (
     Column("self_bleu", "self-BLEU", 1, -1, in_verdict=False),
     Column("predictive_entropy", "predictive entropy", in_verdict=False),
     Column("kl_k1", "KL from reference"),
-    Column("length_tokens", "tokens per answer", in_verdict=False),
     Column("truncated", "truncated", 100, in_verdict=False),
 )
 BY_METRIC = {column.metric: column for column in COLUMNS}

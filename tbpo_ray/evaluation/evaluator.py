@@ -30,6 +30,8 @@ from tbpo_ray.evaluation.judgments import Judgments, flatten
 from tbpo_ray.evaluation.measures import Estimate, Groups, describe, mean_estimate, per_prompt
 from tbpo_ray.evaluation.prompts import Policy, PromptSet, read_prompts, resolve_policy, tokenize_prompts
 from tbpo_ray.evaluation.reference_kl import kl_k1, reference_logprobs
+from tbpo_ray.evaluation.rouge import rouge_metrics
+from tbpo_ray.evaluation.suites import reference_column, slice_columns
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import Samples
@@ -230,6 +232,8 @@ def _policy_verdict(
     metrics = judgments.score_metrics(policy.name)
     metrics |= compared.metrics() if compared is not None else {}
     metrics |= describe(group) | dict(model_metrics.get(policy.name, {}))
+    column = reference_column(config)
+    metrics |= rouge_metrics(group, column) if column is not None else {}
     log_progress(f"{policy.name}: computing the KL from the reference on its samples")
     metrics["kl_k1"] = _kl_estimate(group, inputs.reference, config)
     return PolicyVerdict(
@@ -238,7 +242,7 @@ def _policy_verdict(
         prompts=len(group),
         failed=samples.manifest["failed"],
         metrics=metrics,
-        slices=judgments.slice_metrics(policy.name, compared, config.evaluation.slice_by),
+        slices=judgments.slice_metrics(policy.name, compared, slice_columns(config)),
         samples=f"samples/{samples.folder.name}",
     )
 

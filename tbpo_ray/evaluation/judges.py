@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_ray.config.schema import Config
+from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.checker import Checker
 from tbpo_ray.evaluation.judge import ImplicitJudge, Judge, refuse_unknown
 from tbpo_ray.evaluation.llm_judge import LlmJudge
 from tbpo_ray.evaluation.pool_judge import PoolJudge
 from tbpo_ray.evaluation.reward_model import RewardModelJudge
+from tbpo_ray.evaluation.suites import judge_settings
 from tbpo_ray.storage.paths import cache_dir
 
 
@@ -25,8 +27,13 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
     Raises:
         InputError: settings that this kind of judge does not accept.
     """
-    settings = dict(config.evaluation.judge)
+    settings = judge_settings(config)
     kind = settings.pop("kind", "checker")
+    if config.evaluation.suite is not None and kind == "checker" and settings.get("function") is None:
+        raise InputError(
+            f"evaluation.judge.kind=checker: evaluation.suite={config.evaluation.suite} has no function that "
+            "checks its answers; use llm or reward_model, or give evaluation.judge.function"
+        )
     builders: dict[str, Callable[[], Judge]] = {
         "checker": lambda: Checker.from_settings(settings, source),
         "reward_model": lambda: RewardModelJudge.from_settings(

@@ -14,6 +14,7 @@ from tbpo_ray.evaluation.measures import (
     Estimate,
     Groups,
     compare,
+    length_estimate,
     mean_estimate,
     paired,
     per_prompt,
@@ -122,7 +123,9 @@ class Judgments:
     def _slice(
         self, policy: str, compared: ComparedAnswers | None, prompt_ids: Sequence[str]
     ) -> dict[str, Estimate]:
-        metrics = {"prompts": Estimate(len(prompt_ids))} | self.score_metrics(policy, prompt_ids)
+        group = restrict(self.groups[policy], prompt_ids)
+        metrics = {"prompts": Estimate(len(prompt_ids)), "length_tokens": length_estimate(group)}
+        metrics |= self.score_metrics(policy, prompt_ids)
         judged = compared.restrict(prompt_ids) if compared is not None else None
         # A slice without a verdict has no win rate; only a whole policy without one is an error.
         return metrics | judged.metrics() if judged is not None and judged.pairs else metrics

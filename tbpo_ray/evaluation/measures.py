@@ -59,11 +59,16 @@ def describe(groups: Groups) -> dict[str, Estimate]:
         "self_bleu": Estimate(self_bleu([[s.answer for s in group] for group in groups.values()])),
         "predictive_entropy": Estimate(predictive_entropy(logprobs)),
         "entropy_per_token": Estimate(predictive_entropy(logprobs, per_token=True)),
-        "length_tokens": _mean_over_prompts(groups, lambda sample: len(sample.token_ids)),
+        "length_tokens": length_estimate(groups),
         "length_chars": _mean_over_prompts(groups, lambda sample: len(sample.answer)),
         "truncated": Estimate(float(np.mean([s.finish_reason == "length" for s in samples]))),
     }
     return {name: estimate for name, estimate in metrics.items() if math.isfinite(estimate.value)}
+
+
+def length_estimate(groups: Groups) -> Estimate:
+    """Mean number of tokens of an answer."""
+    return _mean_over_prompts(groups, lambda sample: len(sample.token_ids))
 
 
 def _mean_over_prompts(groups: Groups, measure: Callable[[Sample], float]) -> Estimate:

@@ -16,6 +16,8 @@ from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.readable import conversation_text
+from tbpo_ray.evaluation.rouge import check_references
+from tbpo_ray.evaluation.suites import iter_suite_prompts, load_suite, prompt_limit, suite_source
 from tbpo_ray.generation.samples import PromptTokens
 from tbpo_ray.models.load import BUILTIN
 from tbpo_ray.models.resolve import local_model
@@ -34,6 +36,8 @@ class PromptSet:
     prompts: list[Prompt]
     skipped: list[BadRecord] = field(default_factory=list)
     """Rows without a prompt."""
+    suite: str | None = None
+    """`evaluation.suite`."""
     counts: Counter[str] = field(default_factory=Counter)
     """How many prompts a policy did not get as they are, by reason; see :func:`tokenize_prompts`."""
 
@@ -53,6 +57,7 @@ class PromptSet:
             "rows": len(self.prompts),
             "skipped": len(self.skipped),
             **self.counts,
+            **({"suite": self.suite} if self.suite else {}),
         }
 
 
@@ -76,11 +81,14 @@ def _identity(prompt: Prompt) -> tuple[Any, ...]:
 
 
 def prompt_sources(config: Config) -> list[str]:
-    """`evaluation.prompts`, else the sources of `data.eval`.
+    """`evaluation.prompts`, else the source of the suite, or without one the sources of `data.eval`.
 
     Raises:
-        InputError: neither is configured.
+        InputError: none is configured, or the suite is unknown.
     """
+    suite = load_suite(config)
+    if suite is not None:
+        return [suite_source(config, suite)]
     source = config.evaluation.prompts or config.data.eval
     if not source:
         raise InputError(
@@ -93,22 +101,30 @@ def prompt_sources(config: Config) -> list[str]:
 def read_prompts(config: Config) -> PromptSet:
     """Read the first `evaluation.max_prompts` prompts of `evaluation.prompts`, else of `data.eval`.
 
+    A suite may render them in its own way, and takes each prompt once.
+
     Raises:
-        InputError: no source is configured, or it contains no prompt.
+        InputError: no source is configured, it contains no prompt, or none has the reference answer that
+            `evaluation.reference_column` names.
     """
-    names, limit = prompt_sources(config), config.evaluation.max_prompts
+    suite, column = load_suite(config), config.evaluation.reference_column
+    names, limit = prompt_sources(config), prompt_limit(config)
     prompts: list[Prompt] = []
     bad: list[BadRecord] = []
     for name in names:
         room = None if limit is None else limit - len(prompts)
-        if room != 0:
+        if room != 0 and suite is not None:
+            prompts += iter_suite_prompts(suite, name, room, bad.append)
+        elif room != 0:
             prompts += iter_prompts(name, room, bad.append)
     if not prompts:
         first = (
             f"; {len(bad)} rows were skipped, the first one: {bad[0].reason} {bad[0].detail}" if bad else ""
         )
         raise InputError(f"evaluation.prompts={', '.join(names)}: contains no prompt{first}")
-    return PromptSet(", ".join(names), prompts, bad)
+    if column is not None:
+        check_references([prompt.metadata for prompt in prompts], column)
+    return PromptSet(", ".join(names), prompts, bad, config.evaluation.suite)
 
 
 def tokenize_prompts(prompts: PromptSet, model: str, config: Config) -> list[PromptTokens]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ NOTES = (
 )
 _MAX_SAMPLES, _MAX_CHARACTERS = 8, 600
 _DASH = "–"
+_JUDGE_IDENTITY = ("kind", "function", "model", "revision", "pool", "url", "rubric")
 
 
 def compare_runs(config: Config, *, parent_run_id: str | None = None) -> Path:
@@ -75,7 +76,7 @@ def build_page(
         "title": f"Comparison: {config.run.name}",
         "subtitle": (
             f"{len(entries)} policies, {first.prompts['rows']} prompts from {first.prompts['source']}, "
-            f"judge: {first.judge['kind']}, win rates against {first.baseline}, 95 % intervals"
+            f"judge: {first.judge_name}, win rates against {first.baseline}, 95 % intervals"
         ),
         "warnings": _warnings(entries),
         "gate": gate.sentence if gate else "",
@@ -84,7 +85,7 @@ def build_page(
             {"label": entry.label, "series": i % SERIES, "cells": [_cell(entry, entries, c) for c in columns]}
             for i, entry in enumerate(entries)
         ],
-        "notes": NOTES,
+        "notes": " ".join([NOTES, *first.judge_notes()]),
         "costs": _costs(entries),
         "cost_headings": HEADINGS,
         "cost_note": COST_NOTE,
@@ -121,7 +122,7 @@ def _warnings(entries: Sequence[Entry]) -> list[str]:
     warnings = []
     if len({entry.verdict.prompts["digest"] for entry in entries}) > 1:
         warnings.append("These policies answered different prompts: rates and diversity are not comparable.")
-    if len({str(entry.verdict.judge) for entry in entries}) > 1:
+    if len({str(_judge_identity(entry.verdict.judge)) for entry in entries}) > 1:
         warnings.append("These verdicts come from different judges.")
     baselines = {(e.verdict.baseline, e.verdict[e.verdict.baseline].model) for e in entries}
     if len(baselines) > 1:
@@ -131,6 +132,11 @@ def _warnings(entries: Sequence[Entry]) -> list[str]:
     if failed:
         warnings.append(f"Samples that the engine rejected, which are not counted: {', '.join(failed)}.")
     return warnings
+
+
+def _judge_identity(judge: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a judge another one; its counts and its cost differ from verdict to verdict."""
+    return {name: judge.get(name) for name in _JUDGE_IDENTITY}
 
 
 def _cell(entry: Entry, entries: Sequence[Entry], column: Column) -> dict[str, Any]:
@@ -174,11 +180,18 @@ def _slice_rows(entries: Sequence[Entry], column: str, metric: Column) -> list[d
             "value": value,
             "cells": [
                 _value_and_interval(by_value.get(value, {}).get(metric.metric), metric.factor)
+                | {"length": _length(by_value.get(value, {})) if metric.metric == "win_rate" else ""}
                 for by_value in slices
             ],
         }
         for value in values
     ]
+
+
+def _length(metrics: Mapping[str, Estimate]) -> str:
+    """The mean length of the answers, to be read beside a win rate."""
+    length = metrics.get("length_tokens")
+    return "" if length is None else f"{length.value:.0f} tokens"
 
 
 def _samples(entries: Sequence[Entry]) -> list[dict[str, Any]]:

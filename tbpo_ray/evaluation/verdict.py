@@ -104,10 +104,39 @@ class Verdict:
         head, *body = _align_columns(rows)
         rule = "-" * max(map(len, (head, *body)))
         note = (
-            f"{self.prompts['rows']} prompts from {self.prompts['source']}; judge: {self.judge['kind']}; "
+            f"{self.prompts['rows']} prompts from {self.prompts['source']}; judge: {self.judge_name}; "
             f"win rates against {self.baseline}; 95 % intervals; KL: k1 estimate in nats per answer"
         )
-        return "\n".join([head, rule, *body, rule, note, *self._costs()])
+        return "\n".join([head, rule, *body, rule, note, *self.judge_notes(), *self._costs()])
+
+    @property
+    def judge_name(self) -> str:
+        """The kind of judge, and its rubric if it has one."""
+        rubric = self.judge.get("rubric")
+        return f"{self.judge['kind']} ({rubric})" if rubric else str(self.judge["kind"])
+
+    def judge_notes(self) -> list[str]:
+        """Sentences on how far a language model as judge can be trusted; empty for other judges."""
+        bias, notes = self.judge.get("first_preferred"), []
+        if bias:
+            biased = bias["low"] > 0.5 or bias["high"] < 0.5
+            meaning = "a bias, which judging in both orders turns into ties" if biased else "50 % is no bias"
+            share = format_estimate(Estimate(bias["value"], bias["low"], bias["high"]), 100)
+            notes.append(
+                f"Position bias: the judge preferred the answer shown first in {share} of its verdicts on "
+                f"{bias['pairs']} pairs; {meaning}."
+            )
+        elif self.judge.get("kind") == "llm":
+            notes.append("Position bias: not measured, since no pair has a verdict in both orders.")
+        missing = {
+            name: self.judge[name]
+            for name in ("unparsable", "timeouts", "malformed", "rejected", "errors", "failed")
+            if self.judge.get(name)
+        }
+        if missing:
+            counted = ", ".join(f"{name} {number}" for name, number in missing.items())
+            notes.append(f"Replies of the judge that gave no verdict: {counted}.")
+        return notes
 
     def _costs(self) -> list[str]:
         """The lines of the table of costs, after an empty line; none without costs."""

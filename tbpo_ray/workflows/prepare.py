@@ -80,7 +80,7 @@ def prepare_role(config: Config, role: str, tokenizer: str, cache: Path) -> Prep
         chat_template=config.model.chat_template,
         role=role,
         seed=config.run.seed,
-        keep_ties=getattr(config.objective, "ties", "drop") != "drop",
+        keep_ties=config.objective.ties != "drop",
     )
     return prepare(
         spec,

@@ -15,7 +15,8 @@ import yaml
 from tbpo_ray.config.loading import known_keys
 from tbpo_ray.config.schema import RENAMED_KEYS, Config
 from tbpo_ray.data.messages import answer_text
-from tbpo_ray.data.records import parse_prompt, parse_records
+from tbpo_ray.data.records import ReadOptions, parse_prompt, parse_records
+from tbpo_ray.evaluation.suites import summarization_row
 from tests.test_layers import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,10 +90,19 @@ def test_every_example_of_a_record_is_one():
         if "topic" in row:
             assert parse_prompt(row).metadata == {"topic": "weather"}
         else:
-            (record,) = parse_records(row)
+            (record,) = parse_records(row, options=ReadOptions(keep_ties=True))
+            assert record.tie == bool(row.get("tie"))
             assert record.prompt == parse_prompt(row).prompt and record.chosen != record.rejected
             pairs += 1
     assert pairs == len(lines) - 1
+
+
+def test_the_examples_of_summarization_sets_give_a_request_and_its_reference():
+    lines = [line for block in blocks("evaluation.md", "json") for line in block.splitlines()]
+    prompts = [parse_prompt(summarization_row(json.loads(line))) for line in lines]
+    assert len(prompts) == 4
+    assert all(prompt.metadata["reference"] == "A day at sea." for prompt in prompts)
+    assert all(prompt.prompt[0]["content"].endswith("A long day at sea.\n\nTL;DR:") for prompt in prompts)
 
 
 def test_the_example_of_a_csv_file_is_read(tmp_path):

@@ -183,3 +183,61 @@ def test_a_name_at_the_top_is_not_cut_off():
     svg = scatter([Point("top", 1.0, 1.0, 0), Point("below", 0.0, 0.0, 0)], "x", "y")
     (y,) = re.findall(r'y="([\d.]+)"[^>]*class="name">top<', svg)
     assert float(y) >= 12
+
+
+LLM = {"kind": "llm", "model": "m", "rubric": "summary", "unparsable": 0, "calls": 9}
+
+
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [
+        ({"value": 0.6, "low": 0.55, "high": 0.65, "pairs": 40}, "60.0 % [55.0, 65.0] of its verdicts on 40"),
+        ({"value": 0.5, "low": 0.4, "high": 0.6, "pairs": 40}, "50 % is no bias"),
+        (None, "not measured"),
+    ],
+)
+def test_the_verdict_states_the_position_bias_of_its_judge(bias, words):
+    prompts = {"source": "p", "digest": "d", "rows": 1, "skipped": 0}
+    metrics = {
+        "win_rate": Estimate(0.6, 0.5, 0.7),
+        "length_tokens": Estimate(31.5),
+        "rouge_l": Estimate(0.25),
+    }
+    policies = [PolicyVerdict("a", "a", 1, 0, {}), PolicyVerdict("b", "b", 1, 0, metrics)]
+    verdict = Verdict(policies, "a", "a", LLM | {"first_preferred": bias, "timeouts": 3}, prompts)
+    table = verdict.table()
+    assert words in table and "judge: llm (summary)" in table and "no verdict: timeouts 3." in table
+    assert ("a bias, which judging" in table) == (bias is not None and bias["low"] > 0.5)
+    head, _, _, line = table.splitlines()[:4]
+    columns = [head.index(name) for name in ("win rate", "tokens per answer", "ROUGE-L")]
+    assert columns == sorted(columns) and "31.500" in line and "0.250" in line
+    assert Verdict(policies, "a", "a", {"kind": "checker"}, prompts).judge_notes() == []
+
+
+def test_the_report_compares_judges_by_what_they_are(runs):
+    """Counts and costs of one judge differ from verdict to verdict; a win rate is shown with the length."""
+    for name, calls, rubric in (("one", 3, "general"), ("two", 5, "general"), ("three", 5, "helpful")):
+        (runs / name / "evaluation").mkdir(parents=True)
+        verdict = Verdict.load(runs / "both" / "evaluation" / "verdict.json")
+        length = {"length_tokens": Estimate(12.4)}
+        policies = [
+            PolicyVerdict(
+                policy.name,
+                f"{policy.model}-{name}",
+                100,
+                0,
+                {"win_rate": Estimate(0.6, 0.5, 0.7), **length},
+                {"task": {"copy": {"win_rate": Estimate(0.6, 0.5, 0.7), **length}}},
+                policy.samples,
+            )
+            for policy in verdict.policies
+        ]
+        judge = LLM | {"calls": calls, "rubric": rubric, "first_preferred": None}
+        Verdict(policies, "sft", "sft", judge, verdict.prompts).save(runs / name / "evaluation")
+    pages = {}
+    for compared in ("one, two", "one, three"):
+        config = load_config(None, [f"run.output_dir={runs}", f"runs=[{compared}]", "run.name=report"])
+        pages[compared] = compare_runs(config).read_text()
+    warning = "different judges"
+    assert warning not in pages["one, two"] and warning in pages["one, three"]
+    assert "<small>12 tokens</small>" in pages["one, two"] and "Position bias" in pages["one, two"]
