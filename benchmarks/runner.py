@@ -25,6 +25,7 @@ PARTS = (
     "generation",
     "search",
     "balance",
+    "memory_plan",
 )
 """Modules of this package with the functions `run(config, quick=..., only=...)` and `markdown(result)`."""
 

@@ -24,7 +24,13 @@ from tbpo_ray.training.memory_plan import (
     plan_memory,
     resolve_budget,
 )
-from tbpo_ray.training.run_plan import RunPlan, check_shared_prompt, make_schedule, resolve_run
+from tbpo_ray.training.run_plan import (
+    RunPlan,
+    check_shared_prompt,
+    make_schedule,
+    resolve_run,
+    settle_packing,
+)
 from tbpo_ray.training.token_weight_cache import check_token_weights
 
 READ_RECORDS, SAMPLE_PAIRS = 200_000, 1_000
@@ -56,7 +62,8 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
     """
     plan = resolve_run(config)
     model = resolve_model(config.model.name_or_path, plan.cache_dir)
-    notes = check_shared_prompt(plan, model, "model.name_or_path")
+    plan, notes = settle_packing(plan, {"model.name_or_path": model})
+    notes += check_shared_prompt(plan, model, "model.name_or_path")
     if notes:
         plan = replace(plan, shared_prompt=False)
     facts = ModelFacts(model, source=config.model)
@@ -123,7 +130,8 @@ def _format_engine(config: Config, facts: ModelFacts) -> list[str]:
     """What a vLLM engine needs at least: the weights, and the cache of one sequence of the longest length."""
     generation = config.generation
     text = facts.config.get_text_config() if hasattr(facts.config, "get_text_config") else facts.config
-    longest = generation.max_model_len or int(getattr(text, "max_position_embeddings", 0))
+    limit = int(getattr(text, "max_position_embeddings", 0))
+    longest = generation.max_model_len or min(limit, config.data.prompt_limit + generation.max_tokens)
     width = 2 if config.cluster.use_gpu is not False else 4
     weights = width * sum(p.numel() for p in facts.skeleton.parameters())
     return [

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.deal import ALIGN
 from tbpo_ray.data.schedule import Schedule, row_tokens
@@ -20,7 +19,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.models.preflight import ModelFacts
 from tbpo_ray.training.batch import BatchLayout, PairBatch, collate_columns
 from tbpo_ray.training.memory_trace import StepMemory, trace_step
-from tbpo_ray.training.run_plan import RunPlan, make_schedule
+from tbpo_ray.training.run_plan import RunPlan, make_schedule, with_budget
 
 GIB = 2**30
 OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
@@ -77,14 +76,14 @@ def plan_memory(
         InputError: the step cannot be traced.
     """
     world = workers or plan.config.cluster.max_workers
-    largest = _largest_micro_batch(make_schedule(plan, lengths), lengths, world)
+    largest = largest_micro_batch(make_schedule(plan, lengths), lengths, world)
     traced = trace_step(plan, facts, lambda: dummy_batch(plan, largest))
     rows = row_tokens(largest, truncate_to_shorter=plan.truncate_to_shorter, rows=plan.rows, sides=plan.sides)
     tokens = int(rows.sum()) if plan.packed else int(rows.max()) * len(rows)
     return replace(_with_states(plan, traced, world), tokens=tokens)
 
 
-def _largest_micro_batch(schedule: Schedule, lengths: np.ndarray, world: int) -> np.ndarray:
+def largest_micro_batch(schedule: Schedule, lengths: np.ndarray, world: int) -> np.ndarray:
     """[B, 3] lengths of the micro-batch with the most tokens, padding included, in the first steps."""
     found = [
         part
@@ -141,6 +140,7 @@ def _with_states(plan: RunPlan, traced: StepMemory, world: int) -> MemoryPlan:
             "weights": 0 if weights_on_host else weights,
             "gathered weights": gathered if world > 1 or weights_on_host else 0,
             "reference": traced.reference,
+            "state baseline": traced.head,
             "gradients": trained * _gradient_width(fp32, stage) // (world if stage >= 2 else 1),
             "communication buckets": bucket * 4 * (2 if zero.get("overlap_comm") else 1),
             "master and optimizer": 0 if optimizer_on_host else master,
@@ -194,7 +194,7 @@ def resolve_budget(plan: RunPlan, facts: ModelFacts, lengths: np.ndarray) -> Run
         )
     rows = row_tokens(lengths, truncate_to_shorter=plan.truncate_to_shorter, rows=plan.rows, sides=plan.sides)
     longest = -(-int(rows.max()) // ALIGN) * ALIGN
-    small, large = (plan_memory(_with_budget(plan, factor * longest), facts, lengths) for factor in (1, 4))
+    small, large = (plan_memory(with_budget(plan, factor * longest), facts, lengths) for factor in (1, 4))
     usable = MARGIN * available - _context(plan.config)
     slope = (large.parts["activations"] - small.parts["activations"]) / max(1, large.tokens - small.tokens)
     room = usable - small.total
@@ -203,11 +203,7 @@ def resolve_budget(plan: RunPlan, facts: ModelFacts, lengths: np.ndarray) -> Run
     tokens = small.tokens + int(room / max(slope, 1.0)) // 64 * 64
     # More than a step's share of a rank cannot be used.
     share = int(rows.mean() * plan.config.training.pairs_per_step / plan.config.cluster.max_workers * 1.25)
-    return _with_budget(plan, max(longest, min(tokens, share)))
-
-
-def _with_budget(plan: RunPlan, tokens: int) -> RunPlan:
-    return replace(plan, config=stage_config(plan.config, {}, training__micro_batch_tokens=tokens))
+    return with_budget(plan, max(longest, min(tokens, share)))
 
 
 def _context(config: Config) -> int:

@@ -42,6 +42,8 @@ class StepMemory:
     largest_layer: int
     """Bytes of the largest module that ZeRO stage 3 gathers at once."""
     reference: int
+    head: int
+    """Bytes of a learned state baseline with its gradients and its AdamW state."""
     activations: int
     """What is alive at the peak beside weights, gradients and the reference."""
 
@@ -107,8 +109,10 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
                 other = _build(facts, plan.config, plan.dtype)
                 reference = PairScorer(other.requires_grad_(False)).eval()
                 reference_bytes = sum(p.numel() * p.element_size() for p in other.parameters())
-        step = PreferenceStep(plan.objective, _head(plan, scorer), reference)
-        for p in trained:
+        head = build_head(plan, scorer)
+        step = PreferenceStep(plan.objective, head, reference)
+        head_weights = list(head.parameters()) if head is not None else []
+        for p in (*trained, *head_weights):
             p.grad = torch.zeros_like(p)
         with StorageCounter() as counter:
             try:
@@ -127,6 +131,7 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
         trained_parameters=sum(p.numel() for p in trained),
         largest_layer=_largest_layer(network),
         reference=reference_bytes,
+        head=4 * sum(p.numel() * p.element_size() for p in head_weights),
         activations=counter.peak,
     )
 
@@ -158,7 +163,8 @@ def _network(config: Config, facts: ModelFacts, dtype: torch.dtype) -> Any:
     return network
 
 
-def _head(plan: RunPlan, scorer: PairScorer) -> nn.Module | None:
+def build_head(plan: RunPlan, scorer: PairScorer) -> nn.Module | None:
+    """The learned state baseline of a plan, if its objective has one."""
     if not plan.objective.learned_baseline:
         return None
     settings, layer = plan.config.objective, scorer.output_layer

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tbpo_ray.config.comparison import changed_values
-from tbpo_ray.config.loading import to_yaml
+from tbpo_ray.config.loading import stage_config, to_yaml
 from tbpo_ray.config.objective import READ_BY
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import ORDER_VERSION
@@ -27,6 +27,8 @@ NO_EFFECT = (
     "training.on_nonfinite",
 )  # fmt: skip
 """Keys and sections that do not affect what a run computes."""
+AUTOMATIC = {"micro_batch_tokens": "auto", "packing": None}
+"""Keys of `training` whose value a run resolves when it starts, and the value that leaves it open."""
 EXTENDS = ("training.max_steps", "training.epochs")
 
 
@@ -55,6 +57,20 @@ def refuse_changes(config: Config, folder: Path) -> None:
     ]
     if faults:
         raise InputError(*faults)
+
+
+def adopt_resolved(config: Config, folder: Path) -> Config:
+    """Take over what an earlier call of the same run has resolved from `auto`, so that it resumes alike."""
+    file = folder / "config.yaml"
+    if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
+        return config
+    stored = yaml.safe_load(file.read_text(encoding="utf-8")).get("training", {})
+    found = {
+        f"training.{key}": stored[key]
+        for key, unresolved in AUTOMATIC.items()
+        if getattr(config.training, key) == unresolved and stored.get(key) is not None
+    }
+    return stage_config(config, found) if found else config
 
 
 def _is_extension(key: str, old: Any, new: Any) -> bool:

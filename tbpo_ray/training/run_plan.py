@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tbpo_ray.config.schema import Config
+from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.schema import Config, ModelConfig
 from tbpo_ray.data.schedule import RowKind, Schedule
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import non_attention_layers, training_dtype
+from tbpo_ray.models.attention import choose_attention
+from tbpo_ray.models.load import model_config, non_attention_layers, training_dtype
 from tbpo_ray.objectives import Objective, build_objective
 from tbpo_ray.storage import paths
 
@@ -142,13 +145,10 @@ def check_shared_prompt(plan: RunPlan, folder: str, key: str) -> list[str]:
     """
     if not plan.packed and not (plan.shared_prompt and plan.objective.needs_rejected):
         return []
+    if plan.config.training.packing and (obstacle := packing_obstacle(plan, folder)):
+        raise InputError(f"training.packing=true: {key}: {obstacle}; set training.packing=false")
     layers = non_attention_layers(folder)
-    if layers and plan.packed:
-        raise InputError(
-            f"{key}: the model has {layers}, which would carry one pair over into the next one of its row; "
-            "set training.packing=false and training.shared_prompt=false, which gives each answer its own row"
-        )
-    if layers is None:
+    if layers is None or not (plan.shared_prompt and plan.objective.needs_rejected):
         return []
     cause = f"the model has {layers}, which would carry the chosen answer over into the rejected one"
     if plan.config.training.shared_prompt:
@@ -157,6 +157,41 @@ def check_shared_prompt(plan: RunPlan, folder: str, key: str) -> list[str]:
             "its own row"
         )
     return [f"{key}: {cause}; each answer gets its own row (training.shared_prompt=false)"]
+
+
+def packing_obstacle(plan: RunPlan, folder: str) -> str | None:
+    """Why the model in `folder` cannot take several pairs in one row; None if nothing is known against it."""
+    if layers := non_attention_layers(folder):
+        return f"the model has {layers}, which would carry one pair over into the next one of its row"
+    choice = choose_attention(model_config(folder, ModelConfig()), plan.config.model.attention)
+    if choice.implementation != "sdpa":
+        return f"the model runs with {choice.implementation} attention, whose mask of a long row is too large"
+    return None
+
+
+def settle_packing(plan: RunPlan, folders: Mapping[str, str]) -> tuple[RunPlan, list[str]]:
+    """Give each pair its own row where packing was not requested and a model cannot do it.
+
+    Args:
+        folders: the models by configuration key.
+
+    Returns:
+        The plan, and sentences about what is done differently.
+    """
+    if not plan.packed or plan.config.training.packing:
+        return plan, []
+    for key, folder in folders.items():
+        if obstacle := packing_obstacle(plan, folder):
+            note = f"{key}: {obstacle}; each pair gets its own row (training.packing=false)"
+            return resolve_run(stage_config(plan.config, {}, training__packing=False)), [note]
+    return plan, []
+
+
+def with_budget(plan: RunPlan, tokens: int | None = None) -> RunPlan:
+    """The plan with `training.micro_batch_tokens`; default: any number in place of `auto`, to count steps."""
+    if tokens is None and plan.config.training.micro_batch_tokens != "auto":
+        return plan
+    return replace(plan, config=stage_config(plan.config, {}, training__micro_batch_tokens=tokens or 1))
 
 
 def make_schedule(plan: RunPlan, lengths: Any) -> Schedule:

@@ -30,20 +30,29 @@ from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.cost import measure_cost
+from tbpo_ray.training.memory_plan import check_fits, plan_memory, resolve_budget
 from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.resume_checks import (
+    adopt_resolved,
     refuse_changes,
     refuse_other_objective,
     refuse_other_order,
     steps_changed,
 )
 from tbpo_ray.training.run_paths import RunPaths
-from tbpo_ray.training.run_plan import RunPlan, check_shared_prompt, make_schedule, resolve_run
+from tbpo_ray.training.run_plan import (
+    RunPlan,
+    check_shared_prompt,
+    make_schedule,
+    resolve_run,
+    settle_packing,
+)
 from tbpo_ray.training.run_result import RunResult
 from tbpo_ray.training.token_weight_cache import check_token_weights, token_weights
 from tbpo_ray.workflows.prepare import log_prepared, prepare_role
 from tbpo_ray.workflows.trainer import OnRow, run_workers
 
+_MODEL_KEYS = ("model.name_or_path", "model.reference")
 DONE = "DONE"
 """Written last; a run with this file is finished."""
 
@@ -93,7 +102,7 @@ def resolve_models(plan: RunPlan) -> tuple[str, str]:
 
     Raises:
         InputError: a folder that is not a model, models with different tokenizers, a model that cannot take
-            both answers in one row, or token weights that cannot be estimated.
+            both answers in one row where that is required, or token weights that cannot be estimated.
     """
     config = plan.config
     model = policy_folder(config)
@@ -102,8 +111,8 @@ def resolve_models(plan: RunPlan) -> tuple[str, str]:
         reference = local_model(config.model.reference, plan.cache_dir, key="model.reference")
         check_same_tokenizer(model, reference, "model.reference")
     for folder, key in {reference: "model.reference", model: "model.name_or_path"}.items():
-        check_shared_prompt(plan, folder, key)
-        for note in check_model(config, ModelFacts(folder, key)):
+        notes = check_shared_prompt(plan, folder, key)
+        for note in notes + check_model(config, ModelFacts(folder, key)):
             log_progress(note)
     check_token_weights(plan)
     return model, reference
@@ -160,8 +169,9 @@ def train(
         InputError: bad configuration or input, before any worker starts.
         RunFailedError: training could not be finished; checkpoints and metrics are kept.
     """
+    folder = resolve_run(config).run_dir
+    config = adopt_resolved(config, folder)
     plan = resolve_run(config)
-    folder = plan.run_dir
     refuse_changes(config, folder)
     _create_folder(folder)
     with RunLock(folder, wait=wait) as lease:
@@ -192,9 +202,13 @@ def _train(
     check_store(plan.config)
     _check_sources(plan.config)
     models = resolve_models(plan)
+    plan, notes = settle_packing(plan, dict(zip(_MODEL_KEYS, models, strict=True)))
+    for note in notes:
+        log_progress(note)
     start_ray()
     plan = replace(plan, config=fit_to_cluster(plan.config))
     inputs = prepare_inputs(plan, models)
+    plan = _plan_memory(plan, inputs)
     write_atomic(folder / "config.yaml", to_yaml(plan.config))
     with Tracker.from_note(plan.config, folder / RUN_NOTE, kind=kind, parent_run_id=parent_run_id) as tracker:
         _log_inputs(plan, inputs, tracker)
@@ -215,6 +229,21 @@ def _train(
         write_atomic(folder / DONE, json.dumps({"step": result["step"]}))
         tracker.log_artifact(folder / "metrics.jsonl")
     return RunResult(folder, folder / "export", tracker.run_id, last_row)
+
+
+def _plan_memory(plan: RunPlan, inputs: Inputs) -> RunPlan:
+    """Resolve `training.micro_batch_tokens: auto`, and check that the workers fit into their devices.
+
+    Raises:
+        InputError: with the calculation.
+    """
+    facts, lengths = ModelFacts(inputs.model), inputs.data.lengths()
+    if plan.config.training.micro_batch_tokens == "auto":
+        plan = resolve_budget(plan, facts, lengths)
+        log_progress(f"training.micro_batch_tokens=auto: {plan.config.training.micro_batch_tokens} tokens")
+    if plan.config.cluster.device_memory_gib is not None:
+        check_fits(plan, plan_memory(plan, facts, lengths))
+    return plan
 
 
 def _log_inputs(plan: RunPlan, inputs: Inputs, tracker: Tracker) -> None:

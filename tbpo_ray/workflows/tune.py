@@ -23,7 +23,7 @@ from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training.estimate import plan_text
 from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.reference_scores import scorings
-from tbpo_ray.training.run_plan import make_schedule, resolve_run
+from tbpo_ray.training.run_plan import make_schedule, resolve_run, with_budget
 from tbpo_ray.tuning.check import (
     check_grace_steps,
     concurrent_trials,
@@ -249,7 +249,7 @@ class _Study:
             if identity not in steps:
                 inputs = prepare_inputs(plan, resolve_models(plan))
                 score_inputs(plan, inputs)
-                steps[identity] = make_schedule(plan, inputs.data.lengths()).steps_total
+                steps[identity] = make_schedule(with_budget(plan), inputs.data.lengths()).steps_total
         return next(iter(steps.values()))
 
     def _search(self, start: Config, concurrent: int) -> None:
