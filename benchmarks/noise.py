@@ -27,8 +27,8 @@ NOISE = (0.0, 0.1, 0.2, 0.4)
 SEEDS = (0, 1, 2)
 BETA = 1.0
 STEPS, PAIRS_PER_STEP = 120, 64
-RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
-"""All rates that may be tried; the grid starts with `RATES[1:4]` and grows by one at a time."""
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+"""All rates that may be tried; the grid starts with `RATES[3:6]` and grows by one at a time."""
 BASELINE = "logistic"
 
 
@@ -69,7 +69,7 @@ class Results:
 
 
 def best_rate(
-    measure_rate: Callable[[float], float], rates: Sequence[float] = RATES, start: int = 1
+    measure_rate: Callable[[float], float], rates: Sequence[float] = RATES, start: int = 3
 ) -> float:
     """The learning rate with the largest measurement, with a smaller and a larger one tried beside it.
 

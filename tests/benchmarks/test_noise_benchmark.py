@@ -13,7 +13,7 @@ def test_a_best_rate_inside_the_first_grid_costs_three_runs():
         tried.append(rate)
         return -abs(rate - 3)
 
-    assert best_rate(quality, GRID) == 3
+    assert best_rate(quality, GRID, 1) == 3
     assert tried == [2, 3, 4]
 
 
@@ -25,14 +25,14 @@ def test_the_grid_grows_toward_a_best_rate_at_its_edge(peak, tried):
         seen.append(rate)
         return -abs(rate - peak)
 
-    assert best_rate(quality, GRID) == peak
+    assert best_rate(quality, GRID, 1) == peak
     assert seen == tried
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_best_rate_at_the_edge_of_all_rates_is_refused(sign):
     with pytest.raises(InputError, match="rate="):
-        best_rate(lambda rate: sign * rate, GRID)
+        best_rate(lambda rate: sign * rate, GRID, 1)
 
 
 def test_finished_runs_are_read_from_the_file(tmp_path):
