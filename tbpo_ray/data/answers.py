@@ -16,8 +16,8 @@ from functools import cached_property, partial
 from typing import Any
 
 from tbpo_ray.data.rejection_reasons import RecordError
-from tbpo_ray.models.chat import ChatTemplate, Message, TemplateRefusedError, function_of, part_text
-from tbpo_ray.models.turn_tokens import THOUGHT_FIELDS
+from tbpo_ray.models.chat import ChatTemplate, Message, function_of, part_text
+from tbpo_ray.models.turn_tokens import THOUGHT_FIELDS, TemplateRefusedError
 
 _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 """The beginning of a marker such as `<think>` at the end of a text."""

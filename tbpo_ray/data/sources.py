@@ -368,14 +368,18 @@ def _source_file(address: str) -> SourceFile:
 
 
 def _data_files(fs: Any, path: str) -> list[str]:
-    """The data files below a folder; in a folder saved by Hugging Face `datasets`, those in its state."""
+    """The data files below a folder; in a folder saved by Hugging Face `datasets`, those in its state.
+
+    Hidden files and those in hidden folders are copies that editors and downloads leave behind.
+    """
     state = f"{path}/state.json"
     if fs.exists(state):
         with fs.open(state) as file:
             return [f"{path}/{entry['filename']}" for entry in json.load(file)["_data_files"]]
     endings = tuple(ending + compression for ending in _FORMATS for compression in ("", *_COMPRESSED))
     skip = ("dataset_info.json", "dataset_dict.json")
-    return sorted(f for f in fs.find(path) if f.lower().endswith(endings) and not f.endswith(skip))
+    found = (f for f in fs.find(path) if f.lower().endswith(endings) and not f.endswith(skip))
+    return sorted(f for f in found if "/." not in f[len(path.rstrip("/")) :])
 
 
 def _resolve_hub(source: str) -> list[SourceFile]:

@@ -75,6 +75,9 @@ def test_folders_globs_and_remote_addresses(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
         (tmp_path / name).write_bytes(LINES)
     (tmp_path / "README.md").write_text("no data")
+    for hidden in (".ipynb_checkpoints/a-checkpoint.jsonl", "sub/._c.jsonl"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_bytes(LINES)
     assert [f.address.rsplit("/", 1)[1] for f in resolve_source(str(tmp_path))] == [
         "a.jsonl",
         "b.jsonl",

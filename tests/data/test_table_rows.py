@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tbpo_ray.data.records import BadRecord, iter_prompts, iter_records
-from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
+from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 
 from .conftest import make_tokenizer
 
@@ -75,7 +75,8 @@ def test_the_tokens_of_a_table_are_those_of_its_json_lines(tmp_path, ending):
     tokenizer = make_tokenizer(template=template)
     pairs = PairTokenizer(TokenizerSpec.of(tokenizer), 2048, 1024)
     found = pairs.pairs(list(iter_records(write(tmp_path, ending))))
-    texts = [tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids]) for pair in found]
+    good = [pair for pair in found if isinstance(pair, TokenizedPair)]
+    texts = [tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids]) for pair in good]
     assert "null" not in "".join(texts) and ["quiet" in text for text in texts] == [True, False]
     assert texts[1].endswith('sat{"word": "on", "times": [1]}</s>')
 

@@ -467,7 +467,12 @@ def test_a_null_argument_of_a_record_reaches_a_template_that_has_no_other():
 def test_the_text_in_front_of_answers_is_rendered_once_per_record(monkeypatch):
     frames = []
     frame = ChatTemplate.frame
-    monkeypatch.setattr(ChatTemplate, "frame", lambda self, *a, **k: frames.append(1) or frame(self, *a, **k))
+
+    def counted(self, *args, **options):
+        frames.append(1)
+        return frame(self, *args, **options)
+
+    monkeypatch.setattr(ChatTemplate, "frame", counted)
     template = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
     tokenizer = pairs_of(make_tokenizer(template=template))
     tokenizer.pairs([pair_of(user("the cat"), "<b>", "<i>")])

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from tbpo_ray.models.chat import ChatTemplate, TemplateRefusedError, stop_token_ids
+from tbpo_ray.models.chat import ChatTemplate, stop_token_ids
+from tbpo_ray.models.turn_tokens import TemplateRefusedError
 
 USER = {"role": "user", "content": "hello"}
 
