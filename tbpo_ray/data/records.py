@@ -233,7 +233,20 @@ def _quarantine(raw: RawRow, error: RecordError, on_bad: Callable[[BadRecord], N
 def _columns(raw: Any) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
         raise RecordError("not_object", type(raw).__name__)
-    return raw
+    return _openai_columns(raw)
+
+
+def _openai_columns(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The columns of a row in OpenAI's preference format under the names that the readers of rows know.
+
+    The messages and tools are in `input`, beside `preferred_output` and `non_preferred_output`.
+    """
+    names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+    request = columns.get("input")
+    if not isinstance(request, Mapping) or "messages" not in request or not names.keys() <= columns.keys():
+        return columns
+    rest = {name: value for name, value in columns.items() if name != "input" and name not in names}
+    return {**rest, **request, **{new: columns[name] for name, new in names.items()}}
 
 
 def _raw_pairs(values: RawShape, options: ReadOptions, row: int) -> list[RawPair]:

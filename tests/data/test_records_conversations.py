@@ -325,6 +325,19 @@ def test_tools_and_calls_may_be_json_texts_and_calls_bare():
         assert record.chosen[0]["tool_calls"] == [call]
 
 
+def test_openai_s_preference_format():
+    row = {
+        "input": {"messages": [S("F."), U("Q")], "tools": TOOLS, "parallel_tool_calls": True},
+        "preferred_output": [CALLING],
+        "non_preferred_output": [A("no")],
+        "topic": "x",
+    }
+    (record,) = parse_records(row)
+    assert (record.prompt, record.chosen, record.rejected) == ([S("F."), U("Q")], [CALLING], [A("no")])
+    assert record.tools == TOOLS == parse_prompt(row).tools
+    assert record.metadata == {"parallel_tool_calls": True, "topic": "x"}
+
+
 def test_a_call_in_both_of_openai_s_formats_is_one_call():
     both_formats = {**CALLING, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     (record,) = parse_records(pair("Q", [both_formats], "cold"))
