@@ -95,6 +95,11 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
         f"# busy             {_format_busy(schedule, config.cluster.max_workers)}",
         "# memory per worker, at the largest micro-batch of a sample",
         *(_format_bytes(part, size) for part, size in memory.parts.items() if size),
+        *(
+            [f"#   activations are not known and not in the total ({memory.failure})"]
+            if memory.failure
+            else []
+        ),
         _format_bytes("total", memory.total),
         "# memory of the node, per worker on it",
         *(_format_bytes(part, size) for part, size in memory.host.items() if size),

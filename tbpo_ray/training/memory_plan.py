@@ -50,6 +50,8 @@ class MemoryPlan:
     """On disk: all checkpoints that the run keeps, and the one being written."""
     tokens: int = 0
     """Tokens of the micro-batch that was traced, padding included."""
+    failure: str | None = None
+    """Why the activations are not known."""
 
     @property
     def total(self) -> int:
@@ -71,9 +73,6 @@ def plan_memory(
     Args:
         lengths: tokens of prompt, chosen and rejected: [N, 3].
         workers: number of ranks; default: the most that the configuration allows.
-
-    Raises:
-        InputError: the step cannot be traced.
     """
     world = workers or plan.config.cluster.max_workers
     largest = largest_micro_batch(make_schedule(plan, lengths), lengths, world)
@@ -153,6 +152,7 @@ def _with_states(plan: RunPlan, traced: StepMemory, world: int) -> MemoryPlan:
             "checkpoint being written": checkpoint // share,
         },
         checkpoints=checkpoint * kept,
+        failure=traced.failure,
     )
 
 
@@ -195,6 +195,11 @@ def resolve_budget(plan: RunPlan, facts: ModelFacts, lengths: np.ndarray) -> Run
     rows = row_tokens(lengths, truncate_to_shorter=plan.truncate_to_shorter, rows=plan.rows, sides=plan.sides)
     longest = -(-int(rows.max()) // ALIGN) * ALIGN
     small, large = (plan_memory(with_budget(plan, factor * longest), facts, lengths) for factor in (1, 4))
+    if small.failure:
+        raise InputError(
+            "training.micro_batch_tokens=auto: the memory of a step cannot be computed for "
+            f"{facts.key}={facts.folder} ({small.failure}); must be a number of tokens"
+        )
     usable = MARGIN * available - _context(plan.config)
     slope = (large.parts["activations"] - small.parts["activations"]) / max(1, large.tokens - small.tokens)
     room = usable - small.total
@@ -260,7 +265,11 @@ def kv_cache_bytes(config: Config, facts: Any, tokens: int) -> int:
         facts: the model's transformers configuration.
     """
     text = facts.get_text_config() if hasattr(facts, "get_text_config") else facts
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries = getattr(text, "num_attention_heads", None)
+    if not isinstance(queries, int) or queries < 1:
+        return 0  # recurrent layers keep a state of fixed size instead
+    given = getattr(text, "num_key_value_heads", None)
+    heads = given if isinstance(given, int) and given else queries  # some models have a number for each layer
+    size = getattr(text, "head_dim", None) or text.hidden_size // queries
     width = 2 if config.cluster.use_gpu is not False else 4
     return int(2 * text.num_hidden_layers * heads * size * width * tokens)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbpo_ray.config.schema import Config
-from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.errors import first_line
 from tbpo_ray.models.attention import choose_attention
 from tbpo_ray.models.load import add_lora
 from tbpo_ray.models.preflight import ModelFacts
@@ -45,7 +45,9 @@ class StepMemory:
     head: int
     """Bytes of a learned state baseline with its gradients and its AdamW state."""
     activations: int
-    """What is alive at the peak beside weights, gradients and the reference."""
+    """What is alive at the peak beside weights, gradients and the reference; 0 if it could not be traced."""
+    failure: str | None = None
+    """Why the step could not be traced."""
 
 
 class StorageCounter(TorchDispatchMode):
@@ -91,8 +93,8 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
     Args:
         batch: collates the micro-batch; called under the fake mode.
 
-    Raises:
-        InputError: the step cannot be computed on this model.
+    Returns:
+        The bytes, and why a step cannot be computed without values, if that is so.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -114,16 +116,14 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
         head_weights = list(head.parameters()) if head is not None else []
         for p in (*trained, *head_weights):
             p.grad = torch.zeros_like(p)
+        failure = None
         with StorageCounter() as counter:
             try:
                 loss, _ = step(scorer, batch())
                 loss.backward()  # type: ignore[no-untyped-call]
-            # Architectures fail in their own ways on tensors without values.
+            # Architectures fail in their own ways on tensors without values: experts that are chosen by them.
             except Exception as error:
-                raise InputError(
-                    f"{facts.key}={facts.folder}: the memory of a step cannot be computed in advance "
-                    f"({type(error).__name__}: {first_line(error)})"
-                ) from error
+                failure = f"{type(error).__name__}: {first_line(error)}"
     return StepMemory(
         weights=sum(weights.values()),
         trained=sum(weights[id(p)] for p in trained),
@@ -132,7 +132,8 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
         largest_layer=_largest_layer(network),
         reference=reference_bytes,
         head=4 * sum(p.numel() * p.element_size() for p in head_weights),
-        activations=counter.peak,
+        activations=0 if failure else counter.peak,
+        failure=failure,
     )
 
 
