@@ -7,6 +7,7 @@ checks here run before a value is constructed, and name a line.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import yaml
 
@@ -20,7 +21,7 @@ MAX_DIGITS = 400
 """Characters of a number; the longest float64 that is written out has about 330."""
 
 
-def fault(problem: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
+def fault(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     """An error at a place in the document."""
     return yaml.constructor.ConstructorError(None, None, problem, mark)
 

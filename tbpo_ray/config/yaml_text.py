@@ -79,9 +79,9 @@ class Dumper(yaml.SafeDumper):
     """A safe dumper that also quotes strings which only :func:`parse_yaml` would read as numbers."""
 
 
-def _construct_plain(loader: _Loader, node: yaml.Node) -> Any:
+def _construct_plain(loader: _Loader, node: Any) -> Any:
     kind = node.tag.rsplit(":", 1)[-1]
-    text = loader.construct_scalar(node)  # type: ignore[no-untyped-call] # refuses `!!int [1]`
+    text = loader.construct_scalar(node)  # refuses `!!int [1]`
     if kind in ("int", "float") and len(text) > yaml_limits.MAX_DIGITS:
         raise yaml_limits.fault(f"a number of {len(text)} characters is too long", node.start_mark)
     value: Any = None

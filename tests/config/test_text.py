@@ -237,8 +237,10 @@ def test_numbers_are_plain_whatever_their_spelling(tmp_path):
             "sft={training.epochs: 2.50}",
         ],
     )  # fmt: skip
+    workers = config.cluster.num_workers
+    assert isinstance(workers, list)
     values = [
-        config.training.max_steps, config.training.learning_rate, *config.cluster.num_workers,
+        config.training.max_steps, config.training.learning_rate, *workers,
         *config.generation.engine.values(), *config.sft.values(),
     ]  # fmt: skip
     assert values == [7, 1.1e-6, 1, 2, 16, 0.9, 2.5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -20,7 +21,7 @@ TOOL = {
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
 }
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-TURNS = [
+TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Will it rain in Oslo?"},
     {"role": "assistant", "content": None, "reasoning_content": "I need the weather.", "tool_calls": [CALL]},
@@ -97,7 +98,7 @@ def test_the_overriding_template_renders_prompts_and_ends_answers(evaluate, tiny
     special = [t for t in tokenizer.all_special_tokens if t not in (tokenizer.eos_token, tokenizer.bos_token)]
     assert special, "the tiny tokenizer has a further special token"
     prompts, (plain, _) = evaluate(TEMPLATE.replace("%(end)s", special[0]))
-    text = tokenizer.decode(plain.token_ids)
+    text = str(tokenizer.decode(plain.token_ids))
     assert "user: Will it rain in Oslo?" in text and text.endswith("assistant: ")
     assert list(plain.stop_ids) == [tokenizer.convert_tokens_to_ids(special[0])]
     assert prompts.counts == {}

@@ -19,6 +19,7 @@ from tbpo_ray.models.chat import stop_token_ids
 from tbpo_ray.models.load import load_model, load_tokenizer, resolve_model
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.training.estimate import plan_text
+from tbpo_ray.training.memory_plan import kv_cache_bytes
 from tests.training.architectures import ARCHITECTURES
 
 DATA = "data.train=builtin:copyedit?split=train&pairs=32&tasks=copy"
@@ -317,6 +318,17 @@ def test_positions_of_scaled_rotary_embeddings(tmp_path, rope, length, refused, 
             check_model(config, facts)
     else:
         assert [f"data.max_length={length}" in note for note in check_model(config, facts)] == [True] * noted
+
+
+def test_the_cache_of_a_model_without_attention_is_empty(tmp_path):
+    config = load_config(None, ["cluster.use_gpu=false"])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 90}
+    for name in ("mamba", "llama"):
+        (tmp_path / name).mkdir()
+    mamba = facts_of(tmp_path / "mamba", "mamba", **sizes)
+    llama = facts_of(tmp_path / "llama", "llama", num_attention_heads=4, num_key_value_heads=2, **sizes)
+    assert kv_cache_bytes(config, mamba.config, 10) == 0
+    assert kv_cache_bytes(config, llama.config, 10) == 2 * 2 * 2 * 8 * 4 * 10
 
 
 @pytest.mark.parametrize("targets", ["mlp", "[q_proj, self_attn]", "[norm]", "'.*layernorm'", "layers"])

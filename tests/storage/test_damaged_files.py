@@ -21,7 +21,7 @@ GARBLED = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=GARBLED.values(), ids=GARBLED)
+@pytest.fixture(params=list(GARBLED.values()), ids=list(GARBLED))
 def garbled(request):
     return request.param
 
