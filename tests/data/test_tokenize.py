@@ -477,3 +477,16 @@ def test_the_text_in_front_of_answers_is_rendered_once_per_record(monkeypatch):
     tokenizer = pairs_of(make_tokenizer(template=template))
     tokenizer.pairs([pair_of(user("the cat"), "<b>", "<i>")])
     assert len(frames) == 1
+
+
+def test_a_special_token_of_one_character_is_text_where_an_answer_spells_it():
+    tokenizer = make_tokenizer("pieces", "{% for m in messages %}§{{ m.content }}</s>{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["§"]})
+    section = tokenizer.convert_tokens_to_ids("§")
+    pairs = pairs_of(tokenizer)
+    answer = [*answer_of("a § b"), *user("§§"), *answer_of("§")]
+    (pair,) = pairs.pairs([Record(user("the cat"), answer, answer_of("x"))])
+    assert isinstance(pair, TokenizedPair)
+    assert pair.chosen_ids.count(section) == 3 and pairs.counts["special_text_in_answer"] == 1
+    text = pairs._encoder.backend.decode(pair.chosen_ids, skip_special_tokens=False)
+    assert text.replace(" ", "") == "§a§b</s>§§§</s>§§</s>"
