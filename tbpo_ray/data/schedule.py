@@ -27,7 +27,7 @@ ranks. Resuming a run of another version is then refused, since it would repeat 
 - 1 (not recorded in checkpoints): counted truncated tails as length, and used smaller windows.
 - 2: sorted the pairs of a step by length only if the steps themselves consisted of pairs of similar length.
 - 3: distributed the pairs of a step round-robin.
-- 4: gave all ranks equally many pairs, and counted context tokens of truncated answers as length.
+- 4: gave all ranks equally many pairs.
 """
 GROUP_PAIRS = 8
 """Pairs of similar length that stay together in a step, where no number of pairs limits a micro-batch."""
