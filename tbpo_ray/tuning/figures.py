@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,6 +24,159 @@ class TrialPath:
     """Where the line crosses each axis, from 0 at the bottom to 1 at the top; None skips the axis."""
     series: int
     faint: bool
+
+
+MAP_WIDTH, MAP_HEIGHT, MAP_LEFT, MAP_RIGHT, MAP_TOP, MAP_BOTTOM = 420, 290, 48, 78, 12, 40
+RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+"""Colors from low to high, equally spaced: those of Matplotlib's viridis, readable without color vision."""
+
+
+@dataclass(frozen=True)
+class MapPoint:
+    """A dot of a map: where it is, what is measured there, and whether it is outlined."""
+
+    label: str
+    x: float
+    y: float
+    value: float
+    faint: bool = False
+    outlined: bool = False
+
+
+@dataclass(frozen=True)
+class MapMark:
+    """A named place of a map, which has no measurement."""
+
+    label: str
+    x: float
+    y: float
+
+
+def color_map(
+    points: Sequence[MapPoint],
+    marks: Sequence[MapMark],
+    axes: tuple[tuple[str, float, float], tuple[str, float, float]],
+    value_name: str,
+    *,
+    higher_is_better: bool = True,
+) -> str:
+    """Dots in a plane, colored by their values with a legend, and crosses at named places.
+
+    Args:
+        axes: name, low end and high end of the horizontal and of the vertical axis.
+        higher_is_better: whether the brightest color stands for the highest value, or for the lowest.
+    """
+    values = [point.value for point in points]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    frame = _MapFrame(*axes)
+    # The best dots are drawn last, so that none covers them.
+    sign = 1 if higher_is_better else -1
+    ordered = sorted(points, key=lambda p: (p.outlined, sign * p.value))
+    parts = [frame.lines()]
+    for p in ordered:
+        share = (p.value - low) / (high - low) if high > low else 1.0
+        color = ramp_color(share if higher_is_better else 1 - share)
+        style = f"fill:{color}" + (";fill-opacity:.45" if p.faint else "")
+        ring = ' class="axis" style="fill:none;stroke-width:2"'
+        x, y = frame.x(p.x), frame.y(p.y)
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" style="{style}">'
+            f"<title>{escape(p.label)}</title></circle>"
+        )
+        if p.outlined:
+            parts.append(f'<circle{ring} cx="{x:.1f}" cy="{y:.1f}" r="9"/>')
+    parts += [_mark(frame, mark) for mark in marks]
+    parts.append(_legend(low, high, value_name, higher_is_better=higher_is_better))
+    title = escape(f"{value_name} over {axes[0][0]} and {axes[1][0]}")
+    return (
+        f'<svg viewBox="0 0 {MAP_WIDTH} {MAP_HEIGHT}" style="max-width:{1.6 * MAP_WIDTH:.0f}px" '
+        f'role="img" aria-label="{title}">{"".join(parts)}</svg>'
+    )
+
+
+def ramp_color(share: float) -> str:
+    """The color at a position in [0, 1] between low and high, as CSS."""
+    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
+    index = min(int(place), len(RAMP) - 2)
+    channels = (
+        round(a + (b - a) * (place - index)) for a, b in zip(RAMP[index], RAMP[index + 1], strict=True)
+    )
+    return f"rgb({','.join(map(str, channels))})"
+
+
+class _MapFrame:
+    """Scales, frame and ticks of a map."""
+
+    def __init__(self, horizontal: tuple[str, float, float], vertical: tuple[str, float, float]):
+        self.horizontal, self.vertical = horizontal, vertical
+        self.right, self.floor = MAP_WIDTH - MAP_RIGHT, MAP_HEIGHT - MAP_BOTTOM
+
+    def x(self, value: float) -> float:
+        _, low, high = self.horizontal
+        return MAP_LEFT + (value - low) / (high - low) * (self.right - MAP_LEFT)
+
+    def y(self, value: float) -> float:
+        _, low, high = self.vertical
+        return self.floor - (value - low) / (high - low) * (self.floor - MAP_TOP)
+
+    def lines(self) -> str:
+        name_x, name_y, floor = self.horizontal[0], self.vertical[0], self.floor
+        middle = (MAP_TOP + floor) / 2
+        parts = [
+            f'<text class="name" x="{(MAP_LEFT + self.right) / 2:.0f}" y="{MAP_HEIGHT - 8}" '
+            f'text-anchor="middle">{escape(name_x)}</text>',
+            f'<text class="name" x="12" y="{middle:.0f}" text-anchor="middle" '
+            f'transform="rotate(-90 12 {middle:.0f})">{escape(name_y)}</text>',
+        ]
+        for tick in _map_ticks(*self.horizontal[1:]):
+            x = self.x(tick)
+            parts.append(f'<line class="grid" x1="{x:.1f}" y1="{MAP_TOP}" x2="{x:.1f}" y2="{floor}"/>')
+            parts.append(f'<text x="{x:.1f}" y="{floor + 14}" text-anchor="middle">{number(tick)}</text>')
+        for tick in _map_ticks(*self.vertical[1:]):
+            y = self.y(tick)
+            parts.append(f'<line class="grid" x1="{MAP_LEFT}" y1="{y:.1f}" x2="{self.right}" y2="{y:.1f}"/>')
+            parts.append(
+                f'<text x="{MAP_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>'
+            )
+        return "".join(parts)
+
+
+def _map_ticks(low: float, high: float) -> list[float]:
+    step = next(step for step in (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 50.0, 100.0) if (high - low) / step <= 7)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _mark(frame: _MapFrame, mark: MapMark) -> str:
+    x, y = frame.x(mark.x), frame.y(mark.y)
+    # At the right edge the name goes to the left, at the top below the cross.
+    left = x > frame.right - 70
+    at_x, anchor = (x - 8, "end") if left else (x + 8, "start")
+    at_y = y + 14 if y < MAP_TOP + 14 else y - 5
+    return (
+        f'<path class="axis" style="stroke-width:1.6" d="M{x - 5:.1f} {y:.1f} H{x + 5:.1f} '
+        f'M{x:.1f} {y - 5:.1f} V{y + 5:.1f}"/>'
+        f'<text class="name" x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+    )
+
+
+def _legend(low: float, high: float, name: str, *, higher_is_better: bool) -> str:
+    x, height, steps = MAP_WIDTH - MAP_RIGHT + 16, MAP_HEIGHT - MAP_TOP - MAP_BOTTOM - 24, 32
+    parts = []
+    for i in range(steps):
+        share = 1 - (i + 0.5) / steps
+        color = ramp_color(share if higher_is_better else 1 - share)
+        y = MAP_TOP + 12 + height * i / steps
+        parts.append(
+            f'<rect x="{x}" y="{y:.1f}" width="12" height="{height / steps + 0.5:.1f}" style="fill:{color}"/>'
+        )
+    parts.append(f'<text x="{x + 17}" y="{MAP_TOP + 20}">{number(high)}</text>')
+    parts.append(f'<text x="{x + 17}" y="{MAP_TOP + 12 + height}">{number(low)}</text>')
+    middle = MAP_TOP + 12 + height / 2
+    parts.append(
+        f'<text x="{x + 26}" y="{middle:.0f}" text-anchor="middle" '
+        f'transform="rotate(90 {x + 26} {middle:.0f})">{escape(name)}</text>'
+    )
+    return "".join(parts)
 
 
 def bars(items: Sequence[tuple[str, float, str]]) -> str:

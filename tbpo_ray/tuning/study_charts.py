@@ -6,10 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tbpo_ray.config.schema import TuneConfig
+from tbpo_ray.config.loading import stage_config
+from tbpo_ray.config.objective import BregmanConfig
+from tbpo_ray.config.schema import Config, TuneConfig
 from tbpo_ray.evaluation.charts import Line, Point, lines, number, scatter
 from tbpo_ray.training.metrics_file import read_metrics
-from tbpo_ray.tuning.figures import TrialPath, format_value, parallel_coordinates
+from tbpo_ray.tuning.figures import (
+    MapMark,
+    MapPoint,
+    TrialPath,
+    color_map,
+    format_value,
+    parallel_coordinates,
+)
 from tbpo_ray.tuning.parameter import DISCRETE, Parameter
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_state import Trial
@@ -52,6 +61,75 @@ def _axis_position(p: Parameter, trial: Trial) -> float | None:
     if p.kind in DISCRETE and len(p.values) == 1:
         return 0.5
     return p.position(trial.params[p.key])
+
+
+PLANE_KEYS = tuple(f"objective.bregman.{name}" for name in ("a", "b", "a_plus_b", "a_minus_b"))
+NAMED_POINTS = (
+    ("logistic", 0.0, 0.0),
+    ("boosting", -0.5, -0.5),
+    ("kliep, sba 0", 0.0, -1.0),
+    ("lsif, sba 1", 1.0, -2.0),
+    ("Brier (1, 1)", 1.0, 1.0),
+    ("(2, 2)", 2.0, 2.0),
+    ("(2, 0.5)", 2.0, 0.5),
+)
+"""Points (a, b) of the plane that have a name, with a >= b."""
+
+
+def plane_map(
+    config: Config, space: Space, trials: Sequence[Trial], values: Mapping[int, float], best: Trial
+) -> str:
+    """The plane of the generator `beta_family`, with each trial's metric as a color; empty if the study does
+    not search it.
+
+    The loss is symmetric in a and b, so every point is drawn on the side a >= b. Trials with a generator that
+    is a point of the plane are drawn there.
+
+    Args:
+        values: the metric by trial number; trials without one are skipped.
+    """
+    if not any(key in space.parameters for key in PLANE_KEYS):
+        return ""
+    metric, better = config.tune.metrics[0], config.tune.modes[0] == "max"
+    points = []
+    for trial in trials:
+        at = plane_point(stage_config(config, trial.params).objective.bregman)
+        if trial.number not in values or at is None:
+            continue
+        value = values[trial.number]
+        label = f"{trial.name} ({trial.state}): a {at[0]:.3g}, b {at[1]:.3g}, {metric} {number(value)}"
+        points.append(MapPoint(label, sum(at), at[0] - at[1], value, trial.state == "stopped", trial is best))
+    if not points:
+        return ""
+    marks = [MapMark(name, a + b, a - b) for name, a, b in NAMED_POINTS]
+    horizontal = ("a + b", *_map_range([p.x for p in points], -1.5, 3.0))
+    vertical = ("a − b", *_map_range([p.y for p in points], 0.0, 3.0))
+    shown = [m for m in marks if m.x <= horizontal[2] and m.y <= vertical[2]]
+    return color_map(points, shown, (horizontal, vertical), metric, higher_is_better=better)
+
+
+def _map_range(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
+    """The range of an axis: at least that of the shipped search space, with a margin for the dots."""
+    low, high = min([low, *values]), max([high, *values])
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def plane_point(bregman: BregmanConfig) -> tuple[float, float] | None:
+    """The point (a, b) with a >= b of a generator, up to a factor; None for a function of the user's own."""
+    lam = bregman.lam
+    points: dict[str, tuple[float, float]] = {
+        "logistic": (0.0, 0.0),
+        "kliep": (0.0, -1.0),
+        "lsif": (1.0, -2.0),
+        "ba": (lam, -1 - lam),
+        "sba": (lam, -1 - lam),
+        "beta_family": bregman.point,
+    }
+    if bregman.generator not in points:
+        return None
+    a, b = points[bregman.generator]
+    return max(a, b), min(a, b)
 
 
 def charts(tune: TuneConfig, trials: Sequence[Trial], best: Trial, folder: Path) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.tuning.figures import bars, format_value
 from tbpo_ray.tuning.importance import comparable_values, importances
 from tbpo_ray.tuning.space import Space
-from tbpo_ray.tuning.study_charts import charts, trial_paths
+from tbpo_ray.tuning.study_charts import charts, plane_map, trial_paths
 from tbpo_ray.tuning.study_state import ENDED, StudyState, Trial
 
 
@@ -85,6 +85,7 @@ def describe(
         "held_up": bool(confirmation and (confirmation["gain"] or 0) > 0),
         "warnings": _warnings(tune.repeats, front),
         **_parameter_charts(space, trials, best, metric),
+        **_plane(config, space, trials, best),
         "charts": charts(tune, trials, best, folder),
         "rows": [
             {"cells": row, "best": t.number == best.number} for row, t in zip(rows, trials, strict=True)
@@ -123,6 +124,23 @@ def _parameter_charts(space: Space, trials: Sequence[Trial], best: Trial, metric
         "parallel_caption": (
             f"Each line is a trial, with its {metric} {when} on the right. Dashed: stopped early. Blue: the "
             "best. A line skips the parameters that were not active."
+        ),
+    }
+
+
+def _plane(config: Config, space: Space, trials: Sequence[Trial], best: Trial) -> dict[str, str]:
+    """The map of the plane of generators with its caption; empty if the study does not search it."""
+    metric = config.tune.metrics[0]
+    step, values = comparable_values(trials, metric)
+    when = f"at step {step}" if step else "at the end"
+    return {
+        "plane": plane_map(config, space, trials, values, best),
+        "plane_caption": (
+            "The plane of proper losses (objective.bregman.generator=beta_family). Each dot is a trial and "
+            f"its color the {metric} {when}, brighter is better. Pale: stopped early; ring: the best. "
+            "Crosses are divergences with a name. To the left the loss grows faster for pairs that the model "
+            "gets wrong; where a + b exceeds a − b, so that both exponents are positive, it levels off, and "
+            "pairs with a wrong label stop pulling."
         ),
     }
 

@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from tbpo_ray.config.loading import load_config
+from tbpo_ray.config.objective import BregmanConfig
+from tbpo_ray.tuning.figures import ramp_color
 from tbpo_ray.tuning.importance import comparable_values, importances
 from tbpo_ray.tuning.space import Space
+from tbpo_ray.tuning.study_charts import plane_map, plane_point
 from tbpo_ray.tuning.study_report import write_report
 from tbpo_ray.tuning.study_state import StudyState, Trial, pareto_front
 
@@ -117,3 +120,66 @@ def test_the_curve_of_a_stopped_trial_ends_at_its_last_step(written):
     paths = {re.search("<title>(t\\d+)", p).group(1): p for p in re.findall(r"<path.*?</path>", chart)}  # type: ignore[union-attr]
     assert paths["t000"].count("L") == 2
     assert paths["t002"].count("L") == 0
+
+
+PLANE = Space.parse(
+    {
+        GENERATOR: {"choice": ["beta_family", "logistic", "sba"]},
+        "objective.bregman.a_plus_b": {"uniform": [-1.5, 3.0], "when": {GENERATOR: "beta_family"}},
+        "objective.bregman.a_minus_b": {"uniform": [0.0, 3.0], "when": {GENERATOR: "beta_family"}},
+    }
+)
+
+
+def plane_trials(count: int) -> list[Trial]:
+    """Trials over the plane whose metric is highest at (1, 1)."""
+    out = []
+    for number, params in enumerate(PLANE.random_samples(count, 3)):
+        total, difference = (params.get(f"objective.bregman.a_{op}_b", 0.0) for op in ("plus", "minus"))
+        score = 0.8 - 0.02 * ((total - 2) ** 2 + difference**2)
+        out.append(Trial(number, params, "finished", [{"step": 30, METRIC: score}], {METRIC: score}, step=30))
+    return out
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_plane_is_a_map(mode):
+    config = load_config(None, [f"tune.metric={METRIC}", f"tune.mode={mode}"])
+    study = plane_trials(30)
+    values = {t.number: t.values[METRIC] for t in study}
+    pick = max if mode == "max" else min
+    best = pick(study, key=lambda t: values[t.number])
+    svg = plane_map(config, PLANE, study, values, best)
+    root = ET.fromstring(svg)
+    dots = [c for c in root.iter("circle") if c.find("title") is not None]
+    assert len(dots) == 30
+    # The best trial is drawn last, in the brightest color and with a ring around it.
+    title = dots[-1].find("title")
+    assert title is not None and title.text is not None and title.text.startswith(best.name)
+    assert dots[-1].get("style") == f"fill:{ramp_color(1.0)}"
+    assert dots[0].get("style") == f"fill:{ramp_color(0.0)}"
+    texts = {t.text for t in root.iter("text")}
+    assert {"logistic", "kliep, sba 0", "lsif, sba 1", "Brier (1, 1)", "a + b", METRIC} <= texts
+    assert "(2, 2)" not in texts, "it is outside the space"
+    logistic = next(t for t in study if t.params[GENERATOR] == "logistic")
+    place = next(d for d in dots if d.find("title").text.startswith(f"{logistic.name} "))  # type: ignore[union-attr]
+    assert "a 0, b 0," in place.find("title").text  # type: ignore[union-attr, operator]
+
+
+def test_a_study_of_other_keys_has_no_map(written):
+    folder, study, front = written
+    assert plane_map(load_config(None), SPACE, study, {0: 1.0}, front[0]) == ""
+    assert "plane of divergences" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "point"),
+    [
+        ({"generator": "logistic"}, (0, 0)),
+        ({"generator": "sba", "lam": 1.0}, (1, -2)),
+        ({"generator": "ba", "lam": -0.5}, (-0.5, -0.5)),
+        ({"generator": "beta_family", "a": -2.0, "b": 1.0}, (1, -2)),
+        ({"generator": "own.py:loss"}, None),
+    ],
+)
+def test_where_a_generator_is_on_the_plane(section, point):
+    assert plane_point(BregmanConfig(**section)) == point
