@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +34,18 @@ def load_function(reference: str) -> Callable[[Tensor], Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"{KEY}={reference}: {file} is not a file; give the path of a Python file")
-    function = _import(file, reference).get(name)
+    function: Any = _import(file, reference).get(name)
     if not callable(function):
         raise InputError(f"{KEY}={reference}: {file} has no function {name}; {REMEDY}")
     for dtype in (torch.float32, torch.float64):
         fault = _fault(function, dtype)
         if fault:
             raise InputError(f"{KEY}={reference}: {fault}; {REMEDY}")
-    return function
+    checked: Callable[[Tensor], Tensor] = function
+    return checked
 
 
-def _import(file: Path, reference: str) -> dict[str, object]:
+def _import(file: Path, reference: str) -> dict[str, Any]:
     # Two files of one name are two modules.
     module_name = f"tbpo_generator_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, file)

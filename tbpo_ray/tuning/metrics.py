@@ -38,6 +38,8 @@ def logged_metrics(config: Config) -> set[str]:
         names |= {"entropy", "kl/exact"}
     if objective.needs_reverse_kl:
         names |= {"entropy", "kl/exact_reverse"}
+    if objective.ties != "drop":
+        names.add("ties/share")
     held_out = {f"eval/{name}" for name in {*names, "loss"}} if config.data.eval is not None else set()
     return names | set(ROW_METRICS) | held_out
 
