@@ -23,9 +23,20 @@ from tbpo_ray.objectives import TokenScores, build_objective, build_state_baseli
 
 VARIANTS: dict[str, dict] = {
     "dpo": {"name": "dpo"},
+    "ipo": {"name": "ipo"},
+    "simpo": {"name": "simpo"},
+    "bpo": {"name": "bpo"},
+    "bpo beta_family": {"name": "bpo", "bregman": {"generator": "beta_family", "a": 0.5, "b": 2.0}},
+    "tdpo1": {"name": "tdpo1"},
+    "tdpo2": {"name": "tdpo2"},
+    "tis_dpo": {"name": "tis_dpo"},
+    "tis_dpo alpha 0.5": {"name": "tis_dpo", "alpha": 0.5},
+    "sepo": {"name": "sepo"},
+    "t_reg": {"name": "t_reg"},
     "tbpo_q": {"name": "tbpo_q"},
     "tbpo_a k3": {"name": "tbpo_a", "state_baseline": {"kind": "k3"}},
     "tbpo_a exact_kl": {"name": "tbpo_a"},
+    "tbpo_q beta_family": {"name": "tbpo_q", "bregman": {"generator": "beta_family", "a": 0.5, "b": 2.0}},
 }
 
 
@@ -78,15 +89,18 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
     labels, inputs = ids[:, size.prompt :], ids[:, :-1]
     lengths = torch.randint(size.answer // 2, size.answer + 1, (2 * size.pairs, 1), device=size.device)
     mask = torch.arange(size.answer, device=size.device) < lengths
+    weights = torch.rand(mask.shape, device=size.device) if objective.needs_weights else None
     answer = slice(size.prompt - 1, None)
     with torch.no_grad():
         ref_hidden = reference(inputs)[:, answer]
         cached = token_log_probs(ref_hidden, reference.out.weight, labels, mask, want=("logp",)).logp
 
+    divergence = ["kl"] * objective.needs_kl + ["reverse_kl"] * objective.needs_reverse_kl
+
     def step() -> None:
         hidden = policy(inputs)[:, answer]
         live = None
-        if objective.needs_kl:
+        if objective.needs_distribution:
             with torch.no_grad():
                 live = reference(inputs)[:, answer]
         stats = token_log_probs(
@@ -96,11 +110,18 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
             mask,
             live,
             reference.out.weight,
-            want=("logp", "kl") if objective.needs_kl else ("logp",),
+            want=("logp", *divergence),
         )
-        c = head(hidden, stats.kl) if head is not None else stats.kl
+        kl = stats.kl if objective.needs_kl else stats.reverse_kl
+        c = head(hidden, kl) if head is not None else kl
         assert stats.logp is not None and cached is not None
-        columns = {"logps": stats.logp, "ref_logps": cached, "mask": mask, "baseline": c}
+        columns = {
+            "logps": stats.logp,
+            "ref_logps": cached,
+            "mask": mask,
+            "baseline": c,
+            "weights": weights,
+        }
         halves = {name: (None, None) if v is None else v.chunk(2) for name, v in columns.items()}
         sides: dict[str, Any] = {
             f"{side}_{name}": half[i]
