@@ -26,22 +26,22 @@ from tbpo_ray.training.run_plan import resolve_run
 GOAL = 0.1
 """The largest relative deviation of the plan from the measurement."""
 SHAPES: dict[str, tuple[Size, list[str]]] = {
-    "packed rows, TBPO-Q": (MODEL, ["training.micro_batch_tokens=2048"]),
+    "packed rows, TBPO-Q": (MODEL, ["training.micro_batch_tokens=1024"]),
     "padded rows, DPO, AdamW": (
         MODEL,
-        ["objective.name=dpo", "training.micro_batch_pairs=6", "training.optimizer=adamw"],
+        ["objective.name=dpo", "training.micro_batch_pairs=4", "training.optimizer=adamw"],
     ),
     "separate rows, SFT": (
         MODEL,
-        ["objective.name=sft", "training.micro_batch_pairs=8", "training.shared_prompt=false"],
+        ["objective.name=sft", "training.micro_batch_pairs=4", "training.shared_prompt=false"],
     ),
     "activation checkpointing": (
         MODEL,
-        ["training.micro_batch_tokens=4096", "training.activation_checkpointing=true"],
+        ["training.micro_batch_tokens=2048", "training.activation_checkpointing=true"],
     ),
     "LoRA, TBPO-A, 128k vocabulary": (
         LARGE_VOCABULARY,
-        ["objective.name=tbpo_a", "model.lora.r=16", "training.micro_batch_tokens=2048"],
+        ["objective.name=tbpo_a", "model.lora.r=16", "training.micro_batch_tokens=1024"],
     ),
 }
 """Model sizes and overrides."""

@@ -20,6 +20,7 @@ from tbpo_ray.progress import log_progress
 from tbpo_ray.training.memory_plan import (
     MemoryPlan,
     check_fits,
+    fewest_workers,
     kv_cache_bytes,
     plan_memory,
     resolve_budget,
@@ -101,6 +102,7 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
             else []
         ),
         _format_bytes("total", memory.total),
+        *_format_fewest(plan, memory),
         "# memory of the node, per worker on it",
         *(_format_bytes(part, size) for part, size in memory.host.items() if size),
         f"# checkpoints      {config.training.keep_checkpoints} kept, and one being written",
@@ -129,6 +131,13 @@ def _format_busy(schedule: Schedule, workers: int) -> str:
     busy = np.mean([schedule.busy_share(step, workers) for step in steps])
     bound = np.mean([schedule.busy_bound(step, workers) for step in steps])
     return f"{busy:.1%} of the time of {workers} worker(s), by tokens; the longest pairs allow {bound:.1%}"
+
+
+def _format_fewest(plan: RunPlan, memory: MemoryPlan) -> list[str]:
+    fewest = fewest_workers(plan, memory)
+    if fewest is None or not isinstance(plan.config.cluster.num_workers, list):
+        return []
+    return [f"# of cluster.num_workers={plan.config.cluster.num_workers}, {fewest} or more fit"]
 
 
 def _format_engine(config: Config, facts: ModelFacts) -> list[str]:

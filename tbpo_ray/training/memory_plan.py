@@ -52,6 +52,8 @@ class MemoryPlan:
     """Tokens of the micro-batch that was traced, padding included."""
     failure: str | None = None
     """Why the activations are not known."""
+    traced: StepMemory | None = None
+    """The step without ZeRO, from which the plan for another number of workers follows."""
 
     @property
     def total(self) -> int:
@@ -153,6 +155,7 @@ def _with_states(plan: RunPlan, traced: StepMemory, world: int) -> MemoryPlan:
         },
         checkpoints=checkpoint * kept,
         failure=traced.failure,
+        traced=traced,
     )
 
 
@@ -224,6 +227,20 @@ def check_fits(plan: RunPlan, memory: MemoryPlan) -> None:
     available = device_memory(plan.config)
     if available is not None and memory.total + _context(plan.config) > available:
         raise InputError(_too_large(plan, memory, available))
+
+
+def fewest_workers(plan: RunPlan, memory: MemoryPlan) -> int | None:
+    """The smallest number of workers that fit into their devices; None if their size is not known.
+
+    Micro-batches are assumed to be as large with fewer workers, which a budget of tokens guarantees.
+    """
+    available = device_memory(plan.config)
+    if available is None or memory.traced is None:
+        return None
+    most = plan.config.cluster.max_workers
+    room = available - _context(plan.config)
+    fitting = (n for n in range(1, most + 1) if _with_states(plan, memory.traced, n).total <= room)
+    return next(fitting, None)
 
 
 def _too_large(plan: RunPlan, memory: MemoryPlan, available: int) -> str:

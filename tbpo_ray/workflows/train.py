@@ -30,7 +30,7 @@ from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.cost import measure_cost
-from tbpo_ray.training.memory_plan import check_fits, plan_memory, resolve_budget
+from tbpo_ray.training.memory_plan import check_fits, fewest_workers, plan_memory, resolve_budget
 from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.resume_checks import (
     adopt_resolved,
@@ -242,7 +242,13 @@ def _plan_memory(plan: RunPlan, inputs: Inputs) -> RunPlan:
         plan = resolve_budget(plan, facts, lengths)
         log_progress(f"training.micro_batch_tokens=auto: {plan.config.training.micro_batch_tokens} tokens")
     if plan.config.cluster.device_memory_gib is not None:
-        check_fits(plan, plan_memory(plan, facts, lengths))
+        memory = plan_memory(plan, facts, lengths)
+        check_fits(plan, memory)
+        workers, fewest = plan.config.cluster.num_workers, fewest_workers(plan, memory)
+        if isinstance(workers, list) and fewest is not None and fewest > workers[0]:
+            log_progress(
+                f"cluster.num_workers={workers}: fewer than {fewest} would not fit into their devices"
+            )
     return plan
 
 

@@ -18,6 +18,7 @@ from tbpo_ray.training.memory_plan import (
     check_fits,
     device_memory,
     dummy_batch,
+    fewest_workers,
     kv_cache_bytes,
     largest_micro_batch,
     plan_memory,
@@ -204,6 +205,15 @@ def test_a_step_that_depends_on_values_is_planned_without_activations(tmp_path):
     memory = plan_memory(plan("training.micro_batch_pairs=2"), ModelFacts(str(tmp_path / "moe")), LENGTHS)
     assert memory.parts["weights"] > 0
     assert (memory.failure is None) is (memory.parts["activations"] > 0)
+
+
+def test_the_fewest_workers_that_fit_share_the_states(facts):
+    many = ("training.micro_batch_tokens=200", "cluster.num_workers=[1,64]", "training.deepspeed={stage: 3}")
+    memory = plan_memory(plan(*many), facts, LENGTHS, workers=64)
+    eight = plan_memory(plan(*many), facts, LENGTHS, workers=8)
+    chosen = plan(*many, f"cluster.device_memory_gib={eight.total / GIB}")
+    assert fewest_workers(chosen, memory) == 8
+    assert fewest_workers(plan(*many), memory) is None
 
 
 def test_the_memory_of_a_device_is_what_is_configured():
