@@ -14,7 +14,7 @@ length of a row with a single answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -68,11 +68,19 @@ class PairBatch:
         return self.labels.shape[1]
 
     def to(self, device: torch.device | str) -> PairBatch:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
+        """The batch on a device. The host does not wait for the copies, if the batch is pinned."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def pin(self) -> PairBatch:
+        """The batch in pinned memory, from which a GPU copies on its own."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
             if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        return PairBatch(**moved)
+                values[name] = change(value)
+        return PairBatch(**values)
 
     def attention_mask(self, window: int | None = None) -> Tensor:
         """[R, 1, L, L] bool, True where the query (third axis) may see the key (fourth axis).

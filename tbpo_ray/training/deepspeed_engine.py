@@ -119,7 +119,7 @@ class Engine:
         if self.optimizer is self.client_optimizer:
             readback.add(GRAD_NORM, self._gradient_norm())
         else:
-            self._guard.on_read = self._add_zero_norm  # type: ignore[method-assign]
+            self._guard.on_read = self._add_zero_norm
         self.engine.step()
         # With a non-finite gradient norm ZeRO skips the step itself, silently, before it reaches the guard.
         if getattr(self.optimizer, "overflow", False):

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from tbpo_ray.objectives import TokenScores, token_log_probs
 from tbpo_ray.training.batch import PairBatch
-from tbpo_ray.training.pair_attention import encode_indices, is_worthwhile, rows_end_padded, use_pair_attention
+from tbpo_ray.training.pair_attention import (
+    encode_indices,
+    is_worthwhile,
+    rows_end_padded,
+    use_pair_attention,
+)
 
 ScorerOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Scores of the answer tokens. A plain tuple, because DeepSpeed searches tuples for tensors, not dataclasses:
@@ -68,7 +73,10 @@ class PairScorer(nn.Module):
             mask = (batch.segment >= 0).long()
         with rows_end_padded():
             out = _decoder(_causal(self.model))(
-                input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+                input_ids=batch.input_ids,
+                attention_mask=mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
             )
         states: Tensor = out.last_hidden_state
         return states

@@ -16,6 +16,7 @@ from tbpo_ray.training.batch import collate_columns
 from tbpo_ray.training.components import TrainingComponents
 from tbpo_ray.training.metrics_file import MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, build_optimizer, learning_rate, set_learning_rate
+from tbpo_ray.training.prefetch import BatchPrefetcher
 from tbpo_ray.training.readback import Readback
 
 
@@ -40,9 +41,11 @@ def train_local(
     head = None
     if components.head is not None:
         head = HeadOptimizer(components.head, config.objective.state_baseline.lr)
+    batches = BatchPrefetcher(
+        iter(micro_batches), lambda micro: collate_columns(micro.columns(), components.layout), device
+    )
     sums, readback = MetricSums(), Readback(device)
-    for micro in micro_batches:
-        batch = collate_columns(micro.columns(), components.layout).to(device)
+    for micro, batch in batches:
         loss_sum, metrics = step(scorer, batch, micro.step)
         (loss_sum / micro.pairs_in_step).backward()  # type: ignore[no-untyped-call]
         sums.add(loss_sum, metrics, len(micro.pair_ids))

@@ -68,10 +68,10 @@ def copy_fragments(engine: Engine) -> dict[str, Tensor]:
     if engine.stage > 0 or rank() == 0 or _has_mapping(engine):
         for part in fragments(engine):
             key = f"{part.name}@{part.start}"
-            tensors[f"{key}@{MASTER}"] = part.view(part.flat).cpu().clone()
+            tensors[f"{key}@{MASTER}"] = part.view(part.flat).to("cpu", copy=True)
             for name, value in engine.client_optimizer.state.get(part.flat, {}).items():
                 sliced = value if name == STEP else part.view(value)
-                tensors[f"{key}@{name}"] = sliced.detach().cpu().clone()
+                tensors[f"{key}@{name}"] = sliced.detach().to("cpu", copy=True)
     return tensors
 
 

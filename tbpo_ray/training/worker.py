@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tbpo_ray.training.deepspeed_engine import Engine, without_partitions
 from tbpo_ray.training.distributed import broadcast_object
 from tbpo_ray.training.metrics_file import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradientError, learning_rate
+from tbpo_ray.training.prefetch import BatchPrefetcher
 from tbpo_ray.training.readback import Readback
 from tbpo_ray.training.run_paths import RunPaths
 from tbpo_ray.training.run_plan import evaluation_schedule, make_schedule, resolve_run
@@ -131,10 +131,11 @@ class Worker:
 
         self.resume()
         stream = MicroBatchIterator(ray.train.get_dataset_shard("train"))
+        batches = BatchPrefetcher(stream, self.collate, self.device)
         result: dict[str, Any] = {}
         try:
             while self.step < self.schedule.steps_total:
-                self.after_step(self.train_step(stream))
+                self.after_step(self.train_step(batches))
         # The first two are raised on all ranks in the same step: the loop ends in an orderly way everywhere.
         except NonFiniteGradientError:
             result["failed"] = self._nonfinite()
@@ -146,20 +147,18 @@ class Worker:
         self.saver.wait()
         return result | {"step": self.step, "pairs_seen": self.pairs_seen}
 
-    def train_step(self, stream: Iterator[MicroBatch]) -> StepReport:
+    def train_step(self, batches: BatchPrefetcher) -> StepReport:
         """One optimizer step over this rank's micro-batches of it."""
         began = time.perf_counter()
         sums = MetricSums()
-        waited, done, tokens, real_tokens, pairs_in_step = 0.0, False, 0, 0, 0
+        waited = batches.seconds_waited
+        done, tokens, real_tokens, pairs_in_step = False, 0, 0, 0
         while not done:
-            requested = time.perf_counter()
-            micro = next(stream)
-            waited += time.perf_counter() - requested
+            micro, batch = next(batches)
             if micro.step != self.step:
                 raise AssertionError(f"the stream is at step {micro.step}, training at {self.step}")
             done = micro.index == micro.count - 1
             pairs_in_step = micro.pairs_in_step
-            batch = self.collate(micro)
             loss_sum, metrics = self.components.step(self.engine, batch, self.step)
             # DeepSpeed averages gradients over ranks; this way each pair of the step has the same weight,
             # whatever rank and micro-batch it is in.
@@ -185,7 +184,7 @@ class Worker:
             grad_norm=norm,
             learning_rate=rate,
             seconds=time.perf_counter() - began,
-            data_wait_seconds=waited,
+            data_wait_seconds=batches.seconds_waited - waited,
             tokens=tokens,
             real_tokens=real_tokens,
             preemption_due=self.preemption.due(readback),
@@ -278,21 +277,23 @@ class Worker:
         module.eval()
         sums = MetricSums()
         schedule = evaluation_schedule(self.plan, self.eval_data.lengths(), self.world)
-        for micro in local_micro_batches(
+        stream = local_micro_batches(
             self.eval_data, schedule, self.rank, self.world, 0, extra_dirs=self.run_paths.extra_eval
-        ):
-            loss_sum, metrics = self.components.step(self.engine, self.collate(micro), self.step)
+        )
+        for micro, batch in BatchPrefetcher(stream, self.collate, self.device):
+            loss_sum, metrics = self.components.step(self.engine, batch, self.step)
             sums.add(loss_sum, metrics, len(micro.pair_ids))
         module.train(was_training)
         return sums.reduce(self.device)
 
     def collate(self, micro: MicroBatch) -> PairBatch:
+        """The micro-batch's tensors, on the host."""
         columns: dict[str, Any] = micro.columns()
         if not len(micro.pair_ids):
             # A rank without pairs runs one fully masked pair, so that the collectives stay in step.
             columns = {name: [np.zeros(0, dtype=np.int64)] for name in columns}
             columns["prompt_ids"] = [np.zeros(1, dtype=np.int64)]
-        return collate_columns(columns, self.components.layout).to(self.device)
+        return collate_columns(columns, self.components.layout)
 
     def save(self, row: dict[str, float]) -> None:
         """Write a checkpoint and report it to Ray Train. Collective: all ranks call it together."""
