@@ -31,6 +31,7 @@ from tbpo_ray.generation.vllm_engine import (
     engine_arguments,
     engine_resources,
     environment,
+    needed_length,
     pool_size,
 )
 from tbpo_ray.models.chat import stop_token_ids
@@ -102,9 +103,13 @@ def generate(
     todo = [row for row in rows if row["index"] not in done]
     started = time.monotonic()
     if todo:
+        # Of all prompts, so that an engine that completes a folder is the one that began it.
+        length = needed_length(model, max(len(prompt.token_ids) for prompt in prompts), generation)
+        arguments = engine_arguments(generation, use_gpu=use_gpu, adapter=adapter, length=length)
         _run(
-            model, todo, len(rows), generation, folder, use_gpu=use_gpu, adapter=adapter, labels=labels or {}
-        )
+            model, todo, len(rows), generation, folder, use_gpu=use_gpu, arguments=arguments,
+            labels=labels or {},
+        )  # fmt: skip
     return _finish(folder, manifest, len(rows), time.monotonic() - started)
 
 
@@ -145,7 +150,7 @@ def _run(
     folder: Path,
     *,
     use_gpu: bool,
-    adapter: str | None,
+    arguments: dict[str, Any],
     labels: Mapping[str, str],
 ) -> None:
     """Run the pool over the rows and write every block when it is finished."""
@@ -166,7 +171,7 @@ def _run(
         processor = build_processor(
             vLLMEngineProcessorConfig(
                 model_source=model,
-                engine_kwargs=engine_arguments(generation, use_gpu=use_gpu, adapter=adapter),
+                engine_kwargs=arguments,
                 runtime_env={"env_vars": environment(use_gpu=use_gpu, engines=largest)},
                 placement_group_config={"bundles": [resources]},
                 concurrency=(smallest, largest),

@@ -19,8 +19,51 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as `max_lora_rank`."""
 
 
-def engine_arguments(generation: GenerationConfig, *, use_gpu: bool, adapter: str | None) -> dict[str, Any]:
-    """Build the vLLM engine arguments; `generation.engine` overrides the rest."""
+LENGTH_STEP = 64
+"""`max_model_len` is rounded up to a multiple, so that similar prompts give the same engine."""
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+"""Keys of a model's configuration in which vLLM looks for the longest sequence."""
+
+
+def needed_length(model: str, longest_prompt: int, generation: GenerationConfig) -> int | None:
+    """The `max_model_len` that prompts and answers need; None where the model's own limit is not above it.
+
+    vLLM reserves the cache of a sequence of the longest length before it starts, whatever the prompts are:
+    16 GiB for the 131,072 tokens of Llama 3.1 8B's own limit.
+
+    Args:
+        longest_prompt: tokens of the longest prompt.
+    """
+    needed = -(-(longest_prompt + generation.max_tokens) // LENGTH_STEP) * LENGTH_STEP
+    config = read_object(Path(model) / "config.json", "save the model again")
+    text = config.get("text_config") or {}
+    found = [part.get(key) for part in (text, config) for key in _LENGTH_KEYS]
+    tokenizer = Path(model) / "tokenizer_config.json"
+    if tokenizer.is_file():
+        found.append(read_object(tokenizer, "save the tokenizer again").get("model_max_length"))
+    limits = [limit for limit in found if isinstance(limit, int | float)]
+    # Without a limit in the configuration vLLM assumes one of its own.
+    return needed if limits and needed < min(limits) else None
+
+
+def engine_arguments(
+    generation: GenerationConfig, *, use_gpu: bool, adapter: str | None, length: int | None = None
+) -> dict[str, Any]:
+    """Build the vLLM engine arguments; `generation.engine` overrides the rest.
+
+    Args:
+        length: default of `generation.max_model_len`, from `needed_length`.
+    """
     arguments: dict[str, Any] = {
         "tensor_parallel_size": generation.tensor_parallel,
         "disable_log_stats": True,
@@ -32,8 +75,8 @@ def engine_arguments(generation: GenerationConfig, *, use_gpu: bool, adapter: st
     if generation.tensor_parallel > 1:
         # All processes of an engine are on one node. Ray's executor would leak a placement group.
         arguments["distributed_executor_backend"] = "mp"
-    if generation.max_model_len is not None:
-        arguments["max_model_len"] = generation.max_model_len
+    if (longest := generation.max_model_len or length) is not None:
+        arguments["max_model_len"] = longest
     if adapter is not None:
         arguments |= {"enable_lora": True, "max_lora_rank": _vllm_rank(_adapter_config(adapter)["r"])}
     return arguments | generation.engine | {"trust_remote_code": False}

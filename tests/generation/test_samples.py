@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ from tbpo_ray.generation.vllm_engine import (
     engine_arguments,
     engine_resources,
     environment,
+    needed_length,
     pool_size,
 )
 from tbpo_ray.models.chat import stop_token_ids
@@ -134,6 +136,39 @@ def test_engine_arguments(tiny_model, tmp_path):
     lora = engine_arguments(GenerationConfig(), use_gpu=True, adapter=adapter_for(192, tmp_path / "a"))
     assert lora["enable_lora"] and lora["max_lora_rank"] == 8
     assert "VLLM_CPU_KVCACHE_SPACE" in environment(use_gpu=False, engines=1)
+
+
+def model_with(folder: Path, config: dict, tokenizer: dict | None = None) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if tokenizer is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return str(folder)
+
+
+def test_an_engine_reserves_cache_for_what_prompts_and_answers_need(tmp_path):
+    generation = GenerationConfig(max_tokens=256)
+    long = model_with(tmp_path / "long", {"max_position_embeddings": 131072}, {"model_max_length": 10**30})
+    assert needed_length(long, 500, generation) == 768
+    assert needed_length(long, 512, generation) == 768
+    assert needed_length(long, 513, generation) == 832
+    nested = model_with(
+        tmp_path / "nested", {"text_config": {"max_position_embeddings": 4096}}, {"bos": "<s>"}
+    )
+    assert needed_length(nested, 100, generation) == 384
+    # Where the model or its tokenizer allows no more, the limit is theirs.
+    assert needed_length(model_with(tmp_path / "short", {"n_positions": 512}), 400, generation) is None
+    limited = model_with(tmp_path / "limited", {"max_position_embeddings": 4096}, {"model_max_length": 512})
+    assert needed_length(limited, 400, generation) is None
+    assert needed_length(model_with(tmp_path / "unknown", {}), 10, generation) is None
+    found = engine_arguments(generation, use_gpu=True, adapter=None, length=768)
+    assert found["max_model_len"] == 768
+    given = engine_arguments(GenerationConfig(max_model_len=99), use_gpu=True, adapter=None, length=768)
+    assert given["max_model_len"] == 99
+    other = engine_arguments(
+        GenerationConfig(engine={"max_model_len": 50}), use_gpu=True, adapter=None, length=7
+    )
+    assert other["max_model_len"] == 50
 
 
 def test_an_answer_ends_at_every_stop_token_of_the_model(tiny_model, prompts, tmp_path):
