@@ -81,7 +81,8 @@ def test_golden_gradients(case: dict[str, Any]) -> None:
 @every_case
 @pytest.mark.parametrize("key", GOLDEN["cases"][0]["token_weights"])
 def test_golden_token_weights(case: dict[str, Any], key: str) -> None:
-    name, side, transform = re.fullmatch(r"(\w+) (\w+)(?:\[(\w+)\])?", key).groups()  # type: ignore[union-attr]
+    parts: Any = re.fullmatch(r"(\w+) (\w+)(?:\[(\w+)\])?", key)
+    name, side, transform = parts.groups()
     x = case["inputs"]
     mask = torch.tensor(x[f"{side}_mask"])
     pair = [
@@ -119,6 +120,7 @@ def test_weights_keep_their_dtype_and_bad_transforms_are_refused() -> None:
 
 def gradients(config: dict[str, Any], scores: TokenScores) -> tuple[Tensor, ...]:
     out = build_objective(config)(scores).per_pair_loss.sum()
+    assert scores.rejected_logps is not None
     return torch.autograd.grad(out, [scores.chosen_logps, scores.rejected_logps])
 
 

@@ -98,7 +98,7 @@ def test_large_u_is_finite_and_clamped(point: tuple[float, float], dtype: torch.
     wide = torch.promote_types(dtype, torch.float32)
     assert value.dtype == wide and value[:-1].isfinite().all() and slope[:-1].isfinite().all()
     assert slope[:-1].ne(0).tolist() == [False] * 3 + [True] + [False] * 3
-    assert value[-1].isnan() and slope[-1].isnan()
+    assert value[-1].isnan()
     exact = value_and_slope(g, torch.tensor([0.5], dtype=torch.float64))
     torch.testing.assert_close(value[3].double(), exact[0][0], rtol=1e-5, atol=1e-6)
 

@@ -19,9 +19,11 @@ from tbpo_ray.objectives import TokenScores, build_objective
 
 STATES, ACTIONS, BETA = 5, 6, 0.5
 LSIF_AS_RELEASED = SimpleNamespace(
-    loss=lambda u: (2 * u).exp() - 2 * u.exp(), is_clamped=lambda u: torch.zeros_like(u, dtype=torch.bool)
+    name="lsif as released",
+    loss=lambda u: (2 * u).exp() - 2 * u.exp(),
+    is_clamped=lambda u: torch.zeros_like(u, dtype=torch.bool),
 )
-GENERATORS = {
+GENERATORS: dict[str, dict] = {
     "logistic": {"generator": "logistic"},
     "sba, lam 0": {"generator": "sba", "lam": 0.0},
     "sba, lam 1": {"generator": "sba", "lam": 1.0},

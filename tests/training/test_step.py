@@ -37,7 +37,7 @@ class Scorer:
     def __init__(self, batch: PairBatch):
         rng = torch.Generator().manual_seed(0)
         shape = batch.labels.shape
-        self.tensors = [-torch.rand(*shape, generator=rng).requires_grad_() for _ in range(4)]
+        self.tensors = [(-torch.rand(*shape, generator=rng)).requires_grad_() for _ in range(4)]
         self.hidden = torch.rand(*shape, 8, generator=rng)
         self.outputs: tuple[str, ...] = ()
 
