@@ -13,6 +13,7 @@ from tbpo_ray.data.messages import answer_text
 from tbpo_ray.data.records import parse_records
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.judges import make_judge
+from tbpo_ray.evaluation.llm_judge import LlmJudge
 from tbpo_ray.evaluation.prompts import read_prompts
 from tbpo_ray.evaluation.rouge import references_of, rouge_l, rouge_metrics
 from tbpo_ray.evaluation.rubrics import load_rubric
@@ -74,9 +75,14 @@ def test_every_packaged_suite_is_tested_and_without_one_nothing_changes():
     assert "rubric" not in judge_settings(plain) and reference_column(plain) is None
 
 
+def template(made, output):
+    judge = make_judge(made, source="x", output=output)
+    assert isinstance(judge, LlmJudge)
+    return judge.template
+
+
 def test_the_judge_gets_the_rubric_of_the_suite(tmp_path):
-    judge = make_judge(config("evaluation.suite=tldr"), source="x", output=tmp_path)
-    assert load_rubric("summary") in judge.template
+    assert load_rubric("summary") in template(config("evaluation.suite=tldr"), tmp_path)
     file = tmp_path / "p.txt"
     file.write_text("{prompt} {answer_a} {answer_b}")
     own = make_judge(
@@ -174,7 +180,7 @@ def test_a_suite_of_the_user(tmp_path):
     )
     made = config(f"evaluation.suite={tmp_path / 'mine.yaml'}")
     assert [p.prompt[0]["content"] for p in read_prompts(made).prompts] == ["p0", "p1", "p2"]
-    assert "Prefer rhymes." in make_judge(made, source="x", output=tmp_path).template
+    assert "Prefer rhymes." in template(made, tmp_path)
     assert (reference_column(made), slice_columns(made)) == ("gold", ["topic"])
 
 
@@ -234,5 +240,6 @@ def test_rouge_metrics_are_means_over_the_prompts_with_a_reference(make_sample):
     groups = {"0": [one, other], "1": [two], "2": [three]}
     metrics = rouge_metrics(groups, "gold")
     assert metrics["rouge_l"].value == pytest.approx((0.5 + 1) / 2) and metrics["rouge_l_prompts"].value == 2
-    assert metrics["rouge_l"].low < 0.75 < metrics["rouge_l"].high
+    low, high = metrics["rouge_l"].low, metrics["rouge_l"].high
+    assert low is not None and high is not None and low < 0.75 < high
     assert rouge_metrics(groups, "other") == {} and references_of({"gold": ["", 3, "x"]}, "gold") == ["x"]

@@ -26,7 +26,7 @@ def identity(model: str, *overrides: str, **machine: str) -> str:
     prepared: Any = Prepared()
     plan = resolve_run(load_config(None, overrides))
     here = describe_machine(gpu=False) | machine
-    return digest(reference_scores._identity(plan, prepared, model, (), here))
+    return digest(reference_scores._identity(plan, prepared, model, None, here))
 
 
 def test_scores_of_one_kind_of_machine_or_kernel_never_serve_another(model):
