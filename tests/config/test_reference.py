@@ -30,7 +30,10 @@ def test_types_defaults_and_limits() -> None:
     assert rows["run.seed"][:3] == ["integer", "`0`", ">= 0, < 2147483648"]
     assert rows["objective.beta"][:3] == ["number or null", "`null`", "> 0"]
     assert rows["objective.label_smoothing"][2] == ">= 0, < 0.5"
-    assert rows["objective.bregman.generator"][1:3] == ["`sba`", "`logistic`, `kliep`, `lsif`, `ba`, `sba`"]
+    assert rows["objective.bregman.generator"][1:3] == [
+        "`sba`",
+        "`logistic`, `kliep`, `lsif`, `ba`, `sba`, `beta_family`",
+    ]
     assert rows["cluster.num_workers"][:3] == ["integer or list of integers", "`1`", ">= 1, 2 items"]
     assert rows["training.deepspeed"][:2] == ["mapping", '`{"stage": 1}`']
     assert rows["data.train"][0] == "string or list of mappings"
