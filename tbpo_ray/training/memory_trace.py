@@ -9,7 +9,7 @@ Shapes: N pairs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,9 @@ class StorageCounter(TorchDispatchMode):
                 self._count(leaf)
         return result
 
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor that existed before, and its gradient."""
-        self._count(tensor)
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count tensors that existed before; operations return views of them."""
+        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -108,7 +108,7 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
         if plan.reference_mode == "live":
             reference = "adapter_off"
             if not plan.adapter_off_reference:
-                other = _build(facts, plan.config, plan.dtype)
+                other = _with_fake_weights(_build(facts, plan.config, plan.dtype))
                 reference = PairScorer(other.requires_grad_(False)).eval()
                 reference_bytes = sum(p.numel() * p.element_size() for p in other.parameters())
         head = build_head(plan, scorer)
@@ -117,7 +117,12 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
         for p in (*trained, *head_weights):
             p.grad = torch.zeros_like(p)
         failure = None
-        with StorageCounter() as counter:
+        counter = StorageCounter()
+        existing = [*network.parameters(), *network.buffers(), *head_weights]
+        if isinstance(reference, PairScorer):
+            existing += list(reference.parameters())
+        counter.ignore(existing + [p.grad for p in existing if p.grad is not None])
+        with counter:
             try:
                 loss, _ = step(scorer, batch())
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -146,9 +151,10 @@ def _build(facts: ModelFacts, config: Config, dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            facts.config, trust_remote_code=False, attn_implementation=attention
-        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                facts.config, trust_remote_code=False, attn_implementation=attention
+            )
     finally:
         torch.set_default_dtype(before)
 
@@ -160,7 +166,22 @@ def _network(config: Config, facts: ModelFacts, dtype: torch.dtype) -> Any:
         if config.model.lora is not None:
             network.enable_input_require_grads()
     if config.model.lora is not None:
-        network = add_lora(network, config.model.lora)
+        with torch.device("meta"):
+            network = add_lora(network, config.model.lora)
+    return _with_fake_weights(network)
+
+
+def _with_fake_weights(network: Any) -> Any:
+    """Replace weights on the meta device by fake ones on the CPU. Tied weights stay tied."""
+    replaced: dict[int, Tensor] = {}
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) not in replaced:
+                fake = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+                replaced[id(weight)] = nn.Parameter(fake, requires_grad=weight.requires_grad)
+            module.register_parameter(name, replaced[id(weight)])
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     return network
 
 
