@@ -50,11 +50,11 @@ class StepMemory:
     """Why the step could not be traced."""
 
 
-class StorageCounter(TorchDispatchMode):
+class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations create, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: set[int] = set()
 

@@ -114,7 +114,6 @@ def shipped(name: str, folder: Any) -> tuple[Config, ModelFacts]:
     return config, ModelFacts(str(folder))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_workers_of_the_shipped_configurations_fit(name, tmp_path):
     config, facts = shipped(name, tmp_path)

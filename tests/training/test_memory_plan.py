@@ -191,7 +191,7 @@ def test_auto_takes_what_fits_and_a_resumed_run_keeps_it(facts, tmp_path):
     budgets = []
     for gib in (0.01, 0.02):
         chosen = resolve_budget(plan(*automatic, f"cluster.device_memory_gib={gib}"), facts, LENGTHS)
-        budgets.append(chosen.config.training.micro_batch_tokens)
+        budgets.append(chosen.config.training.token_budget or 0)
         assert plan_memory(chosen, facts, LENGTHS).total <= gib * GIB
     assert budgets[0] < budgets[1]
     with pytest.raises(InputError, match="more than the"):

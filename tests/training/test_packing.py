@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Lfm2Config
+from transformers import BloomConfig, Lfm2Config
 
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.data.schedule import row_tokens
 from tbpo_ray.errors import InputError
 from tbpo_ray.training import pair_attention
 from tbpo_ray.training.batch import BatchLayout, collate, collate_columns
-from tbpo_ray.training.run_plan import check_shared_prompt, evaluation_schedule, make_schedule, resolve_run
+from tbpo_ray.training.run_plan import (
+    check_shared_prompt,
+    evaluation_schedule,
+    make_schedule,
+    resolve_run,
+    settle_packing,
+)
 from tbpo_ray.training.scorer import PairScorer
 from tests.training.test_batch_and_scorer import MODELS, VOCAB, llama, pairs, plain_logps
 from tests.training.test_self_check import GEMMA2, GPT_NEO, LLAMA, components, prepared, save
@@ -132,12 +138,20 @@ def test_what_cannot_be_packed_is_refused(overrides, words):
         plan(*overrides)
 
 
-def test_a_model_that_would_mix_the_pairs_of_a_row_is_refused(tmp_path):
+def test_a_model_that_would_mix_the_pairs_of_a_row_gets_a_row_for_each(tmp_path):
     sizes: Any = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    Lfm2Config(**sizes, layer_types=["conv", "full_attention"]).save_pretrained(tmp_path / "lfm2")
-    packed = plan("training.micro_batch_tokens=4096", "objective.name=sft")
-    with pytest.raises(InputError, match=r"model\.name_or_path: .*conv.*training\.packing=false"):
-        check_shared_prompt(packed, str(tmp_path / "lfm2"), "model.name_or_path")
+    Lfm2Config(**sizes, layer_types=["conv", "full_attention"]).save_pretrained(tmp_path / "conv")
+    BloomConfig(**sizes).save_pretrained(tmp_path / "alibi")
+    llama().config.save_pretrained(tmp_path / "llama")
+    key, budget = "model.name_or_path", ("training.micro_batch_tokens=4096", "objective.name=sft")
+    for name, word in (("conv", "conv"), ("alibi", "eager")):
+        settled, (note,) = settle_packing(plan(*budget), {key: str(tmp_path / name)})
+        assert not settled.packed and settled.config.training.packing is False
+        assert settled.rows == "shared" and word in note and "training.packing=false" in note
+        with pytest.raises(InputError, match=rf"training\.packing=true: {key}: .*{word}.*packing=false"):
+            check_shared_prompt(plan(*budget, "training.packing=true"), str(tmp_path / name), key)
+    kept = plan(*budget)
+    assert settle_packing(kept, {key: str(tmp_path / "llama")}) == (kept, [])
 
 
 def test_the_self_check_covers_packed_rows(save, prepared):
