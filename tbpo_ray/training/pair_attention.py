@@ -52,7 +52,7 @@ def rows_end_padded() -> Iterator[None]:
         _rows_end_padded.reset(token)
 
 
-def padding_mask(*sizes: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+def padding_mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
     """The mask function that transformers calls, with the arguments and result of its `sdpa_mask`.
 
     With padding at the end, causal attention hides it from every token. `sdpa_mask` would look for padding in
@@ -63,7 +63,7 @@ def padding_mask(*sizes: Any, attention_mask: Tensor | None = None, **options: A
 
     if attention_mask is not None and _rows_end_padded.get() and attention_mask.device.type != "cpu":
         attention_mask = None
-    mask: Tensor | None = sdpa_mask(*sizes, attention_mask=attention_mask, **options)
+    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **options)
     return mask
 
 

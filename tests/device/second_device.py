@@ -15,7 +15,7 @@ blocking copy in either direction).
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -95,25 +95,25 @@ def register() -> torch.device:
 
 
 class DeviceTensor(Tensor):
-    """A tensor of the second device; `inner` has its values, on the CPU."""
+    """A tensor of the second device; `host` has its values, on the CPU."""
 
-    inner: Tensor
+    host: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> DeviceTensor:
+    def __new__(cls, host: Tensor) -> DeviceTensor:
         wrapper: DeviceTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
             device=register(),
         )
-        wrapper.inner = inner
+        wrapper.host = host
         return wrapper
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"DeviceTensor({self.inner!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DeviceTensor({self.host!r})"
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -124,7 +124,9 @@ class DeviceTensor(Tensor):
         return self.cpu().numpy()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return dispatch(func, args, kwargs or {}, None)
 
 
@@ -212,11 +214,12 @@ class _Generator(torch.Generator):
     """A generator of the device draws on the CPU, where the operations compute."""
 
     def __new__(cls, device: torch.device | str = "cpu") -> _Generator:
-        return super().__new__(cls, "cpu" if torch.device(device).type == NAME else device)
+        place = "cpu" if torch.device(device).type == NAME else device
+        return super().__new__(cls, place)  # type: ignore[call-arg]
 
 
 def dispatch(func: Any, args: Any, kwargs: Any, mode: SecondDevice | None) -> Any:
-    """Run an operation on the inner tensors, after the checks that an accelerator makes."""
+    """Run an operation on the tensors of the host, after the checks that an accelerator makes."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, DeviceTensor)]
     target = kwargs.get("device")
@@ -229,7 +232,7 @@ def dispatch(func: Any, args: Any, kwargs: Any, mode: SecondDevice | None) -> An
         mode.record(what)
     if to_ours:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    inner_args, inner_kwargs = pytree.tree_map_only(DeviceTensor, lambda t: t.inner, (args, kwargs))
+    inner_args, inner_kwargs = pytree.tree_map_only(DeviceTensor, lambda t: t.host, (args, kwargs))
     leaves_device = target is not None and not to_ours
     if leaves_device and func is aten._to_copy.default:
         return func(*inner_args, **inner_kwargs).clone()
@@ -240,7 +243,7 @@ def dispatch(func: Any, args: Any, kwargs: Any, mode: SecondDevice | None) -> An
 def _wrap(func: Any, out: Any, args: Any) -> Any:
     """The results as tensors of the device; an operation in place returns the tensor that it got."""
     if func._schema.is_mutable and func not in {aten.resize_.default}:
-        known = {id(t.inner): t for t in pytree.tree_leaves(args) if isinstance(t, DeviceTensor)}
+        known = {id(t.host): t for t in pytree.tree_leaves(args) if isinstance(t, DeviceTensor)}
     else:
         known = {}
     if func is aten.copy_.default and not isinstance(args[0], DeviceTensor):
@@ -248,7 +251,7 @@ def _wrap(func: Any, out: Any, args: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else DeviceTensor(t), out)
 
 
-def _check_devices(func: Any, args: Any, tensors: list[Tensor], ours: list[Tensor]) -> None:
+def _check_devices(func: Any, args: Any, tensors: Sequence[Tensor], ours: Sequence[Tensor]) -> None:
     others = [t for t in tensors if not isinstance(t, DeviceTensor)]
     if not others or not ours or func in COPIES:
         return
@@ -263,7 +266,9 @@ def _writes_to_host(func: Any, args: Any) -> bool:
     return bool(func._schema.is_mutable and args and not isinstance(args[0], DeviceTensor))
 
 
-def _sync(func: Any, args: Any, kwargs: Any, ours: list[Tensor], target: torch.device | None) -> str | None:
+def _sync(
+    func: Any, args: Any, kwargs: Any, ours: Sequence[Tensor], target: torch.device | None
+) -> str | None:
     """Why the host would wait for the device in this operation, if it would."""
     if ours and func in READS:
         return f"reading a value ({func})"

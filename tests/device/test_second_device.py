@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tbpo_ray.objectives import objective as objective_module
+from tbpo_ray.objectives.types import masked_mean
 from tbpo_ray.training.metrics_file import MetricSums
 from tests.device.second_device import NAME, MixedDevicesError, SecondDevice
 from tests.device.step_cases import batch, parts
@@ -127,10 +128,8 @@ def test_a_planted_stack_of_host_and_device_scalars_is_found(
 def test_a_planted_sum_over_two_devices_is_found(
     device: SecondDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mean = objective_module.masked_mean
-
     def planted(tensor: Tensor, mask: Tensor) -> Tensor:
-        return mean(tensor, mask) + torch.zeros(tensor.shape[0])
+        return masked_mean(tensor, mask) + torch.zeros(tensor.shape[0])
 
     monkeypatch.setattr(objective_module, "masked_mean", planted)
     found = parts({"name": "tbpo_a", "state_baseline": {"kind": "k3"}}, move=device.move)

@@ -49,7 +49,9 @@ def stream(steps: int) -> list[MicroBatch]:
                 f"{side}_ref_logps": [rng.normal(-3, 1, len(ids)).astype(np.float32) for ids in columns[at]]
                 for at, side in ((1, "chosen"), (2, "rejected"))
             }
-            found.append(MicroBatch(step, index, 2, 6, np.arange(3), *columns, extras=extras))
+            prompt, chosen, rejected = columns
+            ids = np.arange(3)
+            found.append(MicroBatch(step, index, 2, 6, ids, prompt, chosen, rejected, extras))
     return found
 
 

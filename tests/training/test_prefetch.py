@@ -20,8 +20,10 @@ CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 def stream(count: int) -> Iterator[MicroBatch]:
     rng = np.random.default_rng(0)
     for index in range(count):
-        columns = [[rng.integers(0, 50, rng.integers(2, 9)) for _ in range(3)] for _ in range(3)]
-        yield MicroBatch(0, index, count, 3 * count, np.arange(3), *columns)
+        prompt, chosen, rejected = (
+            [rng.integers(0, 50, rng.integers(2, 9)) for _ in range(3)] for _ in range(3)
+        )
+        yield MicroBatch(0, index, count, 3 * count, np.arange(3), prompt, chosen, rejected)
 
 
 def collate(micro: MicroBatch) -> PairBatch:
