@@ -112,7 +112,7 @@ class DeviceTensor(Tensor):
         wrapper.host = host
         return wrapper
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.host!r})"
 
     def tolist(self) -> Any:
