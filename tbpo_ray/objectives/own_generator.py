@@ -45,6 +45,21 @@ def load_function(reference: str) -> Callable[[Tensor], Tensor]:
     return checked
 
 
+def source_digest(reference: str) -> str:
+    """Digest of the file that `path.py:NAME` names: runs on other code minimize another loss.
+
+    Raises:
+        InputError: the file does not exist.
+    """
+    file = Path(reference.rpartition(":")[0]).expanduser()
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(
+            f"{KEY}={reference}: cannot read {file} ({first_line(error)}); give the path of a Python file"
+        ) from error
+
+
 def _import(file: Path, reference: str) -> dict[str, Any]:
     # Two files of one name are two modules.
     module_name = f"tbpo_generator_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"

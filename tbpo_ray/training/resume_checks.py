@@ -10,10 +10,11 @@ import yaml
 
 from tbpo_ray.config.comparison import changed_values
 from tbpo_ray.config.loading import stage_config, to_yaml
-from tbpo_ray.config.objective import READ_BY
+from tbpo_ray.config.objective import GENERATORS, READ_BY
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.objectives.own_generator import source_digest
 from tbpo_ray.storage.paths import STUDY_STATE
 from tbpo_ray.training.checkpoint import last_state
 
@@ -112,8 +113,11 @@ def refuse_other_objective(config: Config, folder: Path, *, extended: bool) -> N
         InputError: there are steps left, and this code would minimize another loss under the same name.
     """
     state = last_state(folder / "checkpoints")
+    if not _has_steps_left(state, extended=extended):
+        return
+    _refuse_other_generator(config, state)
     old, new = state.get("objective_definition", 1), config.objective.traits.definition
-    if old == new or not _has_steps_left(state, extended=extended):
+    if old == new:
         return
     age = "older" if old < new else "newer"
     name = config.objective.name
@@ -122,6 +126,24 @@ def refuse_other_objective(config: Config, folder: Path, *, extended: bool) -> N
         f"{state['step']}, with {age} code; this code has definition {new}, which is another loss (see the "
         "changelog); resume with the code that started the run, or use another run.name"
     )
+
+
+def generator_source(config: Config) -> str | None:
+    """Digest of the user's own generator file; None if the objective reads none."""
+    reference = config.objective.bregman.generator
+    if "bregman" not in config.objective.traits.settings or reference in GENERATORS:
+        return None
+    return source_digest(reference)
+
+
+def _refuse_other_generator(config: Config, state: Mapping[str, Any]) -> None:
+    old = state.get("generator_source")
+    if old is not None and old != generator_source(config):
+        raise InputError(
+            f"objective.bregman.generator={config.objective.bregman.generator}: the file has changed since "
+            f"step {state['step']} of run {config.run.name}, which minimized the loss that it had then; "
+            "restore it, or use another run.name"
+        )
 
 
 def steps_changed(config: Config, folder: Path) -> bool:

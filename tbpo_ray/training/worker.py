@@ -28,6 +28,7 @@ from tbpo_ray.training.metrics_file import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradientError, learning_rate
 from tbpo_ray.training.prefetch import BatchPrefetcher
 from tbpo_ray.training.readback import Readback
+from tbpo_ray.training.resume_checks import generator_source
 from tbpo_ray.training.run_paths import RunPaths
 from tbpo_ray.training.run_plan import evaluation_schedule, make_schedule, resolve_run
 from tbpo_ray.training.saver import Cadence, Saver, finite
@@ -115,6 +116,7 @@ class Worker:
         self.head_optimizer = (
             HeadOptimizer(head, config.objective.state_baseline.lr) if head is not None else None
         )
+        self.generator_source = generator_source(config)
         self.step = 0
         self.pairs_seen = 0
         self.saver = Saver(self.checkpoints, self.rank, self.world, config.training, lease)
@@ -318,6 +320,7 @@ class Worker:
             "data": self.prepared.fingerprint,
             "order": ORDER_VERSION,
             "objective_definition": self.config.objective.traits.definition,
+            "generator_source": self.generator_source,
         }
         validated = self._is_validated()
         folder = self.saver.save(self.step, files, state, pending=validated)

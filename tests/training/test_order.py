@@ -10,7 +10,7 @@ from tbpo_ray.config.objective import OBJECTIVES
 from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.errors import InputError
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.resume_checks import refuse_other_objective, refuse_other_order
+from tbpo_ray.training.resume_checks import generator_source, refuse_other_objective, refuse_other_order
 from tbpo_ray.workflows.train import train
 
 STEPS = 10
@@ -98,6 +98,22 @@ def test_a_run_of_an_older_definition_is_refused_by_name(tmp_path, name):
     refuse_other_objective(config, folder, extended=False)
     with pytest.raises(InputError, match=f"minimized definition 1 of {name}"):
         refuse_other_objective(config, folder, extended=True)
+
+
+def test_a_run_is_refused_whose_own_generator_has_changed(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def loss(u):\n    return u\n")
+    config = load_config(
+        None,
+        [f"run.output_dir={tmp_path}", "run.name=old", f"objective.bregman.generator={file}:loss"],
+    )
+    source = generator_source(config)
+    _, folder = started(tmp_path, 5, order=ORDER_VERSION, generator_source=source)
+    refuse_other_objective(config, folder, extended=False)
+    file.write_text("def loss(u):\n    return 2 * u\n")
+    with pytest.raises(InputError, match=f"objective.bregman.generator={file}:loss: the file has changed"):
+        refuse_other_objective(config, folder, extended=False)
+    assert generator_source(load_config(None, [])) is None
 
 
 def test_training_refuses_the_older_definition_before_anything_starts(tmp_path):
