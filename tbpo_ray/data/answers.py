@@ -9,8 +9,10 @@ and the user's words between them are context, not trained.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +25,8 @@ _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 """The beginning of a marker such as `<think>` at the end of a text."""
 
 _WORD = re.compile(r"\w+")
+_MARKER = re.compile(r"<[^<>\s]+>\Z")
+_PLAIN_WORDS = re.compile(r"[A-Za-z0-9_ .,-]+")
 _MARKUP = re.compile(
     r"^\s|\s\Z|^\Z|[<>\[\]{}|\\`/\u2190-\u25ff\u27c0-\u2bff\u3008-\u301b\uff5c\U000e0000-\U0010ffff]"
 )
@@ -49,6 +53,7 @@ class RenderedAnswers:
     - `answer_rendered_plain`: the template refuses or hides an answer, which is then its text and an end;
     - `answer_altered_by_template`: the template does not write the answer as it is, such as without thoughts
       or without tool calls;
+    - `prompt_altered_by_template`: the template does not write a turn of the prompt, such as a system turn;
     - `tools_ignored_by_template`: the template does not write the tools;
     - `turn_without_end`: the template ends a turn only where it is the last one, so that an earlier turn of
       an answer has no end token.
@@ -115,6 +120,8 @@ class AnswerRenderer:
         ]
         if tools and self._ignores_tools(prompt, tools, opening, template_kwargs):
             notes.append("tools_ignored_by_template")
+        if alters_prompt(prompt, opening):
+            notes.append("prompt_altered_by_template")
         return RenderedAnswers(shortest, segments, notes)
 
     def _ignores_tools(
@@ -220,15 +227,18 @@ class _Task:
             if not text.removesuffix(ends).removesuffix(self.renderer.end or "").strip():
                 self.notes.append("answer_rendered_plain")
                 return self.opening, [Segment(content + ends, True)]
-        if self._altered_turns(turns, segments):
+        if self._altered_turns(turns, segments, start):
             self.notes.append("answer_altered_by_template")
         if start != self.opening:
             self.notes.append("generation_prompt_differs")
         # What follows the prompt is always trained: the first segment is never empty.
         return start, [segment for segment in segments if segment.text]
 
-    def _altered_turns(self, turns: Sequence[Message], segments: Sequence[Segment]) -> bool:
+    def _altered_turns(self, turns: Sequence[Message], segments: Sequence[Segment], start: str) -> bool:
         """Whether the template does not write all of the assistant's turns as they are.
+
+        Args:
+            start: the text in front of the answer.
 
         Raises:
             RecordError: it writes nothing but special tokens for a turn that says something.
@@ -238,7 +248,14 @@ class _Task:
         for turn, text in zip(spoken, written, strict=True):
             if _says_something(turn) and not self.renderer.special.sub("", text).strip():
                 raise RecordError("answer_without_tokens", "the chat template hides a turn of the assistant")
-        return any(map(_altered, spoken, written))
+        # The first turn may begin with a marker that the generation prompt has opened already.
+        opened = _MARKER.search(start.rstrip())
+        if opened is not None and _opens(opened.group(), spoken[0], written[0]):
+            spoken = [{**spoken[0], "content": None}, *spoken[1:]]
+        return any(
+            _altered(turn, text) or any(word not in text for word in _argument_words(turn))
+            for turn, text in zip(spoken, written, strict=True)
+        )
 
     def _turns(self, turns: Sequence[Message]) -> tuple[str, list[Segment]]:
         render = self.renderer.template.render
@@ -351,9 +368,64 @@ def _says_something(turn: Message) -> bool:
 
 def _altered(turn: Message, text: str) -> bool:
     """Whether the template does not write a turn as it is, such as without its thoughts or tool calls."""
+    return any(value not in text for value in (*_texts(turn), *_call_names(turn)))
+
+
+def _opens(marker: str, turn: Message, text: str) -> bool:
+    """Whether a turn is what the template writes for it behind a marker, up to white space."""
+    content = _content(turn).strip()
+    return content.startswith(marker) and "".join(content.split()) in "".join((marker + text).split())
+
+
+def _calls(turn: Message) -> list[Mapping[str, Any]]:
     calls = turn.get("tool_calls")
-    names = [function_of(call).get("name") for call in calls] if isinstance(calls, list) else []
-    return any(value not in text for value in (*_texts(turn), *(str(name) for name in names if name)))
+    return [function_of(call) for call in calls] if isinstance(calls, list) else []
+
+
+def _call_names(turn: Message) -> list[str]:
+    return [str(call["name"]) for call in _calls(turn) if call.get("name")]
+
+
+def _argument_words(turn: Message) -> Iterator[str]:
+    """The words in the arguments of a turn's calls.
+
+    Values that a template may escape or write in a notation of its own are not among them.
+    """
+    for call in _calls(turn):
+        arguments = call.get("arguments")
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        if isinstance(arguments, Mapping):
+            words = (*arguments, *(value for value in arguments.values() if isinstance(value, str)))
+            yield from (word.strip() for word in words if _PLAIN_WORDS.fullmatch(word))
+
+
+def alters_prompt(prompt: Sequence[Message], text: str) -> bool:
+    """Whether a chat template does not write all turns of a prompt.
+
+    An assistant's thoughts do not count: most templates take them away from earlier turns.
+
+    Args:
+        text: what the template writes.
+    """
+    return any(_is_absent(value, text) for turn in prompt for value in _prompt_words(turn))
+
+
+def _prompt_words(turn: Message) -> Iterator[str]:
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else [content]
+    for part in parts:
+        value = part_text([part]) if isinstance(part, Mapping) else part
+        if isinstance(value, str):
+            yield (value.rpartition("</think>")[2] if turn["role"] == "assistant" else value).strip()
+    yield from _call_names(turn)
+    yield from _argument_words(turn)
+
+
+def _is_absent(value: str, text: str) -> bool:
+    # Some templates write the results of tools as JSON text.
+    return value not in text and json.dumps(value, ensure_ascii=False)[1:-1] not in text
 
 
 def _texts(turn: Message) -> list[str]:

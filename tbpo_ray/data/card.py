@@ -17,6 +17,13 @@ from tbpo_ray.storage.json_lines import dumps
 CARD, FIGURE = "data_card.json", "data_card.png"
 _SIDES = ("prompt", "chosen", "rejected")
 _BINS = 40
+_RULES = (
+    "bos_added", "bos_repeated", "special_text_in_prompt", "special_text_in_answer", "prompt_truncated",
+    "chosen_truncated", "rejected_truncated", "masked_answers", "generation_prompt_differs",
+    "turn_without_end", "prompt_altered_by_template", "answer_altered_by_template", "answer_rendered_plain",
+    "tools_ignored_by_template",
+)  # fmt: skip
+"""Names of the counts of exceptional rules; see :mod:`tbpo_ray.data.tokenize` and its answers."""
 
 
 def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -> dict[str, Any]:
@@ -52,6 +59,7 @@ def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -
         "truncated": {
             side: int(counts.get(f"{side}_truncated", 0)) / max(1, prepared.records) for side in _SIDES
         },
+        "rules": {rule: int(counts[rule]) for rule in _RULES if counts.get(rule)},
         "tail_share": float(np.abs(chosen - rejected).sum() / (chosen + rejected).sum()),
         "sources": _by_source(prepared),
         "answers_swapped": bool(prepared.inputs.get("swap_answers", False)),

@@ -7,10 +7,10 @@ from typing import Any
 
 from tbpo_ray.data.column_values import is_filled, parse_conversation, role_and_words, system_value
 from tbpo_ray.data.messages import content_text, parse_messages
+from tbpo_ray.data.record_shapes import SYSTEM_COLUMNS
 from tbpo_ray.data.rejection_reasons import RecordError
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")
-_SYSTEMS = ("system", "system_prompt")
 
 
 def check_columns(columns: Mapping[str, Any], used: frozenset[str]) -> None:
@@ -24,8 +24,8 @@ def check_columns(columns: Mapping[str, Any], used: frozenset[str]) -> None:
     """
     if used.intersection(_CONVERSATIONS):
         _check_equal({name: _prompt_words(columns.get(name)) for name in _CONVERSATIONS})
-    if used.intersection(_SYSTEMS):
-        _check_equal({name: _system_words(columns.get(name), name) for name in _SYSTEMS})
+    if used.intersection(SYSTEM_COLUMNS):
+        _check_equal({name: _system_words(columns.get(name), name) for name in SYSTEM_COLUMNS})
 
 
 def _check_equal(values: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ values is decided in :mod:`tbpo_ray.data.record_shapes`, and where the prompt en
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,12 +32,24 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _CALL_ROLES = ("function_call", "tool_call")
 """Roles of ShareGPT turns whose text is a call as JSON."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-_MEDIA_KINDS = ("image", "images", "audio", "audios", "video", "videos")
+_MEDIA_KINDS = ("image", "images", "img", "imgs", "audio", "audios", "video", "videos")
 _MEDIA_FIELDS = (
     *_MEDIA_KINDS,
-    *(f"{kind}_{form}" for kind in _MEDIA_KINDS for form in ("url", "urls", "path", "paths", "bytes")),
+    *(
+        f"{kind}_{form}"
+        for kind in _MEDIA_KINDS
+        for form in ("url", "urls", "path", "paths", "file", "files", "bytes")
+    ),
     "input_audio",
     "pixel_values",
+)
+_MEDIA_VALUE = {"bytes", "path", "array", "sampling_rate"}
+"""Fields of an image or a sound in a table of Hugging Face `datasets`."""
+_TRAINING_FLAGS = ("weight", "train", "training", "loss")
+"""Fields of a message by which OpenAI, Axolotl and ms-swift leave turns out of the loss."""
+_PYTHON_MESSAGES = re.compile(
+    r"\s*(?:\[\s*)?\{\s*'(?:role'\s*:.*'content'|content'\s*:.*'role'|from'\s*:.*'value'|value'\s*:.*'from')\s*:",
+    re.DOTALL,
 )
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -100,7 +113,11 @@ def is_message(value: Any) -> bool:
 
 def parse_json_messages(text: str) -> list[Message] | None:
     """The messages in a JSON text, as CSV files hold them; None for other text."""
-    if text.lstrip()[:1] not in ("[", "{") or not ('"role"' in text or '"from"' in text):
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    if _PYTHON_MESSAGES.match(text):
+        return _parse_python_messages(text)
+    if not ('"role"' in text or '"from"' in text):
         return None
     try:
         value = json.loads(text)
@@ -110,6 +127,21 @@ def parse_json_messages(text: str) -> list[Message] | None:
     if not items or not all(is_message(item) and ("content" in item or "value" in item) for item in items):
         return None
     return parse_messages(items)
+
+
+def _parse_python_messages(text: str) -> list[Message]:
+    """The messages in Python's notation of a list, which pandas writes into CSV files.
+
+    Raises:
+        RecordError: it is not complete, as without the commas that NumPy leaves out.
+    """
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise RecordError(
+            "message_malformed", f"{text[:60]!r} is Python's notation of messages; must be JSON text"
+        ) from None
+    return parse_messages([value] if isinstance(value, Mapping) else value)
 
 
 def parse_transcript(text: str, *, single: bool = False) -> list[Message] | None:
@@ -212,6 +244,31 @@ def check_media_columns(columns: Mapping[str, Any]) -> None:
     for name in _MEDIA_FIELDS:
         if not _is_empty(columns.get(name)):
             raise RecordError("media_not_supported", f"column {name}")
+    for name, value in columns.items():
+        if _is_media(value):
+            raise RecordError("media_not_supported", f"column {name}, an image or a sound")
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a value of a table is an image or a sound, or a list of these, whatever its column is named."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_media, value))
+    if not isinstance(value, Mapping) or not value.keys() <= _MEDIA_VALUE:
+        return False
+    return value.get("bytes") is not None or value.get("array") is not None
+
+
+def check_trained(turns: Sequence[Message], name: str) -> None:
+    """Refuse an answer with a turn that its record leaves out of the loss, since all its turns are trained.
+
+    Raises:
+        RecordError: naming the field.
+    """
+    for turn in turns:
+        for flag in _TRAINING_FLAGS:
+            value = turn.get(flag, 1)
+            if turn["role"] == "assistant" and str(value).lower() not in ("1", "1.0", "true"):
+                raise RecordError("turn_not_trained", f"{flag}={value!r} in {name}")
 
 
 def check_unicode(value: Any, name: str) -> None:

@@ -33,12 +33,23 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import atomic_folder
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Increment it when the same input would give other pairs, so that existing shards are rebuilt."""
 _STALE_SECONDS = 24 * 3600
 """A build folder without a new shard for this long was left behind by a killed process."""
 _PROGRESS_SECONDS = 3
 _ALL_RECORDS = (0.0, 1.0)
+_LOSSES = {
+    "prompt_altered_by_template": "prompts of which the chat template does not write every turn",
+    "answer_altered_by_template": "answers that the chat template does not write as they are",
+    "answer_rendered_plain": "answers that the chat template refuses or hides; their text is trained",
+    "tools_ignored_by_template": "records whose tools the chat template does not write",
+    "turn_without_end": "turns within answers to which the chat template gives no end token",
+    "prompt_truncated": "prompts lose their beginning at data.max_prompt_length",
+    "chosen_truncated": "chosen answers are cut at data.max_length",
+    "rejected_truncated": "rejected answers are cut at data.max_length",
+}
+"""Names of counts of what records hold and prepared pairs do not, and what is said about them."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ def prepare(
         prepared = _build(plan, run, progress)
     if progress and not all(file.format == "copyedit" for file in plan.files):
         _report_shapes(spec, prepared.counts)
+        _report_arguments(plan.tokenizer)
     _check_counts(spec, prepared.counts, prepared.quarantine_file)
     return prepared
 
@@ -217,6 +229,21 @@ def _report_shapes(spec: PairsSpec, counts: Mapping[str, float]) -> None:
         )
     if counts.get("tie_pairs"):
         log_progress(f"{spec.key}: kept {int(counts['tie_pairs']):,} pairs whose answers tie, marked as ties")
+    for rule, sentence in _LOSSES.items():
+        if counts.get(rule):
+            log_progress(f"{spec.key}: {int(counts[rule]):,} {sentence} ({rule})")
+
+
+def _report_arguments(tokenizer: TokenizerSpec) -> None:
+    """Say which of `data.template_kwargs` the chat template does not read, as after a misspelt name."""
+    template = tokenizer.chat_template
+    known = template.variables if template is not None else frozenset()
+    for name, value in tokenizer.template_kwargs.items():
+        if name not in known:
+            read = ", ".join(sorted(known)) or "no argument"
+            log_progress(
+                f"data.template_kwargs.{name}={value!r}: has no effect, since the chat template reads {read}"
+            )
 
 
 def _load_cached(folder: Path) -> PreparedPairs | None:

@@ -39,7 +39,7 @@ from tbpo_ray.data.column_values import (
 from tbpo_ray.data.messages import parse_messages, parse_prompt_value
 from tbpo_ray.data.rejection_reasons import RecordError
 
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
 TIE_COLUMN = "tie"
 ACCEPTED = (
     "prompt (or messages, conversations, question, instruction, input) with chosen and rejected; "

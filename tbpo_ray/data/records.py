@@ -20,6 +20,7 @@ from tbpo_ray.data.contradictions import check_columns
 from tbpo_ray.data.messages import (
     Message,
     check_media_columns,
+    check_trained,
     check_unicode,
     content_text,
     is_message,
@@ -139,8 +140,9 @@ def parse_records(
             _check_answer_value(value, name, columns)
         split = split_pair(pair.prompt, pair.system, pair.chosen, pair.rejected)
         _check_prompt(split.prompt)
-        check_unicode(split.chosen, "chosen")
-        check_unicode(split.rejected, "rejected")
+        for name, turns in (("chosen", split.chosen), ("rejected", split.rejected)):
+            check_unicode(turns, name)
+            check_trained(turns, name)
         sides = (split.prompt, split.chosen, split.rejected)
         inputs = template_inputs(columns, [turn for side in sides for turn in side])
         record = Record(*sides, **inputs, metadata=metadata, source=source, row=row, tie=pair.tie)

@@ -26,6 +26,7 @@ REASONS: dict[str, str] = {
     "no_final_answer": "an answer does not end in an assistant message",
     "answers_identical": "chosen and rejected are identical",
     "message_malformed": "a message is not {role, content} with a known role and text",
+    "turn_not_trained": "a turn of an answer is marked as not trained (weight, train, training or loss)",
     "media_not_supported": "images, audio and video are not supported",
     "tools_malformed": "the tools are not a list of JSON schemas",
     "template_kwargs_malformed": "chat_template_kwargs is not a mapping",

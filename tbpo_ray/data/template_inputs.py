@@ -6,7 +6,9 @@ message. Several of these must state the same tools.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tbpo_ray.data.messages import Message, check_unicode, parse_json_text, parse_tools
@@ -29,6 +31,7 @@ def template_inputs(columns: Mapping[str, Any], messages: Sequence[Message]) -> 
     arguments = parse_json_text(columns.get("chat_template_kwargs"), "template_kwargs_malformed") or {}
     if not isinstance(arguments, Mapping):
         raise RecordError("template_kwargs_malformed", str(arguments)[:80])
+    arguments = {**_documents(columns), **arguments}
     stated = [
         (f"the {'column' if holder is columns else 'message field'} {name}", tools)
         for holder in (columns, *messages)
@@ -41,4 +44,15 @@ def template_inputs(columns: Mapping[str, Any], messages: Sequence[Message]) -> 
     found = stated[0][1] if stated else None
     check_unicode(found, "tools")
     check_unicode(arguments, "chat_template_kwargs")
-    return {"tools": found, "template_kwargs": dict(arguments)}
+    return {"tools": found, "template_kwargs": arguments}
+
+
+def _documents(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The documents of a row as transformers gives them to a template; anything else is metadata."""
+    documents = columns.get("documents")
+    if isinstance(documents, str):
+        with suppress(ValueError, RecursionError):
+            documents = json.loads(documents)
+    if not isinstance(documents, list) or not documents or not all(isinstance(d, Mapping) for d in documents):
+        return {}
+    return {"documents": documents}

@@ -33,6 +33,7 @@ from tbpo_ray.data.answers import (
     RenderedAnswers,
     Segment,
     TemplateRefusedError,
+    alters_prompt,
     plain_refusal,
     plain_segments,
     plain_text,
@@ -143,6 +144,14 @@ class TokenizerSpec:
         return cls.of(load_tokenizer(path, chat_template=chat_template), template_kwargs)
 
     @property
+    def chat_template(self) -> ChatTemplate | None:
+        return (
+            ChatTemplate(self.template, self.special_tokens, self.tool_template)
+            if self.template is not None
+            else None
+        )
+
+    @property
     def digest(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
@@ -173,8 +182,8 @@ class PairTokenizer:
         self.end = spec.eos
         """The token that ends an answer."""
         self._end_text = ""
-        if spec.template is not None:
-            self._use_template(ChatTemplate(spec.template, spec.special_tokens, spec.tool_template))
+        if (template := spec.chat_template) is not None:
+            self._use_template(template)
 
     def _use_template(self, template: ChatTemplate) -> None:
         spec = self.spec
@@ -215,6 +224,8 @@ class PairTokenizer:
         out: list[list[int] | RecordError] = []
         for text, messages in zip(texts, conversations, strict=True):
             out.append(text if isinstance(text, RecordError) else self._normalize_prompt(next(ids)))
+            if isinstance(text, str):
+                self.counts["prompt_altered_by_template"] += alters_prompt(messages, text)
             self.counts["special_text_in_prompt"] += spells(messages, self._encoder.special)
         return out
 

@@ -142,6 +142,8 @@ def tokenize_prompts(prompts: PromptSet, model: str, config: Config) -> list[Pro
             f"evaluation.prompts={prompts.source}: {model} rejects all; the first error: {rejected[0]}"
         )
     _count(prompts, model, "rejected_by_template", len(rejected), "; ".join(map(str, rejected[:1])))
+    altered = tokenizer.counts["prompt_altered_by_template"]
+    _count(prompts, model, "prompt_altered_by_template", altered, "its chat template omits a turn")
     ignored = _without_tools(tokenizer, prompts.prompts, encoded)
     _count(prompts, model, "tools_ignored_by_template", ignored, "its chat template writes no tools")
     # The token that the template in use puts behind an answer; the model's own are added by the pool.

@@ -176,6 +176,19 @@ class ChatTemplate:
             raise TemplateRefusedError(f"{type(error).__name__}: {error}"[:200]) from error
 
     @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and a caller may set, such as `enable_thinking`."""
+        from jinja2 import meta
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        fixed = {"messages", "tools", "add_generation_prompt", "raise_exception", *self.special_tokens}
+        found: set[str] = set()
+        for source in filter(None, (self.source, self.tool_source)):
+            environment = _compile_jinja_template(source).environment
+            found |= meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals)
+        return frozenset(found - fixed)
+
+    @cached_property
     def _compiled(self) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
         """For each template text: the function that runs it, and the class and defaults of its variables.
 

@@ -332,3 +332,16 @@ def test_template_arguments_are_part_of_the_fingerprint(write_rows, tmp_path, to
         for kwargs in ({}, {"enable_thinking": False}, {"enable_thinking": True})
     }
     assert len(fingerprints) == 3
+
+
+def test_what_prepared_pairs_lose_of_their_records_is_said(write_rows, tmp_path, capsys):
+    template = CHAT.replace("for m in messages", "for m in messages if m.role != 'system'")
+    make_tokenizer(template=template).save_pretrained(tmp_path / "tokenizer")
+    rows = [pair(i, system="Be brief.") for i in range(3)]
+    data = DataConfig(max_length=64, template_kwargs={"enable_thinkin": False})
+    spec = PairsSpec(write_rows(rows), data, str(tmp_path / "tokenizer"))
+    prepared = prepare(spec, tmp_path / "cache", distributed=False)
+    assert data_card(prepared)["rules"] == {"prompt_altered_by_template": 3}
+    said = "".join(capsys.readouterr())
+    assert "data.train: 3 prompts" in said and "prompt_altered_by_template" in said
+    assert "data.template_kwargs.enable_thinkin=False" in said

@@ -388,3 +388,52 @@ def test_the_list_that_a_tool_returns_stays_its_json():
 def test_an_sft_row_is_read_up_to_its_answer():
     assert parse_prompt({"messages": [S("F."), U("Q"), A("yes")]}).prompt == [S("F."), U("Q")]
     assert parse_prompt({"prompt": "Q", "completion": "yes"}).prompt == [U("Q")]
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": "false"}])
+def test_an_answer_with_a_turn_that_is_not_to_be_trained_is_quarantined(flag):
+    turns = [{**A("x"), **flag}, U("R"), A("yes")]
+    with pytest.raises(RecordError, match=f"{next(iter(flag))}=") as caught:
+        parse_records(pair("Q", turns, "no"))
+    assert caught.value.reason == "turn_not_trained"
+    # It is never trained in the prompt.
+    assert parse_records(pair([U("P"), {**A("x"), **flag}, U("Q")]))[0].chosen == [A("yes")]
+    trained = [{**A("yes"), "weight": 1, "train": True}]
+    assert parse_records(pair("Q", trained, "no"))[0].chosen == trained
+
+
+def test_messages_in_python_s_notation_are_messages():
+    (record,) = parse_records(pair(str([S("F."), U("it's")]), str([A('say "yes"')]), str([A("no")])))
+    assert record.prompt == [S("F."), U("it's")] and record.chosen == [A('say "yes"')]
+    # NumPy writes no commas between them.
+    with pytest.raises(RecordError, match="Python's notation") as caught:
+        parse_records(pair("Q", str([U("Q"), A("yes")]).replace("}, {", "}\n {"), str([U("Q"), A("no")])))
+    assert caught.value.reason == "message_malformed"
+    code = "[{'city': 'Oslo'}]"
+    assert parse_records(pair("Q", code, "no"))[0].chosen == [A(code)]
+
+
+def test_an_image_of_a_table_is_refused_whatever_its_column_is_named():
+    for value in ({"bytes": b"x", "path": None}, [{"bytes": b"x", "path": "a.png"}]):
+        with pytest.raises(RecordError, match="screenshot") as caught:
+            parse_records(pair("Q", screenshot=value))
+        assert caught.value.reason == "media_not_supported"
+    assert parse_records(pair("Q", screenshot={"bytes": None, "path": None}))
+
+
+@pytest.mark.parametrize("name", ["system_message", "system_instruction", "sys_prompt"])
+def test_other_names_of_the_system_column(name):
+    (record,) = parse_records({"question": "Q", "chosen": "yes", "rejected": "no", name: "F."})
+    assert record.prompt == [S("F."), U("Q")] and record.metadata == {}
+    with pytest.raises(RecordError, match="columns system and"):
+        parse_records({"question": "Q", "chosen": "yes", "rejected": "no", name: "F.", "system": "G."})
+
+
+def test_documents_reach_the_template():
+    documents = [{"title": "a", "text": "b"}]
+    for value in (documents, json.dumps(documents)):
+        (record,) = parse_records(pair("Q", documents=value))
+        assert record.template_kwargs == {"documents": documents}
+    assert parse_records(pair("Q", documents=["a"]))[0].template_kwargs == {}
+    own = pair("Q", documents=documents, chat_template_kwargs={"documents": []})
+    assert parse_records(own)[0].template_kwargs == {"documents": []}

@@ -363,7 +363,8 @@ def test_thoughts_need_a_template(name):
 
 TOOL_CHAT = CHAT.replace(
     "m['content'] }}",
-    "(m['content'] or '') }}{% for c in m['tool_calls'] or [] %}[{{ c['function']['name'] }}]{% endfor %}",
+    "(m['content'] or '') }}{% for c in m['tool_calls'] or [] %}"
+    "[{{ c['function']['name'] }}{{ c['function']['arguments'] | tojson }}]{% endfor %}",
 )
 
 
@@ -381,6 +382,48 @@ def test_what_a_template_drops_from_any_turn_of_an_answer_is_counted():
         (pair,) = tokenizer.pairs([Record(user("x"), answer, answer_of("mat"))])
         assert isinstance(pair, TokenizedPair)
         assert tokenizer.counts["answer_altered_by_template"] == altered
+
+
+def test_arguments_of_a_call_that_a_template_drops_are_counted():
+    drops = TOOL_CHAT.replace("{{ c['function']['arguments'] | tojson }}", "")
+    for template, altered in ((drops, 1), (TOOL_CHAT, 0)):
+        tokenizer = pairs_of(make_tokenizer(template=template))
+        tokenizer.pairs([Record(user("x"), call_of("look_up"), answer_of("mat"))])
+        assert tokenizer.counts["answer_altered_by_template"] == altered
+
+
+@pytest.mark.parametrize(
+    "first, counted",
+    [
+        ([{"role": "system", "content": "the friend"}], 1),
+        ([*user("sat"), *call_of("look_up"), *tool_result("the friend")], 1),
+        ([*user("sat"), *answer_of("<think>hello</think>on")], 0),
+        ([], 0),
+    ],
+)
+def test_turns_of_a_prompt_that_a_template_drops_are_counted(first, counted):
+    template = CHAT.replace("for m in messages", "for m in messages if m.role in ('user', 'assistant')")
+    template = template.replace("m['content'] }}", "(m['content'] or '').split('</think>')[-1] }}")
+    prompt = [*first, *user("the cat")]
+    for read in (
+        lambda tokenizer: tokenizer.pairs([pair_of(prompt, "sat", "mat")]),
+        lambda tokenizer: tokenizer.prompts([prompt]),
+    ):
+        tokenizer = pairs_of(make_tokenizer(template=template))
+        read(tokenizer)
+        assert tokenizer.counts["prompt_altered_by_template"] == counted
+
+
+def test_an_answer_behind_an_opened_thought_is_not_altered():
+    template = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+    tokenizer = pairs_of(make_tokenizer(template=template))
+    tokenizer.pairs([pair_of(user("the cat"), "<think>\non\n</think>sat", "<think>\non\n</think>mat")])
+    assert tokenizer.counts["answer_altered_by_template"] == 0
+
+
+def test_the_variables_of_a_template_are_those_that_a_caller_may_set():
+    spec = TokenizerSpec.of(make_tokenizer(template="{% if thinking %}x{% endif %}" + CHAT))
+    assert spec.chat_template.variables == {"thinking"}
 
 
 def test_a_turn_that_is_hidden_but_for_its_end_is_quarantined():
