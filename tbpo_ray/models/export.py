@@ -40,6 +40,7 @@ def export_policy(
             model.save_pretrained(partial / "adapter", safe_serialization=True)
             _untie_adapted_embeddings(model.get_base_model())
             model = model.merge_and_unload()
+        _state_tying(model)
         model.config.use_cache = True  # training switches it off, and generation needs it
         _complete_generation_config(model, stop_ids)
         model.to(dtype).save_pretrained(partial, safe_serialization=True)
@@ -66,6 +67,19 @@ def _untie_adapted_embeddings(model: Any) -> None:
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
+
+
+def _state_tying(model: Any) -> None:
+    """Say in the configuration that the output layer has a weight of its own, if it has one.
+
+    Transformers loads both weights where they differ, whatever the configuration says; vLLM follows it.
+    """
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is None or embedding is None or output.weight is embedding.weight:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def _complete_generation_config(model: Any, stop_ids: Sequence[int]) -> None:

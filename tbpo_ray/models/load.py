@@ -15,6 +15,7 @@ from tbpo_ray.models.attention import choose_attention, stateful_layers
 from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.models.tiny import build_tiny
 from tbpo_ray.models.weight_files import check_weight_files
+from tbpo_ray.progress import log_progress
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +193,13 @@ def load_model(
         raise InputError(
             f"model.name_or_path={path}: the safetensors lack {len(missing)} weights of the model "
             f"({', '.join(missing[:3])}, ...); must be a complete checkpoint of {config.model_type}"
+        )
+    # It drops what the architecture has no place for, with a warning that workers do not show.
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        log_progress(
+            f"model.name_or_path={path}: {len(unused)} weights of the safetensors are not used by "
+            f"{type(model).__name__} ({', '.join(unused[:3])}, ...); check that config.json belongs to them"
         )
     model.config.use_cache = False
     model.eval()  # type: ignore[no-untyped-call]

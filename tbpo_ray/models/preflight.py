@@ -95,6 +95,7 @@ def check_model(config: Config, facts: ModelFacts) -> list[str]:
         InputError: naming each key, its value and an accepted one.
     """
     notes = []
+    _check_trainable(facts)
     choice = choose_attention(facts.config, config.model.attention)
     if choice.reason is not None:
         notes.append(choice.reason)
@@ -102,6 +103,23 @@ def check_model(config: Config, facts: ModelFacts) -> list[str]:
     if config.model.lora is not None and facts.key == "model.name_or_path":
         lora_targets(facts.skeleton, config.model.lora.target_modules)
     return notes
+
+
+def _check_trainable(facts: ModelFacts) -> None:
+    """Refuse models whose weights or attention make the log-probs of training meaningless."""
+    quantization = getattr(facts.config, "quantization_config", None)
+    if quantization is not None and facts.key == "model.name_or_path":
+        kind = quantization if isinstance(quantization, Mapping) else vars(quantization)
+        raise InputError(
+            f"{facts.key}={facts.folder}: its weights are quantized ({kind.get('quant_method')}), and "
+            "quantized weights cannot be trained; must be a checkpoint in bf16, fp16 or fp32"
+        )
+    # Decoders made of an encoder, such as BartForCausalLM, set it when they are built.
+    if getattr(facts.skeleton.config, "is_decoder", None) is False:
+        raise InputError(
+            f"{facts.key}={facts.folder}: {type(facts.skeleton).__name__} is an encoder (is_decoder is false "
+            "in its config.json), whose attention sees the tokens to predict; must be a causal model"
+        )
 
 
 def _check_positions(config: Config, facts: ModelFacts) -> list[str]:

@@ -423,7 +423,8 @@ def test_an_answer_behind_an_opened_thought_is_not_altered():
 
 def test_the_variables_of_a_template_are_those_that_a_caller_may_set():
     spec = TokenizerSpec.of(make_tokenizer(template="{% if thinking %}x{% endif %}" + CHAT))
-    assert spec.chat_template.variables == {"thinking"}
+    template = spec.chat_template
+    assert template is not None and template.variables == {"thinking"}
 
 
 def test_a_turn_that_is_hidden_but_for_its_end_is_quarantined():

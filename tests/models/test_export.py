@@ -66,3 +66,13 @@ def test_inconsistent_generation_settings_are_exported(small_model, tmp_path):
     """A temperature without sampling; transformers refuses to save it."""
     found = export_with(small_model, tmp_path / "export", [2], temperature=0.6, do_sample=False)
     assert found["temperature"] == 0.6 and found["do_sample"] is True
+
+
+def test_an_output_layer_of_its_own_is_not_exported_as_tied(tiny_model, tmp_path):
+    for untie in (True, False):
+        model = tied_llama()
+        if untie:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+        folder = tmp_path / str(untie)
+        export_policy(model, load_tokenizer(tiny_model), folder, dtype=torch.float32, card={})
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is not untie

@@ -336,3 +336,35 @@ def test_lora_modules_without_a_low_rank_form_are_refused(small_model, targets):
     config = load_config(None, [f"model.lora.target_modules={targets}"])
     with pytest.raises(InputError, match=r"model\.lora\.target_modules=.* has no low-rank form"):
         check_model(config, ModelFacts(small_model))
+
+
+def test_quantized_weights_are_not_trained(small_model, tmp_path):
+    folder = tmp_path / "quantized"
+    shutil.copytree(small_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"model\.name_or_path=.*quantized \(gptq\)"):
+        check_model(load_config(None, [DATA]), ModelFacts(str(folder)))
+
+
+def test_an_encoder_is_not_a_causal_model(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = load_config(None, [DATA, "data.max_length=64"])
+    with pytest.raises(InputError, match="BertLMHeadModel is an encoder"):
+        check_model(config, facts_of(tmp_path, "bert", **sizes))
+    assert check_model(config, facts_of(tmp_path, "bert", **sizes, is_decoder=True)) == []
+
+
+def test_weights_that_the_architecture_does_not_use_are_named(small_model, tmp_path, capsys):
+    folder = tmp_path / "fewer"
+    shutil.copytree(small_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "model.layers.99.mlp.up_proj.weight": torch.zeros(2)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    load_model(str(folder), dtype=torch.float32)
+    said = "".join(capsys.readouterr())
+    assert "1 weights" in said and "model.layers.99.mlp.up_proj.weight" in said
