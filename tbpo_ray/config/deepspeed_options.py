@@ -96,6 +96,29 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
         raise ValueError("\n".join(faults))
 
 
+def check_precision(options: Mapping[str, Any], precision: str) -> None:
+    """Refuse options that would silently train in another dtype than `training.precision`.
+
+    Raises:
+        ValueError: one line per fault; each names the dotted key.
+    """
+    faults = []
+    for name in ("fp16", "amp", "torch_autocast"):
+        if options.get(name, {}).get("enabled"):
+            faults.append(
+                f"{KEY}.{name}.enabled=True: training.precision sets the dtype; remove it, and use "
+                "training.precision=bf16 or fp32"
+            )
+    enabled = options.get("bf16", {}).get("enabled")
+    if enabled is not None and enabled != (precision == "bf16"):
+        faults.append(
+            f"{KEY}.bf16.enabled={enabled}: contradicts training.precision={precision}; remove it, or set "
+            f"training.precision={'bf16' if enabled else 'fp32'}"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
 def _misplaced_faults(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if name in _SET_ELSEWHERE:

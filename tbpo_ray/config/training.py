@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Positive, Section, Share
-from tbpo_ray.config.deepspeed_options import check_deepspeed, offloads, zero_stage
+from tbpo_ray.config.deepspeed_options import check_deepspeed, check_precision, offloads, zero_stage
 
 DEFAULT_MICRO_BATCH_PAIRS = 8
 
@@ -117,6 +117,11 @@ class TrainingConfig(Section):
     def _check_deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
         check_deepspeed(value)
         return value
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        check_precision(self.deepspeed, self.precision)
+        return self
 
     @model_validator(mode="after")
     def _check_export(self) -> Self:

@@ -36,6 +36,9 @@ MIN_ANSWER_TOKENS = 4
 ANSWER_POSITIONS = 64
 """Answer tokens of a plain row whose logits are computed; whole logits may not fit into memory."""
 
+MOST_NOISE, MOST_NOISE_AVERAGED = 1e-2, 0.3
+"""What rounding may change in a token's log-prob, in nats, when tokens follow: float32, and other dtypes."""
+
 
 @dataclass(frozen=True)
 class CheckPairs:
@@ -151,6 +154,7 @@ class _Check:
             self.tolerance = _tolerance(self.model, 0.0)
             note = "self-check: there is not enough memory for eager attention; only the layouts are compared"
             return requested, (note,)
+        self._refuse_look_ahead(noise)
         self.tolerance = _tolerance(self.model, noise)
         limit = self.tolerance.plain
         off, failure = self._separate_deviation(plain)
@@ -175,6 +179,16 @@ class _Check:
             f"{failure or f'{off:.2g}'} per token (tolerance {limit:.2g}), also with model.attention=eager; "
             f"{type(self.model).__name__} is not supported"
         )
+
+    def _refuse_look_ahead(self, noise: float) -> None:
+        """Refuse a model that is not causal: tokens behind an answer changed the answer's log-probs."""
+        most = MOST_NOISE_AVERAGED if _is_averaged(self.model) else MOST_NOISE
+        if noise > most:
+            raise InputError(
+                f"{self.key}: log-probs of an answer change by {noise:.2g} per token when tokens follow it "
+                f"(rounding explains at most {most:g}); {type(self.model).__name__} is not a causal language "
+                "model, or its configuration makes it attend to later tokens; give a causal one"
+            )
 
     def shared_rows(self, *, required: bool) -> tuple[bool, tuple[str, ...]]:
         """Whether shared rows agree with separate ones."""
@@ -332,7 +346,7 @@ def _is_averaged(model: Any) -> bool:
 def _tolerance(model: Any, noise: float) -> Tolerance:
     """The tolerance for the model's dtype, given how much its log-probs vary with the length of a row."""
     if _is_averaged(model):
-        plain, shared = (min(max(least, 8 * noise), 0.3) for least in (0.1, 0.05))
+        plain, shared = (min(max(least, 8 * noise), MOST_NOISE_AVERAGED) for least in (0.1, 0.05))
         return Tolerance(plain, shared, rounding=3 * plain, averaged=True)
-    limit = min(max(1e-4, 8 * noise), 1e-2)
+    limit = min(max(1e-4, 8 * noise), MOST_NOISE)
     return Tolerance(limit, limit, rounding=10 * limit, averaged=False)

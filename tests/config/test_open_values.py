@@ -113,6 +113,27 @@ def test_a_valid_deepspeed_mapping(value):
 
 
 @pytest.mark.parametrize(
+    ("value", "fault", "remedy"),
+    [
+        ("{fp16: {enabled: true}}", "fp16.enabled=True", "training.precision=bf16 or fp32"),
+        ("{amp: {enabled: true}}", "amp.enabled=True", "training.precision=bf16 or fp32"),
+        ("{torch_autocast: {enabled: true}}", "torch_autocast.enabled=True", "training.precision=bf16"),
+        ("{bf16: {enabled: false}}", "bf16.enabled=False", "training.precision=fp32"),
+    ],
+)
+def test_a_deepspeed_option_that_contradicts_the_precision(value, fault, remedy):
+    with pytest.raises(InputError) as refusal:
+        load_config(None, [f"training.deepspeed={value}", "training.precision=bf16"])
+    assert f"training.deepspeed.{fault}" in str(refusal.value) and remedy in str(refusal.value)
+
+
+def test_deepspeed_options_that_agree_with_the_precision_are_accepted():
+    agreeing = "{bf16: {enabled: false}, fp16: {enabled: false}}"
+    training = load_config(None, ["training.precision=fp32", f"training.deepspeed={agreeing}"]).training
+    assert training.deepspeed == {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+
+
+@pytest.mark.parametrize(
     ("override", "key"),
     [
         ("evaluation.judge=llm", "evaluation.judge='llm'"),
@@ -225,7 +246,7 @@ FULL: dict[str, Any] = {
         "epochs": 1.0, "max_steps": 3, "precision": "fp32", "optimizer": "adamw",
         "deepspeed": {
             "gradient_clipping": 1.0,
-            "bf16": {"enabled": True},
+            "bf16": {"enabled": False},
             "zero_optimization": {
                 "stage": 3, "overlap_comm": True, "reduce_bucket_size": 100,
                 "offload_optimizer": {"device": "cpu", "pin_memory": True},

@@ -188,7 +188,7 @@ def test_a_text_that_two_versions_of_yaml_read_differently_is_refused_where_the_
     assert kwargs == {"a": text}
     for typed in (
         "training.tf32=%s",
-        "training.deepspeed={bf16: {enabled: %s}}",
+        "training.deepspeed={zero_optimization: {overlap_comm: %s}}",
         "generation.engine.enable_lora=%s",
     ):
         assert load_config(None, [typed % text])

@@ -218,3 +218,10 @@ def test_reference_scores_are_computed_in_the_layout_that_is_exact(save, prepare
 def test_scoring_refuses_what_training_would_refuse(save, prepared, tmp_path):
     found = score(save(GPT_NEO), prepared, tmp_path / "out", "training.shared_prompt=true")
     assert found["pairs"] == [0] and "training.shared_prompt=true" in found["refusal"][0]
+
+
+def test_a_model_that_looks_ahead_is_refused(save, prepared):
+    name = next(n for n in ARCHITECTURES if n.startswith("gemma3"))
+    components(save(name), prepared)
+    with pytest.raises(InputError, match=r"model.name_or_path=.*not a causal language model"):
+        components(save(name, use_bidirectional_attention=True), prepared)
