@@ -81,6 +81,13 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         pass
 
+    # Its tensors compute on the CPU, whose generator `torch.random.fork_rng` restores by itself.
+    def get_rng_state(self, device: int = 0) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: int = 0) -> None:
+        pass
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
