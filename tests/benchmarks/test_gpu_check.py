@@ -41,6 +41,7 @@ def check(out: Path, *arguments: str, absent: tuple[str, ...] = ABSENT) -> subpr
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=out.parent)
 
 
+@pytest.mark.e2e  # half a minute, and the step of DeepSpeed below is the real one
 def test_every_section_runs_on_a_bare_machine(tmp_path: Path) -> None:
     done = check(tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,6 +64,7 @@ def test_every_section_runs_on_a_bare_machine(tmp_path: Path) -> None:
     assert all(f"## {section.title}" in table for section in SECTIONS)
 
 
+@pytest.mark.e2e
 def test_the_zero_section_runs_where_deepspeed_is(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     done = check(tmp_path / "out", "--only", "zero", absent=("ray", "vllm", "mlflow"))
