@@ -39,7 +39,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         InputError: the file is missing or unreadable, or its content is invalid; one sentence per fault.
     """
     tree = read_yaml(path) if path is not None else {}
-    merged = merge(tree, overrides_to_tree(overrides))
+    over = overrides_to_tree(overrides)
+    for stage in STAGES:
+        # Keys below a stage may be dotted in the file, and are nested in an override: one form, so that the
+        # override replaces the value and the resolved configuration names each key once.
+        if isinstance(tree.get(stage), Mapping) and over.get(stage):
+            tree = {**tree, stage: expand_dotted(tree[stage])}
+    merged = merge(tree, over)
     return validate(merged)
 
 

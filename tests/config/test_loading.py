@@ -174,3 +174,14 @@ def test_overrides_of_a_helper_have_the_types_of_their_keys(tmp_path):
         "oracle.model.chat_template": "1e5",
         "positive.model.revision": "1.10",
     }
+
+
+def test_an_override_of_a_dotted_key_of_a_stage_replaces_it_in_the_resolved_configuration(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("sft:\n  training.max_steps: 1000\n  training.learning_rate: 1.0e-3\n")
+    config = load_config(file, ["sft.training.max_steps=2"])
+    assert config.sft == {"training": {"max_steps": 2, "learning_rate": 1e-3}}
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(config))
+    assert load_config(written).sft == config.sft
+    assert sft_config(load_config(written)).training.max_steps == 2
