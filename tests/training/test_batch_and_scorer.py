@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     Lfm2Config,
-    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -27,29 +24,7 @@ from tbpo_ray.training.batch import collate
 from tbpo_ray.training.run_plan import check_shared_prompt, resolve_run
 from tbpo_ray.training.scorer import PairScorer, to_scores
 from tbpo_ray.training.step import PreferenceStep
-
-VOCAB = 61
-
-
-def llama(attention: str = "sdpa") -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-        attn_implementation=attention,  # type: ignore[call-arg]
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def gemma() -> Gemma3ForCausalLM:
-    """A model with a sliding window shorter than the rows in some layers, and soft-capped logits."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, sliding_window=5,
-        layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=5.0,
-    )  # fmt: skip
-    return Gemma3ForCausalLM(config)
+from tests.device.step_cases import VOCAB, gemma, llama
 
 
 def mistral() -> MistralForCausalLM:
