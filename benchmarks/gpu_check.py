@@ -1,4 +1,4 @@
-"""A check for a bare GPU machine: `python benchmarks/gpu_check.py`, at most six minutes on an H100.
+"""A check for a bare GPU machine: `python benchmarks/gpu_check.py`, at most eight minutes on an H100.
 
 The machine needs torch, transformers and accelerate with their dependencies, and of this project a copy of
 the checkout; no network, Ray, DeepSpeed or vLLM. Whatever else is needed can lie beside it, in a folder that
@@ -18,6 +18,7 @@ that is interrupted keeps what it has. The exit status is 1 if a value is wrong 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import math
@@ -53,17 +54,20 @@ class Section:
     title: str
     function: str
     seconds: float
-    """Its share of the six minutes. A measurement that has begun is finished."""
+    """Its share of the eight minutes. A measurement that has begun is finished."""
 
 
 SECTIONS = (
     Section("values", "Values and gradients against the CPU", "gpu_values:values", 50),
     Section("syncs", "Waits for the device in a training step", "gpu_values:syncs", 25),
-    Section("training", "Training steps at a 1B shape", "gpu_speed:training", 120),
+    Section("repeat", "The same steps twice", "gpu_values:repeat", 10),
+    Section("training", "Training steps at a 1B shape", "gpu_speed:training", 150),
+    Section("profile", "Where a training step's time goes", "gpu_profile:profile", 20),
     Section("memory", "Peak memory, foretold and measured", "gpu_speed:memory", 45),
     Section("attention", "Attention in shared rows", "gpu_kernels:attention", 50),
     Section("output", "The output layer", "gpu_kernels:output_layer", 40),
     Section("zero", "DeepSpeed ZeRO on one GPU", "gpu_kernels:zero", 30),
+    Section("peer", "TRL's DPOTrainer at the same shape", "gpu_peer:peer", 100),
 )
 
 
@@ -207,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.add(section, row)
         report.seconds[section.name] = round(time.monotonic() - began, 1)
         report.save()
+        gc.collect()  # models in cycles and tracebacks
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"saved to {options.out}", flush=True)

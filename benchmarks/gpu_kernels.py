@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from benchmarks.gpu_parts import (
 )
 from benchmarks.output_layer import Case, Layer, forward_backward, make_inputs, measure_cuda
 from tbpo_ray.models.hidden_modules import hide_modules
+from tbpo_ray.objectives import token_stats
 from tbpo_ray.training.batch import PairBatch
 from tbpo_ray.training.pair_attention import encode_indices, pair_attention
 from tbpo_ray.training.readback import Readback
@@ -44,17 +46,19 @@ def attention(machine: Machine, budget: Budget) -> Iterator[Row]:
     """
     lengths = (32, 64) if machine.quick else (256, 512, 1024, 2048, 4096, 8192)
     total = 128 if machine.quick else 16_384
-    for length in lengths:
-        for name in ("dense mask", "gathered rows", "FlexAttention", "varlen"):
-            row: Row = {"case": f"{length} tokens: {name}"}
-            if budget.is_spent:
-                yield row | {"result": "skipped: the section's time is up"}
-                continue
-            try:
-                yield row | _measure_attention(machine, name, length, max(1, total // length))
-            except (ImportError, RuntimeError, NotImplementedError) as error:
-                yield row | {"result": f"not run: {_first_line(error)}"}
-                machine.reset_peak()
+    # FlexAttention compiles for seconds, so it comes last.
+    names = ("dense mask", "dense bias", "gathered rows", "varlen")
+    cases = [(length, name) for length in lengths for name in names]
+    for length, name in [*cases, *((length, "FlexAttention") for length in lengths)]:
+        row: Row = {"case": f"{length} tokens: {name}"}
+        if budget.is_spent:
+            yield row | {"result": "skipped: the section's time is up"}
+            continue
+        try:
+            yield row | _measure_attention(machine, name, length, max(1, total // length))
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            yield row | {"result": f"not run: {_first_line(error)}"}
+            machine.reset_peak()
 
 
 def _measure_attention(machine: Machine, name: str, length: int, rows: int) -> Row:
@@ -110,6 +114,7 @@ def _forward(kernel: Attention, inputs: list[Tensor]) -> list[Tensor]:
 def _kernel(name: str, batch: PairBatch) -> Attention:
     return {
         "dense mask": _dense,
+        "dense bias": _bias,
         "gathered rows": _gathered,
         "FlexAttention": _flex,
         "varlen": _varlen,
@@ -132,6 +137,24 @@ def _dense(batch: PairBatch) -> Attention:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa_attention_forward(_Module(q.shape[1] // k.shape[1]), q, k, v, mask)[0]
+
+    return run
+
+
+def _bias(batch: PairBatch) -> Attention:
+    """The mask as a term of the scores, as the kernel wants it: made once instead of in every layer."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    made: dict[torch.dtype, Tensor] = {}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.dtype not in made:
+            allowed = batch.attention_mask()
+            rows, _, length, _ = allowed.shape
+            width = -(-length // 16) * 16  # the kernel pads rows that are not aligned, every time
+            whole = torch.zeros(rows, 1, length, width, dtype=q.dtype, device=q.device)
+            made[q.dtype] = whole[..., :length].masked_fill_(~allowed, -torch.inf)
+        return sdpa_attention_forward(_Module(q.shape[1] // k.shape[1]), q, k, v, made[q.dtype])[0]
 
     return run
 
@@ -183,16 +206,37 @@ def output_layer(machine: Machine, budget: Budget) -> Iterator[Row]:
     vocabularies = (1000, 2000) if machine.quick else (32_000, 64_000, 128_256, 262_144)
     tokens, width = (64, 32) if machine.quick else (8192, 2048)
     dtype = "bfloat16" if machine.is_cuda else "float32"
-    for vocabulary in vocabularies:
-        for frozen in (False, True):
-            case = Case(("logp",), frozen, tokens, width, vocabulary, dtype, str(machine.device))
-            for name in ("blockwise", "full_logits", "cut_cross_entropy", "liger"):
-                weight = "frozen" if frozen else "trained"
-                row: Row = {"case": f"vocabulary {vocabulary}, weight {weight}: {name}"}
-                if budget.is_spent:
-                    yield row | {"result": "skipped: the section's time is up"}
-                    continue
-                yield row | _measure_output(machine, case, name)
+    layers = [(vocabulary, frozen) for vocabulary in vocabularies for frozen in (False, True)]
+    cases: list[tuple[int, bool, tuple[str, ...], str]] = [
+        (vocabulary, frozen, ("logp",), name)
+        for vocabulary, frozen in layers
+        for name in ("blockwise", "full_logits", "cut_cross_entropy", "liger")
+    ]
+    # With what a training step logs beside.
+    cases += [
+        (vocabularies[-2], False, ("logp", "entropy"), name)
+        for name in ("blockwise", "blockwise, larger blocks", "full_logits")
+    ]
+    for vocabulary, frozen, outputs, name in cases:
+        weight = "frozen" if frozen else "trained"
+        row: Row = {"case": f"vocabulary {vocabulary}, weight {weight}, {' '.join(outputs)}: {name}"}
+        if budget.is_spent:
+            yield row | {"result": "skipped: the section's time is up"}
+            continue
+        case = Case(outputs, frozen, tokens, width, vocabulary, dtype, str(machine.device))
+        with _block_bytes(4 if "larger" in name else 1):
+            yield row | _measure_output(machine, case, name.partition(",")[0])
+
+
+@contextmanager
+def _block_bytes(factor: int) -> Iterator[None]:
+    """Within the block, blocks on accelerators are `factor` times as large."""
+    before = token_stats.DEVICE_BLOCK
+    token_stats.DEVICE_BLOCK = (before[0] * factor, before[1])
+    try:
+        yield
+    finally:
+        token_stats.DEVICE_BLOCK = before
 
 
 def _measure_output(machine: Machine, case: Case, name: str) -> Row:

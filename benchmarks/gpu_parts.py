@@ -6,7 +6,7 @@ Needs torch, transformers, NumPy and pydantic only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +56,10 @@ class Machine:
     def peak_bytes(self) -> float | None:
         """The allocator's peak since `reset_peak`; None on the CPU, whose allocator does not count."""
         return float(torch.cuda.max_memory_allocated()) if self.is_cuda else None
+
+    def allocated_bytes(self) -> float | None:
+        """What the allocator holds now; None on the CPU."""
+        return float(torch.cuda.memory_allocated()) if self.is_cuda else None
 
     def seconds(self, work: Callable[[], Any], repeats: int = 3) -> float:
         """Median seconds of `work` after one warm-up."""
@@ -167,11 +171,11 @@ def collated(
     return collate_columns(pair_columns(lengths, vocabulary), layout).to(device)
 
 
-def sorted_batches(kind: str, pairs: int, per_batch: int, *, in_order: bool = True) -> list[np.ndarray]:
-    """Lengths [per_batch, 3] of micro-batches; `in_order`: of pairs of similar length."""
+def sorted_batches(kind: str, pairs: int, per_batch: int) -> list[np.ndarray]:
+    """Lengths [per_batch, 3] of micro-batches of pairs of similar length."""
     lengths = sample_lengths(kind, pairs)
-    order = np.argsort(lengths.sum(axis=1), kind="stable") if in_order else np.arange(pairs)
-    return [lengths[order[at : at + per_batch]] for at in range(0, pairs, per_batch)]
+    lengths = lengths[np.argsort(lengths.sum(axis=1), kind="stable")]
+    return [lengths[at : at + per_batch] for at in range(0, pairs, per_batch)]
 
 
 def preference_step(
@@ -210,19 +214,18 @@ def training_config(section: dict[str, Any], **training: Any) -> Config:
 
 
 def micro_batches(
-    batches: list[np.ndarray], vocabulary: int, per_step: int, steps: int | None = None
+    steps: Sequence[Sequence[np.ndarray]], vocabulary: int, repeats: int = 1
 ) -> Iterator[MicroBatch]:
-    """The stream of a single rank over lengths of micro-batches, `per_step` of them a step, repeated."""
-    columns = [pair_columns(lengths, vocabulary) for lengths in batches]
-    steps = steps if steps is not None else -(-len(batches) // per_step)
-    for step in range(steps):
-        members = [(step * per_step + k) % len(batches) for k in range(per_step)]
-        pairs = sum(len(batches[m]) for m in members)
-        for index, member in enumerate(members):
-            found = dict(columns[member])
+    """The stream of a single rank over the lengths of the micro-batches of each step."""
+    prepared = [[(lengths, pair_columns(lengths, vocabulary)) for lengths in step] for step in steps]
+    for number in range(repeats * len(steps)):
+        step = prepared[number % len(steps)]
+        pairs = sum(len(lengths) for lengths, _ in step)
+        for index, (lengths, columns) in enumerate(step):
+            found = dict(columns)
             prompt, chosen, rejected = (found.pop(f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
-            ids = np.arange(len(batches[member]))
-            yield MicroBatch(step, index, per_step, pairs, ids, prompt, chosen, rejected, found)
+            ids = np.arange(len(lengths))
+            yield MicroBatch(number, index, len(step), pairs, ids, prompt, chosen, rejected, found)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,7 +172,8 @@ def _layout_against_cpu(machine: Machine, cpu: Any, shape: Shape, pairs: int, *,
 def syncs(machine: Machine, budget: Budget) -> Iterator[Row]:
     """Real training steps while every synchronization but the step's one reading is an error."""
     shape = TINY if machine.quick else SMALL
-    batches = [sample_lengths("hh_rlhf", 64)[at : at + 2].clip(2, 200) for at in (0, 2, 4, 6)]
+    lengths = sample_lengths("hh_rlhf", 64).clip(2, 200)
+    batches = [[lengths[at : at + 2], lengths[at + 2 : at + 4]] for at in (0, 4)]
     for name in ("tbpo_q", "tbpo_a exact_kl", "tbpo_a k3_sampled", "dpo", "sft"):
         if budget.is_spent:
             yield {"case": name, "result": "skipped: the section's time is up"}
@@ -180,7 +183,7 @@ def syncs(machine: Machine, budget: Budget) -> Iterator[Row]:
 
 
 def _steps_without_syncs(
-    machine: Machine, shape: Shape, name: str, batches: list[np.ndarray], *, shared: bool
+    machine: Machine, shape: Shape, name: str, batches: list[list[np.ndarray]], *, shared: bool
 ) -> Row:
     section = {"name": "tbpo_a", "state_baseline": {"kind": "k3_sampled"}}
     section = SECTIONS.get(name, section)
@@ -195,7 +198,7 @@ def _steps_without_syncs(
     config = training_config(section, optimizer="rmsprop")
 
     def steps(count: int) -> None:
-        train_local(config, parts, micro_batches(batches, shape.vocabulary, 2, count), count)
+        train_local(config, parts, micro_batches(batches[:count], shape.vocabulary), count)
 
     row: Row = {"case": f"{name}, {'shared' if shared else 'separate'} rows", "micro_batches_per_step": 2}
     steps(1)  # libraries load and allocate on first use
@@ -241,3 +244,50 @@ def _errors_on_sync(machine: Machine) -> Iterator[list[int]]:
 def _last_frame(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "tbpo_ray" in f.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+
+
+def repeat(machine: Machine, budget: Budget) -> Iterator[Row]:
+    """The same steps twice: whether the weights are equal bit for bit, with PyTorch's deterministic kernels
+    and without."""
+    shape = TINY if machine.quick else SMALL
+    lengths = sample_lengths("ultrafeedback", 64)[:16] // (16 if machine.quick else 1)
+    batches = [[lengths[at : at + 4]] for at in (0, 4, 8, 12)]
+    before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    try:
+        for deterministic in (False, True):
+            for shared in (True, False):
+                if budget.is_spent:
+                    return
+                torch.use_deterministic_algorithms(deterministic, warn_only=True)
+                found = [_weights_after(machine, shape, batches, shared=shared) for _ in range(2)]
+                yield {
+                    "case": f"{'shared' if shared else 'separate'} rows",
+                    "deterministic_kernels": "on" if deterministic else "off",
+                    "weights": "equal" if torch.equal(*(flat for flat, _ in found)) else "differ",
+                    "seconds_per_step": min(seconds for _, seconds in found),
+                }
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if before is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def _weights_after(
+    machine: Machine, shape: Shape, batches: list[list[np.ndarray]], *, shared: bool
+) -> tuple[Tensor, float]:
+    """All weights after a step per batch, and the median seconds of a step."""
+    section = {"name": "tbpo_a", "state_baseline": {"kind": "k3"}}
+    scorer = PairScorer(llama(shape, machine.device, torch.bfloat16)).train()
+    parts = training_parts(scorer, section, shape.width, BatchLayout(2, 0, shared, True))
+    config = training_config(section, optimizer="rmsprop")
+    marks = [time.perf_counter()]
+    train_local(
+        config,
+        parts,
+        micro_batches(batches, shape.vocabulary),
+        len(batches),
+        lambda *_: marks.append(time.perf_counter()),
+    )
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in scorer.parameters()])
+    return flat, float(np.median(np.diff(marks)))

@@ -178,11 +178,14 @@ def _scan_options(request: _Request, policy: LayerInputs, tokens: int) -> ScanOp
     differentiable = tuple(name for name in request.outputs if learns and name not in fixed)
     block_bytes, most_rows = CPU_BLOCK if policy.hidden.device.type == "cpu" else DEVICE_BLOCK
     rows = min(request.block_tokens or most_rows, max(1, tokens))
+    cols = max(256, block_bytes // (4 * rows))
+    if policy.hidden.device.type != "cpu":
+        cols -= cols % 256  # tensor cores read whole rows of a block only if its width is a multiple of 8
     return ScanOptions(
         outputs=request.outputs,
         differentiable=differentiable,
         rows=rows,
-        cols=min(request.block_vocab or max(256, block_bytes // (4 * rows)), policy.weight.shape[0]),
+        cols=min(request.block_vocab or cols, policy.weight.shape[0]),
         scale=float(request.logit_scale),
         softcap=request.softcap,
         samples=request.samples,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tbpo_ray.objectives import TokenScores, token_log_probs
 from tbpo_ray.training.batch import PairBatch
 from tbpo_ray.training.pair_attention import (
+    avoid_plans_per_shape,
     encode_indices,
     is_worthwhile,
     rows_end_padded,
@@ -51,6 +52,7 @@ class PairScorer(nn.Module):
         super().__init__()
         self.model = model
         self.block_tokens = block_tokens
+        avoid_plans_per_shape()
         self.pair_attention = use_pair_attention(_causal(model))
         config = _causal(model).config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -78,7 +78,7 @@ def test_every_reference_and_layout(device: SecondDevice, reference: str, shared
 def test_windows_masks_and_gathered_rows(
     device: SecondDevice, monkeypatch: pytest.MonkeyPatch, model: Any, rows: str, gathered: bool
 ) -> None:
-    monkeypatch.setattr(pair_attention, "GATHER_COST", 0 if gathered else 10**9)
+    monkeypatch.setattr(pair_attention, "gather_cost", lambda _: 0 if gathered else 10**9)
     pairs = batch(shared=rows != "separate", packed=rows == "packed")
     compare(device, {"name": "tbpo_a", "state_baseline": {"kind": "k3"}}, pairs, model=model)
 

@@ -56,7 +56,7 @@ def plain_logps(model, prompt, answer) -> torch.Tensor:
 @pytest.fixture(params=["gathered", "masked"])
 def attention(request, monkeypatch):
     """Shared rows with gathered attention, as for long rows, and with a mask, as for short ones."""
-    monkeypatch.setattr(pair_attention, "GATHER_COST", -1e9 if request.param == "gathered" else 1e9)
+    monkeypatch.setattr(pair_attention, "gather_cost", lambda _: -1e9 if request.param == "gathered" else 1e9)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

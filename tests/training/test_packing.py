@@ -31,7 +31,7 @@ __all__ = ["prepared", "save"]
 @pytest.fixture(params=["gathered", "masked"])
 def attention(request, monkeypatch):
     """Packed rows with gathered attention, as in training, and with a mask, as for very short ones."""
-    monkeypatch.setattr(pair_attention, "GATHER_COST", -1e9 if request.param == "gathered" else 1e9)
+    monkeypatch.setattr(pair_attention, "gather_cost", lambda _: -1e9 if request.param == "gathered" else 1e9)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
