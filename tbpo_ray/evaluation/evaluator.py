@@ -28,6 +28,7 @@ from tbpo_ray.evaluation.held_out_pairs import (
 from tbpo_ray.evaluation.judges import make_judge
 from tbpo_ray.evaluation.judgments import Judgments, flatten
 from tbpo_ray.evaluation.measures import Estimate, Groups, describe, mean_estimate, per_prompt
+from tbpo_ray.evaluation.preference_records import write_records
 from tbpo_ray.evaluation.prompts import Policy, PromptSet, read_prompts, resolve_policy, tokenize_prompts
 from tbpo_ray.evaluation.reference_kl import kl_k1, reference_logprobs
 from tbpo_ray.evaluation.rouge import rouge_metrics
@@ -68,8 +69,8 @@ def evaluate_policies(
 ) -> Verdict:
     """Sample every policy on the held-out prompts, judge the answers, and compare the policies.
 
-    Ray must be running. `output` gets `samples/` (Parquet, one folder per policy), `verdict.json` and
-    `verdict.txt`. Samples from an earlier call with the same settings are reused.
+    Ray must be running. `output` gets `samples/` (Parquet, one folder per policy), `verdict.json`,
+    `verdict.txt` and, where a judge compares answers, `preference_pairs.jsonl`. Samples from an earlier call with the same settings are reused.
 
     Args:
         policies: name to model folder, adapter folder or run name.
@@ -110,6 +111,8 @@ def evaluate_policies(
     )
     verdict.save(folder)
     write_atomic(folder / "verdict.txt", verdict.table() + "\n")
+    if judgments.compared:
+        write_records(folder, prompts, judgments.compared, inputs.baseline.name)
     if tracker is not None:
         _track(tracker, verdict, prompts, folder)
     return verdict

@@ -71,6 +71,8 @@ class Judgments:
     def __init__(self, judge: Judge, groups: Mapping[str, Groups], baseline: str):
         self.judge, self.groups, self.baseline = judge, groups, baseline
         self._scores: dict[str, Scores] = {}
+        self.compared: dict[str, ComparedAnswers] = {}
+        """Policy name to what `compare_with_baseline` found."""
         if isinstance(judge, ScoringJudge):
             log_progress(f"scoring answers with judge {judge.kind}")
             for name, group in groups.items():
@@ -86,7 +88,8 @@ class Judgments:
         if policy == self.baseline or not self.judge.compares_samples:
             return None
         pairs = paired(self.groups[policy], self.groups[self.baseline])
-        return ComparedAnswers(pairs, self._preferences(pairs, policy))
+        self.compared[policy] = ComparedAnswers(pairs, self._preferences(pairs, policy))
+        return self.compared[policy]
 
     def _preferences(self, pairs: Sequence[tuple[Sample, Sample]], policy: str) -> list[float | None]:
         if not isinstance(self.judge, ScoringJudge):
