@@ -70,7 +70,8 @@ def evaluate_policies(
     """Sample every policy on the held-out prompts, judge the answers, and compare the policies.
 
     Ray must be running. `output` gets `samples/` (Parquet, one folder per policy), `verdict.json`,
-    `verdict.txt` and, where a judge compares answers, `preference_pairs.jsonl`. Samples from an earlier call with the same settings are reused.
+    `verdict.txt` and, where a judge compares answers, `preference_pairs.jsonl`. Samples from an earlier
+    call with the same settings are reused.
 
     Args:
         policies: name to model folder, adapter folder or run name.

@@ -1,4 +1,4 @@
-"""Judged answers as preference records, which `data.train` reads: training data from a policy's own samples."""
+"""Judged answers as preference records: training data from a policy's own samples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tbpo_ray.evaluation.judgments import ComparedAnswers
 from tbpo_ray.evaluation.prompts import PromptSet
 from tbpo_ray.generation.samples import Sample
 from tbpo_ray.progress import log_progress
-from tbpo_ray.storage.json_lines import dumps
 from tbpo_ray.storage.files import write_atomic
+from tbpo_ray.storage.json_lines import dumps
 
 FILE = "preference_pairs.jsonl"
 TIE = 0.5
