@@ -30,7 +30,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "e2e and not slow"
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not e2e and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not e2e and not heavy and not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

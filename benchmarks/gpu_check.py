@@ -58,16 +58,16 @@ class Section:
 
 
 SECTIONS = (
-    Section("values", "Values and gradients against the CPU", "gpu_values:values", 50),
-    Section("syncs", "Waits for the device in a training step", "gpu_values:syncs", 25),
-    Section("repeat", "The same steps twice", "gpu_values:repeat", 10),
-    Section("training", "Training steps at a 1B shape", "gpu_speed:training", 150),
-    Section("profile", "Where a training step's time goes", "gpu_profile:profile", 20),
-    Section("memory", "Peak memory, foretold and measured", "gpu_speed:memory", 45),
-    Section("attention", "Attention in shared rows", "gpu_kernels:attention", 50),
-    Section("output", "The output layer", "gpu_kernels:output_layer", 40),
-    Section("zero", "DeepSpeed ZeRO on one GPU", "gpu_kernels:zero", 30),
-    Section("peer", "TRL's DPOTrainer at the same shape", "gpu_peer:peer", 100),
+    Section("values", "Values and gradients against the CPU", "gpu_values:values", 30),
+    Section("syncs", "Waits for the device in a training step", "gpu_values:syncs", 15),
+    Section("repeat", "The same steps twice", "gpu_values:repeat", 8),
+    Section("training", "Training steps at a 1B shape", "gpu_speed:training", 140),
+    Section("profile", "Where a training step's time goes", "gpu_profile:profile", 25),
+    Section("memory", "Peak memory, foretold and measured", "gpu_speed:memory", 30),
+    Section("attention", "Attention in shared rows", "gpu_kernels:attention", 45),
+    Section("output", "The output layer", "gpu_kernels:output_layer", 25),
+    Section("zero", "DeepSpeed ZeRO on one GPU", "gpu_kernels:zero", 20),
+    Section("peer", "TRL's DPOTrainer at the same shape", "gpu_peer:peer", 120),
 )
 
 

@@ -118,8 +118,11 @@ class Space:
             ]
         return []
 
-    def check_changeable(self) -> None:
-        """Refuse keys that cannot change during a run.
+    def check_changeable(self, config: Config) -> None:
+        """Refuse keys that cannot change during a run, and values that change what the objective reads.
+
+        Args:
+            config: the trials' configuration, without the space's values.
 
         Raises:
             InputError: one sentence per key.
@@ -133,6 +136,16 @@ class Space:
                     for key in fixed
                 )
             )
+        for key, p in self.parameters.items():
+            read = {
+                value: stage_config(config, {**self._enabling_values(p), key: value}).objective.inputs
+                for value in p.probes()
+            }
+            if len(set(read.values())) > 1:
+                raise InputError(
+                    f"tune.scheduler=pbt: {key} from {min(read)!r} to {max(read)!r} changes what the objective "
+                    "reads from the reference, which cannot change during a run; leave 0 out of the range"
+                )
 
     def propose(self, trial: Suggester) -> dict[str, Any]:
         """One value for every active key."""

@@ -84,7 +84,7 @@ def check_study(config: Config, space: Space) -> list[Config]:
     """
     space.check(config)
     if config.tune.scheduler == "pbt":
-        space.check_changeable()
+        space.check_changeable(config)
     refuse_run_folder(config.run.name, run_dir(config))
     trials = config.tune.trials
     if config.tune.algorithm == "grid" and (points := len(list(space.grid_points()))) > trials:

@@ -73,6 +73,7 @@ def test_the_zero_section_runs_where_deepspeed_is(tmp_path: Path) -> None:
     assert rows[0]["case"] == "ZeRO 1" and rows[0]["ok"] and len(rows[0]["losses"]) == 3
 
 
+@pytest.mark.heavy
 def test_a_missing_package_is_named_with_what_to_do(tmp_path: Path) -> None:
     done = check(tmp_path / "out", absent=("pydantic",))
     assert done.returncode != 0
@@ -80,6 +81,7 @@ def test_a_missing_package_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.heavy
 def test_without_a_gpu_the_default_device_is_refused(tmp_path: Path) -> None:
     import torch
 
@@ -103,8 +105,8 @@ def test_rows_are_saved_one_by_one(tmp_path: Path) -> None:
     assert not report.is_good
 
 
-def test_the_whole_check_fits_into_six_minutes() -> None:
-    assert sum(section.seconds for section in SECTIONS) <= 360
+def test_the_whole_check_fits_into_eight_minutes() -> None:
+    assert sum(section.seconds for section in SECTIONS) <= 480
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from benchmarks.objectives import markdown, run
 from tbpo_ray.errors import InputError
 
 
+@pytest.mark.heavy
 def test_quick_run_saves_memory_and_prints_tables() -> None:
     result = run(only=["logp_frozen", "step"], quick=True)
     case = result["output_layer"]["logp_frozen"]

@@ -114,6 +114,7 @@ def shipped(name: str, folder: Any) -> tuple[Config, ModelFacts]:
     return config, ModelFacts(str(folder))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SHIPPED)
 def test_workers_of_the_shipped_configurations_fit(name, tmp_path):
     config, facts = shipped(name, tmp_path)

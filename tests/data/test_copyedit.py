@@ -21,6 +21,7 @@ def test_imports_neither_torch_nor_ray():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.heavy
 def test_splits_never_share_a_prompt():
     seen = {
         split: {

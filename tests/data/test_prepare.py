@@ -159,6 +159,7 @@ def test_weights_repeat_and_sample_by_seed(run, write_rows):
     assert content(run(mix, seed=1)) == rows and content(run(mix, seed=2)) != rows
 
 
+@pytest.mark.heavy
 def test_shares_are_drawn_by_record_and_complementary_ones_are_disjoint(run, write_rows):
     file = write_rows([pair(i) for i in range(2100)])
 

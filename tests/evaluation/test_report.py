@@ -100,6 +100,7 @@ def config_for(root, *overrides):
     return load_config(None, [f"run.output_dir={root}", "run.name=report", "runs=[both]", *overrides])
 
 
+@pytest.mark.heavy
 def test_the_page_is_well_formed_self_contained_and_escaped(runs):
     path = compare_runs(config_for(runs))
     assert path == runs / "report" / "report" / "report.html"

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.models.tiny import build_tiny
 
@@ -20,9 +22,12 @@ def test_modules_are_hidden_only_inside_the_block():
     assert "this" not in sys.modules
 
 
+@pytest.mark.heavy
 def test_a_worker_does_not_import_unused_libraries(tmp_path):
     code = """
 import sys
+
+import pytest
 import torch
 from tbpo_ray.config.schema import Config
 from tbpo_ray.models.load import load_model

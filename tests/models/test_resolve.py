@@ -53,6 +53,7 @@ def cache(tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.heavy
 def test_a_hub_name_becomes_a_folder_at_its_revision(cache):
     assert resolve_offline("acme/tiny", cache)["folder"].endswith("a" * 40)
     assert resolve_offline("acme/tiny", cache, "v2")["folder"].endswith("b" * 40)
@@ -82,6 +83,7 @@ def test_a_revision_of_a_folder_is_said_to_have_no_effect(tiny_model, tmp_path, 
     assert "revision v2 has no effect" in "".join(capfd.readouterr())
 
 
+@pytest.mark.heavy
 def test_an_unknown_name_is_a_clear_error(cache):
     error = resolve_offline("acme/other", cache)["error"]
     assert "model.name_or_path=acme/other: neither a local folder nor on the hub" in error

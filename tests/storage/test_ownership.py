@@ -99,6 +99,7 @@ def test_a_driver_that_waits_gets_the_run_when_the_other_one_ends(tmp_path, quic
         lease.check()
 
 
+@pytest.mark.heavy
 def test_the_heartbeat_shows_whether_a_driver_on_another_machine_is_alive(tmp_path, quick, monkeypatch):
     lives = RunLock(tmp_path)
     lives.__enter__()

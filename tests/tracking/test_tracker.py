@@ -37,6 +37,7 @@ def data(tracker: Tracker):
     return tracker._client.get_run(tracker.run_id)
 
 
+@pytest.mark.heavy
 def test_a_run_holds_configuration_metrics_dataset_and_versions(store):
     config = load_config(None, ["run.name=first", "generation.max_tokens=17"])
     with start(store, config=config) as tracker:
@@ -203,6 +204,7 @@ def test_an_unknown_run_is_rejected(store):
         start(store, run_id="0" * 32)
 
 
+@pytest.mark.heavy
 def test_processes_that_start_at_the_same_time_share_a_new_store(tmp_path):
     code = textwrap.dedent(
         """

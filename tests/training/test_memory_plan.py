@@ -107,6 +107,7 @@ def test_a_traced_step_creates_what_the_real_step_creates(facts, overrides):
     assert traced.weights == 4 * sum(p.numel() for p in network.parameters())
 
 
+@pytest.mark.heavy
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing(facts):
     small, large, recomputed = (
         plan_memory(plan(f"training.micro_batch_tokens={tokens}", *more), facts, LENGTHS, workers=1)
@@ -118,6 +119,7 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing(facts):
     assert recomputed.fixed == large.fixed
 
 
+@pytest.mark.heavy
 def test_states_follow_from_the_stage_and_the_number_of_workers(facts):
     n = sum(p.numel() for p in facts.skeleton.parameters())
 
@@ -184,6 +186,7 @@ def test_a_budget_that_is_too_large_names_one_that_fits(facts):
     assert "stage: 3" not in str(refusal.value)
 
 
+@pytest.mark.heavy
 def test_auto_takes_what_fits_and_a_resumed_run_keeps_it(facts, tmp_path):
     automatic = ("training.micro_batch_tokens=auto", "training.pairs_per_step=640")
     with pytest.raises(InputError, match=r"micro_batch_tokens=auto: .*cluster\.device_memory_gib"):

@@ -12,6 +12,7 @@ from tbpo_ray.config.loading import load_config, stage_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.tuning.space import Space
 
+CONFIG = load_config(None)
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIPPED = sorted((ROOT / "tune_spaces").glob("*.yaml"))
 LAM, GENERATOR, BETA = "objective.bregman.lam", "objective.bregman.generator", "objective.beta"
@@ -113,9 +114,13 @@ def test_exploring_stays_in_the_space_and_moves():
 def test_only_some_keys_can_change_during_a_run():
     Space.parse(
         {BETA: {"uniform": [0.1, 1]}, "training.learning_rate": {"uniform": [0.1, 1]}}
-    ).check_changeable()
+    ).check_changeable(CONFIG)
     with pytest.raises(InputError, match=r"pbt: objective\.state_baseline\.hidden"):
-        Space.parse({"objective.state_baseline.hidden": {"choice": [0, 8]}}).check_changeable()
+        Space.parse({"objective.state_baseline.hidden": {"choice": [0, 8]}}).check_changeable(CONFIG)
+    tis_dpo = stage_config(CONFIG, {"objective.name": "tis_dpo"})
+    Space.parse({"objective.alpha": {"uniform": [0.1, 1]}}).check_changeable(tis_dpo)
+    with pytest.raises(InputError, match=r"objective\.alpha from 0.* leave 0 out of the range"):
+        Space.parse({"objective.alpha": {"uniform": [0, 1]}}).check_changeable(tis_dpo)
 
 
 def test_a_missing_or_invalid_file(tmp_path):

@@ -196,6 +196,7 @@ def test_a_fault_of_the_run_is_not_reported_as_one_of_its_helpers(tmp_path):
     assert str(caught.value).startswith("data.train")
 
 
+@pytest.mark.heavy
 def test_a_helper_with_another_tokenizer_is_refused_before_anything_starts(tmp_path, tiny_model):
     from tokenizers import Tokenizer
 
@@ -229,6 +230,7 @@ def test_what_is_said_about_the_data_of_a_helper(tmp_path):
     assert swapped == "all records, answers swapped; all among the run's pairs"
 
 
+@pytest.mark.heavy
 def test_the_plan_shows_the_whole_chain(tmp_path):
     config = settings(tmp_path, "tis_dpo", "objective.helpers.negative.data.share=0.5")
     lines = pipeline_plan(config).split("\n")
