@@ -143,8 +143,8 @@ class Space:
             }
             if len(set(read.values())) > 1:
                 raise InputError(
-                    f"tune.scheduler=pbt: {key} from {min(read)!r} to {max(read)!r} changes what the objective "
-                    "reads from the reference, which cannot change during a run; leave 0 out of the range"
+                    f"tune.scheduler=pbt: {key} from {min(read)!r} to {max(read)!r} changes what the "
+                    "objective reads, which cannot change during a run; leave 0 out of the range"
                 )
 
     def propose(self, trial: Suggester) -> dict[str, Any]:
