@@ -13,6 +13,7 @@ import torch
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.data.messages import answer_text
 from tbpo_ray.errors import InputError
+from tbpo_ray.evaluation import token_credit as token_credit_module
 from tbpo_ray.evaluation.credit import write_credit_map
 from tbpo_ray.evaluation.held_out_pairs import (
     ScoredPair,
@@ -23,9 +24,11 @@ from tbpo_ray.evaluation.held_out_pairs import (
     read_pairs,
     score_pairs,
 )
+from tbpo_ray.evaluation.scoring import length_batches, load_scorer
 from tbpo_ray.evaluation.token_credit import TokenCredit, token_credit
 from tbpo_ray.models.baseline_head import save_state_baseline
 from tbpo_ray.objectives import build_state_baseline
+from tbpo_ray.training.scorer import PairScorer
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,32 @@ def test_token_credit_agrees_with_full_distributions(pairs, tiny_model, other_mo
             # The advantage is the log-ratio minus its mean under the reference.
             mean = (theirs.exp() * (ours - theirs)).sum(-1)
             assert side.advantage == pytest.approx((ratio - mean).tolist(), abs=1e-4)
+
+
+def test_policy_and_reference_take_turns_on_the_device(pairs, tiny_model, other_model, monkeypatch):
+    """`cpu:0` stands for the device, `cpu` for the host."""
+    present: set[int] = set()
+    most, moves, move = [], [], PairScorer.to
+
+    def follow(scorer, device):
+        (present.add if str(device) == "cpu:0" else present.discard)(id(scorer))
+        most.append(len(present))
+        moves.append(str(device))
+        return move(scorer, device)
+
+    monkeypatch.setattr(PairScorer, "to", follow)
+    monkeypatch.setattr(token_credit_module, "load_scorer", lambda model, *_: load_scorer(model, "cpu"))
+    monkeypatch.setattr(token_credit_module, "TURN_BATCHES", 1)
+    monkeypatch.setattr(token_credit_module, "length_batches", lambda sizes: length_batches(sizes, 400))
+    in_turns = token_credit(pairs.tokens, other_model, tiny_model, "cpu:0")
+    assert max(most) == 1 and moves.count("cpu:0") >= 4 and present == set()
+    monkeypatch.undo()
+    for found, plain in zip(
+        in_turns, token_credit(pairs.tokens, other_model, tiny_model, "cpu"), strict=True
+    ):
+        for side, expected in zip(found, plain, strict=True):
+            assert side.log_ratio == pytest.approx(expected.log_ratio, abs=1e-5)
+            assert side.baseline == pytest.approx(expected.baseline, abs=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "width"), [("learned", 16), ("learned", 0), ("mixed", 8)])
