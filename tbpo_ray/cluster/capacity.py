@@ -91,6 +91,21 @@ def present() -> Capacity:
     )
 
 
+def available() -> Capacity:
+    """The nodes that are up, with what is free on them now."""
+    import ray
+    from ray._private import state
+
+    free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return Capacity(
+        [
+            NodeKind(str(node["NodeManagerHostname"]), free[node["NodeID"]], 1, node.get("Labels") or {})
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"] and node["NodeID"] in free
+        ]
+    )
+
+
 def possible(node_types: str | None = None) -> Capacity | None:
     """The nodes that the autoscaler may start; None if that is not known.
 

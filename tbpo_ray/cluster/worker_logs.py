@@ -29,7 +29,7 @@ def keep_dead_workers_logs(target: Path, *, since: float) -> str:
     logs = {}
     with suppress(Exception):  # it explains another error, and must not replace it
         for actor in _dead_actors(since):
-            text = _read(actor)
+            text = read_worker_log(actor["Address"]["NodeID"], int(actor["Pid"]))
             if text:
                 name = str(actor["ActorClassName"]).rsplit(".", 1)[-1]
                 logs[f"{name}, process {actor['Pid']}"] = text
@@ -56,11 +56,11 @@ def _dead_actors(since: float) -> list[Mapping[str, Any]]:
     return sorted(recent, key=lambda actor: actor["EndTime"])
 
 
-def _read(actor: Mapping[str, Any]) -> str:
+def read_worker_log(node: str, pid: int) -> str:
+    """The end of what a worker process printed on the node with this id; empty if the node is lost."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node, pid = actor["Address"]["NodeID"], int(actor["Pid"])
     if node == ray.get_runtime_context().get_node_id():
         return read_log(pid)
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -207,8 +207,10 @@ class GenerationConfig(Section):
     """Probability mass of nucleus sampling."""
     samples: Count = 1
     """Answers per prompt."""
-    engines: CountOrRange = 1
-    """vLLM engines: a number, or `[min, max]` to grow and shrink with the cluster."""
+    engines: CountOrRange | Literal["auto"] = "auto"
+    """vLLM engines: a number, `[min, max]` to grow and shrink with the cluster, or `auto`: as many as the
+    GPUs of the nodes with `cluster.labels.generate` hold, without GPUs one per node. With `auto`,
+    there is at most one per batch."""
     tensor_parallel: Count = 1
     """GPUs per engine."""
     batch_size: Count = 256
@@ -218,12 +220,42 @@ class GenerationConfig(Section):
     `max_tokens` need, or the model's own limit if that is less."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, passed through; `trust_remote_code` is refused."""
+    stall_timeout_s: Positive = 600
+    """Seconds without a new token after which an engine with unfinished prompts is killed. Its prompts are
+    sampled again on a new engine; if that one stalls too, the job fails. An engine that is loading its model
+    has half an hour, or this if it is longer."""
 
     @field_validator("engine")
     @classmethod
     def _check_engine(cls, value: dict[str, Any]) -> dict[str, Any]:
         check_engine(value)
         return value
+
+    @field_validator("engines")
+    @classmethod
+    def _check_engines(cls, value: int | list[int] | str) -> int | list[int] | str:
+        if isinstance(value, list) and value[0] > value[1]:
+            raise ValueError("[min, max] must have min <= max")
+        return value
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        limits = {
+            "max_model_len": self.max_model_len,
+            "engine.max_model_len": self.engine.get("max_model_len"),
+        }
+        for name, limit in limits.items():
+            if limit is not None and limit <= self.max_tokens:
+                raise ValueError(
+                    f"generation.{name}={limit}: leaves no room for a prompt beside generation.max_tokens="
+                    f"{self.max_tokens}; must be larger than generation.max_tokens"
+                )
+        return self
+
+    @property
+    def gpus_per_engine(self) -> int:
+        """GPUs of one engine: tensor parallelism times pipeline parallelism."""
+        return self.tensor_parallel * int(self.engine.get("pipeline_parallel_size") or 1)
 
 
 class EvaluationConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tbpo_ray.evaluation.held_out_pairs import (
     read_pairs,
     score_pairs,
 )
+from tbpo_ray.evaluation.judge import Judge
 from tbpo_ray.evaluation.judges import make_judge
 from tbpo_ray.evaluation.judgments import Judgments, flatten
 from tbpo_ray.evaluation.measures import Estimate, Groups, describe, mean_estimate, per_prompt
@@ -34,13 +36,16 @@ from tbpo_ray.evaluation.reference_kl import kl_k1, reference_logprobs
 from tbpo_ray.evaluation.rouge import rouge_metrics
 from tbpo_ray.evaluation.suites import reference_column, slice_columns
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
+from tbpo_ray.generation.engine_count import EngineNodes, engine_count
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import Samples
-from tbpo_ray.generation.vllm_engine import check_model, engine_resources, pool_size
+from tbpo_ray.generation.vllm_engine import check_length, check_model, engine_resources
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import write_atomic
 from tbpo_ray.tracking.tracker import Tracker
 
+TRACKED = ("max_model_len", "prompts_too_long", "answers_shortened", "stalls", "tokens_per_second")
+"""Entries of the samples' manifest that are tracked as metrics."""
 BETA = 0.1
 """Scale of the implicit reward where `objective.beta` is left to the objective."""
 
@@ -55,6 +60,8 @@ class EvaluationInputs:
     reference: str
     """Model folder that the KL is measured from."""
     prompts: PromptSet
+    judge: Judge
+    """A judge of the configuration, which has not judged anything."""
 
 
 def evaluate_policies(
@@ -92,14 +99,17 @@ def evaluate_policies(
     judge = make_judge(config, source=prompts.source, output=folder)
     log_progress(f"evaluating {', '.join(policies)} on {len(prompts.prompts)} prompts from {prompts.source}")
 
-    _wait_for_engines(config, inputs.policies, folder)
+    _wait_for_engines(config, inputs.policies, len(prompts.prompts), folder)
     samples = {policy.name: _sample(policy, prompts, config, folder) for policy in inputs.policies}
-    model_metrics = _model_metrics(inputs, config, folder)
     groups = {name: answers.by_prompt() for name, answers in samples.items()}
+    model_metrics = _model_metrics(inputs, config, folder)
+    for name, kl in _kl_estimates(groups, inputs.reference, config).items():
+        model_metrics.setdefault(name, {})["kl_k1"] = kl
+    # Last: a judge on the cluster's own engines needs the devices of all the others.
     judgments = Judgments(judge, groups, inputs.baseline.name)
     verdict = Verdict(
         policies=[
-            _policy_verdict(policy, samples[policy.name], judgments, inputs, config, model_metrics)
+            _policy_verdict(policy, samples[policy.name], judgments, config, model_metrics[policy.name])
             for policy in inputs.policies
         ],
         baseline=inputs.baseline.name,
@@ -115,7 +125,7 @@ def evaluate_policies(
     if judgments.compared:
         write_records(folder, prompts, judgments.compared, inputs.baseline.name)
     if tracker is not None:
-        _track(tracker, verdict, prompts, folder)
+        _track(tracker, verdict, samples, prompts, folder)
     return verdict
 
 
@@ -145,12 +155,15 @@ def check_evaluation(
         _check_policy(policy, config)
     reference = reference or config.model.reference
     anchor = resolve_policy("reference", reference, config).model if reference else base.model
-    return EvaluationInputs(resolved, base, anchor, check_settings(config))
+    prompts = check_settings(config)
+    judge = make_judge(config, source=prompts.source, output=Path(config.run.output_dir))
+    return EvaluationInputs(resolved, base, anchor, prompts, judge)
 
 
 def _check_policy(policy: Policy, config: Config) -> None:
     check_model(policy.model, policy.adapter)
-    if policy.adapter and (_needs_pairs(config) or config.evaluation.benchmarks):
+    check_length(policy.model, config.generation)
+    if policy.adapter and (needs_pairs(config) or config.evaluation.benchmarks):
         raise InputError(
             f"evaluation.policies.{policy.name}={policy.adapter}: is an adapter; the implicit judge, "
             "evaluation.credit_pairs and evaluation.benchmarks need a merged model"
@@ -193,31 +206,32 @@ def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) ->
         tokens,
         config.generation,
         output=folder / "samples" / name,
-        use_gpu=config.cluster.gpus,
+        nodes=EngineNodes.of(config),
         seed=seed,
         adapter=adapter,
-        labels=config.cluster.labels.generate,
     )
 
 
-def _wait_for_engines(config: Config, policies: Sequence[Policy], folder: Path) -> None:
+def _wait_for_engines(config: Config, policies: Sequence[Policy], prompts: int, folder: Path) -> None:
     """Wait until the cluster has room for the minimum number of engines.
 
     Raises:
         InputError: the cluster can never hold them, or its nodes do not share the storage.
         RunFailedError: the nodes do not start in time.
     """
-    engines, _ = pool_size(config.generation)
+    generation, labels = config.generation, config.cluster.labels.generate
+    batches = -(-prompts * generation.samples // generation.batch_size)
+    engines = engine_count(generation, batches, EngineNodes.of(config)).smallest
     bundle = {"CPU": 0.5}  # an engine on the CPU runs with a fraction of one
     if config.cluster.gpus:
-        bundle = engine_resources(config.generation, use_gpu=True, free_cpus=0.0, engines=engines)
+        bundle = engine_resources(generation, use_gpu=True, free_cpus=0.0, engines=engines)
     fit_engines(config, engines, bundle)
     wait_for_resources(
         config,
         "sampling",
         bundle,
         engines,
-        labels=config.cluster.labels.generate,
+        labels=labels,
         folders={"run.output_dir": folder},
         files={f"evaluation.policies.{policy.name}": policy.model for policy in policies},
     )
@@ -227,19 +241,16 @@ def _policy_verdict(
     policy: Policy,
     samples: Samples,
     judgments: Judgments,
-    inputs: EvaluationInputs,
     config: Config,
-    model_metrics: Mapping[str, Mapping[str, Estimate]],
+    model_metrics: Mapping[str, Estimate],
 ) -> PolicyVerdict:
     group = judgments.groups[policy.name]
     compared = judgments.compare_with_baseline(policy.name)
     metrics = judgments.score_metrics(policy.name)
     metrics |= compared.metrics() if compared is not None else {}
-    metrics |= describe(group) | dict(model_metrics.get(policy.name, {}))
+    metrics |= describe(group) | dict(model_metrics)
     column = reference_column(config)
     metrics |= rouge_metrics(group, column) if column is not None else {}
-    log_progress(f"{policy.name}: computing the KL from the reference on its samples")
-    metrics["kl_k1"] = _kl_estimate(group, inputs.reference, config)
     return PolicyVerdict(
         name=policy.name,
         model=policy.folder,
@@ -251,18 +262,33 @@ def _policy_verdict(
     )
 
 
-def _kl_estimate(group: Groups, reference: str, config: Config) -> Estimate:
-    answers = flatten(group)
-    logprobs = reference_logprobs(
-        answers, reference, attention=config.model.attention, use_gpu=config.cluster.gpus
+def _kl_estimates(groups: Mapping[str, Groups], reference: str, config: Config) -> dict[str, Estimate]:
+    """The KL of each policy from the reference, which is loaded once."""
+    log_progress(f"computing the KL of {', '.join(groups)} from the reference on their samples")
+    answers = {name: flatten(group) for name, group in groups.items()}
+    logprobs = iter(
+        reference_logprobs(
+            [sample for samples in answers.values() for sample in samples],
+            reference,
+            attention=config.model.attention,
+            gpu_labels=_gpu_labels(config),
+        )
     )
-    values = kl_k1(answers, logprobs)
-    return mean_estimate([float(np.mean(v)) for v in per_prompt(answers, values).values()])
+    estimates = {}
+    for name, samples in answers.items():
+        values = kl_k1(samples, list(islice(logprobs, len(samples))))
+        estimates[name] = mean_estimate([float(np.mean(v)) for v in per_prompt(samples, values).values()])
+    return estimates
+
+
+def _gpu_labels(config: Config) -> Mapping[str, str] | None:
+    """The labels of the nodes with the GPUs of an evaluation; None without GPUs."""
+    return config.cluster.labels.generate if config.cluster.gpus else None
 
 
 def _model_metrics(inputs: EvaluationInputs, config: Config, folder: Path) -> dict[str, dict[str, Estimate]]:
     """Metrics of the policies that do not come from samples: held-out pairs and benchmarks."""
-    metrics = _pair_metrics(inputs, config, folder) if _needs_pairs(config) else {}
+    metrics = _pair_metrics(inputs, config, folder) if needs_pairs(config) else {}
     benchmarks = benchmark_settings(config)
     if benchmarks is not None:
         for policy in inputs.policies:
@@ -270,7 +296,8 @@ def _model_metrics(inputs: EvaluationInputs, config: Config, folder: Path) -> di
     return metrics
 
 
-def _needs_pairs(config: Config) -> bool:
+def needs_pairs(config: Config) -> bool:
+    """Whether the policies score held-out preference pairs."""
     return config.evaluation.credit_pairs > 0 or config.evaluation.judge.get("kind") == "implicit"
 
 
@@ -284,7 +311,7 @@ def _pair_metrics(inputs: EvaluationInputs, config: Config, folder: Path) -> dic
             policy.model,
             inputs.reference,
             attention=config.model.attention,
-            use_gpu=config.cluster.gpus,
+            gpu_labels=_gpu_labels(config),
         )
         for policy in inputs.policies
     }
@@ -304,7 +331,9 @@ def _pair_metrics(inputs: EvaluationInputs, config: Config, folder: Path) -> dic
     return metrics
 
 
-def _track(tracker: Tracker, verdict: Verdict, prompts: PromptSet, folder: Path) -> None:
+def _track(
+    tracker: Tracker, verdict: Verdict, samples: Mapping[str, Samples], prompts: PromptSet, folder: Path
+) -> None:
     tracker.log_dataset(
         "held-out prompts",
         digest=prompts.digest,
@@ -318,6 +347,8 @@ def _track(tracker: Tracker, verdict: Verdict, prompts: PromptSet, folder: Path)
             numbers[f"{policy.name}/{name}"] = estimate.value
             numbers[f"{policy.name}/{name}_low"] = estimate.low
             numbers[f"{policy.name}/{name}_high"] = estimate.high
+        manifest = samples[policy.name].manifest
+        numbers |= {f"{policy.name}/generation/{name}": manifest.get(name) for name in TRACKED}
         tracker.log_metrics(numbers)
     tracker.flush()
     for name in ("verdict.json", "verdict.txt", "credit.html"):

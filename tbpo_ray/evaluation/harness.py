@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tbpo_ray.cluster.processes import NodeProcess, await_end, own_processes
 from tbpo_ray.config.schema import Config
 from tbpo_ray.config.validation import validate_section
 from tbpo_ray.errors import InputError, RunFailedError, first_line
@@ -100,8 +101,9 @@ def run_benchmarks(settings: BenchmarkSettings, model: str, config: Config) -> d
     gpus = config.cluster.gpus
     remote = ray.remote(
         num_cpus=1 if gpus else 0.5,
-        num_gpus=config.generation.tensor_parallel if gpus else 0,
+        num_gpus=config.generation.gpus_per_engine if gpus else 0,
         max_calls=1,
+        label_selector=dict(config.cluster.labels.generate),
         runtime_env={"env_vars": environment(use_gpu=gpus, engines=1)},
     )(_harness)
     arguments: dict[str, Any] = {"pretrained": model}
@@ -113,7 +115,7 @@ def run_benchmarks(settings: BenchmarkSettings, model: str, config: Config) -> d
         arguments |= {"device": "cpu", "dtype": "float32", "batch_size": 16}
     log_progress(f"benchmarks of {model}: {', '.join(settings.plan())}")
     try:
-        results = ray.get(
+        results, processes = ray.get(
             remote.remote(
                 arguments, gpus, settings.plan(), settings.include_path, settings.limit, config.run.seed
             )
@@ -121,6 +123,7 @@ def run_benchmarks(settings: BenchmarkSettings, model: str, config: Config) -> d
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise RunFailedError(f"lm-eval on {model}: {type(cause).__name__}: {first_line(cause)}") from error
+    await_end(processes)
     return estimates(results)
 
 
@@ -153,7 +156,7 @@ def _harness(
     include_path: str | None,
     limit: int | None,
     seed: int,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], list[NodeProcess]]:
     """Run lm-eval in this process, with one engine for all tasks.
 
     Tasks with the same number of few-shot examples are evaluated together, because `simple_evaluate` takes a
@@ -188,4 +191,4 @@ def _harness(
             verbosity="ERROR",
         )
         results |= evaluated["results"]
-    return results
+    return results, own_processes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -73,11 +73,20 @@ def read_pairs(config: Config, model: str, limit: int | None = None) -> HeldOutP
 
 
 def score_pairs(
-    pairs: HeldOutPairs, policy: str, reference: str, *, attention: str = "sdpa", use_gpu: bool = False
+    pairs: HeldOutPairs,
+    policy: str,
+    reference: str,
+    *,
+    attention: str = "sdpa",
+    gpu_labels: Mapping[str, str] | None = None,
 ) -> list[ScoredPair]:
-    """Token credit of both answers under `policy` (see :func:`token_credit`)."""
-    if use_gpu:
-        credits = run_on_gpu(token_credit, pairs.tokens, policy, reference, "cuda", attention)
+    """Token credit of both answers under `policy` (see :func:`token_credit`).
+
+    Args:
+        gpu_labels: as for :func:`tbpo_ray.evaluation.reference_kl.reference_logprobs`.
+    """
+    if gpu_labels is not None:
+        credits = run_on_gpu(gpu_labels, token_credit, pairs.tokens, policy, reference, "cuda", attention)
     else:
         credits = token_credit(pairs.tokens, policy, reference, "cpu", attention)
     return [

@@ -39,7 +39,7 @@ def make_judge(config: Config, *, source: str, output: Path) -> Judge:
         "reward_model": lambda: RewardModelJudge.from_settings(
             settings,
             attention=config.model.attention,
-            use_gpu=config.cluster.gpus,
+            gpu_labels=config.cluster.labels.generate if config.cluster.gpus else None,
             cache=cache_dir(config),
         ),
         "llm": lambda: _language_model(settings, config, output),

@@ -14,6 +14,7 @@ from typing import Any
 from tbpo_ray.config.schema import Config, GenerationConfig
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.evaluation.llm_judge import LlmJudge
+from tbpo_ray.generation.engine_count import EngineNodes
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.samples import PromptTokens
 from tbpo_ray.generation.vllm_engine import check_model
@@ -64,9 +65,8 @@ class PoolJudge(LlmJudge):
             requests,
             generation,
             output=self.folder / fingerprint[:16],
-            use_gpu=self.config.cluster.gpus,
+            nodes=EngineNodes.of(self.config),
             seed=seed,
-            labels=self.config.cluster.labels.generate,
         )
         replies: dict[str, str] = {}
         for sample in samples:
@@ -93,7 +93,7 @@ class PoolJudge(LlmJudge):
     def _generation(self) -> GenerationConfig:
         """The engines of `generation`, with the judge's own sampling parameters."""
         tree = self.config.generation.model_dump(
-            include={"engines", "tensor_parallel", "batch_size", "engine"}
+            include={"engines", "tensor_parallel", "batch_size", "engine", "stall_timeout_s"}
         )
         tree |= {"max_tokens": self.settings.max_tokens, "temperature": self.settings.temperature}
         return GenerationConfig.model_validate(tree)

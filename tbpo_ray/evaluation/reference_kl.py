@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.scoring import length_batches, load_scorer
@@ -11,23 +11,27 @@ from tbpo_ray.generation.samples import Sample
 
 
 def reference_logprobs(
-    samples: Sequence[Sample], model: str, *, attention: str = "sdpa", use_gpu: bool = False
+    samples: Sequence[Sample],
+    model: str,
+    *,
+    attention: str = "sdpa",
+    gpu_labels: Mapping[str, str] | None = None,
 ) -> list[list[float]]:
     """Score samples under the reference.
-
-    With `use_gpu` the model runs in a Ray task that holds a GPU, otherwise in this process.
 
     Args:
         model: the reference's folder; it must share the policy's token ids.
         attention: `model.attention`.
+        gpu_labels: run in a Ray task that holds a GPU of a node with these labels; None: on the CPU, in this
+            process.
 
     Returns:
         For each sample log pi_ref of its tokens, in nats.
     """
     pairs = [(list(s.prompt_token_ids), list(s.token_ids)) for s in samples]
-    if not use_gpu:
+    if gpu_labels is None:
         return answer_logprobs(model, pairs, "cpu", attention)
-    return run_on_gpu(answer_logprobs, model, pairs, "cuda", attention)
+    return run_on_gpu(gpu_labels, answer_logprobs, model, pairs, "cuda", attention)
 
 
 def answer_logprobs(

@@ -24,20 +24,27 @@ class RewardModelJudge(ScoringJudge):
 
     kind = "reward_model"
 
-    def __init__(self, model: str, *, name: str, batch_size: int, use_gpu: bool, attention: str = "sdpa"):
-        self.model, self.name, self.batch_size, self.use_gpu = model, name, batch_size, use_gpu
+    def __init__(self, model: str, *, name: str, batch_size: int, attention: str = "sdpa"):
+        self.model, self.name, self.batch_size = model, name, batch_size
         self.attention = attention
+        self.gpu_labels: Mapping[str, str] | None = None
         self.truncated = 0
 
     @classmethod
     def from_settings(
-        cls, settings: Mapping[str, Any], *, use_gpu: bool, cache: Path, attention: str = "sdpa"
+        cls,
+        settings: Mapping[str, Any],
+        *,
+        cache: Path,
+        attention: str = "sdpa",
+        gpu_labels: Mapping[str, str] | None = None,
     ) -> RewardModelJudge:
         """Validate `evaluation.judge` without `kind` and build the judge.
 
         Args:
             cache: the folder for snapshots of the hub, which all nodes share.
             attention: `model.attention`.
+            gpu_labels: as for :func:`tbpo_ray.evaluation.reference_kl.reference_logprobs`.
 
         Raises:
             InputError: invalid settings, or a model that is not such a classifier.
@@ -54,7 +61,8 @@ class RewardModelJudge(ScoringJudge):
         revision = settings.get("revision")
         folder = local_model(str(model), cache, key="evaluation.judge.model", revision=revision)
         name = f"{model}@{revision}" if revision else str(model)
-        judge = cls(folder, name=name, batch_size=size, use_gpu=use_gpu, attention=attention)
+        judge = cls(folder, name=name, batch_size=size, attention=attention)
+        judge.gpu_labels = gpu_labels
         judge.check()
         return judge
 
@@ -79,11 +87,11 @@ class RewardModelJudge(ScoringJudge):
 
     def scores(self, samples: Sequence[Sample]) -> list[float]:
         texts = [(sample.prompt_text, sample.answer) for sample in samples]
-        if not self.use_gpu:
+        if self.gpu_labels is None:
             values, truncated = classify(self.model, texts, self.batch_size, "cpu", self.attention)
         else:
             values, truncated = run_on_gpu(
-                classify, self.model, texts, self.batch_size, "cuda", self.attention
+                self.gpu_labels, classify, self.model, texts, self.batch_size, "cuda", self.attention
             )
         self.truncated += truncated
         return values

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from tbpo_ray.cluster.worker_logs import keep_dead_workers_logs
 from tbpo_ray.config.loading import digest, to_tree
 from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.errors import InputError, RunFailedError
+from tbpo_ray.generation.engine_count import EngineCount, EngineNodes, engine_count
 from tbpo_ray.generation.quiet import quiet_ray_data, remove_telemetry_actor
 from tbpo_ray.generation.rows import input_rows, output_row, to_request, to_result
 from tbpo_ray.generation.samples import (
@@ -25,14 +28,16 @@ from tbpo_ray.generation.samples import (
     write_manifest,
     write_part,
 )
+from tbpo_ray.generation.stalls import StallWatch
 from tbpo_ray.generation.vllm_engine import (
     TASK_CPUS,
+    check_length,
     check_model,
     engine_arguments,
+    engine_length,
     engine_resources,
     environment,
     needed_length,
-    pool_size,
 )
 from tbpo_ray.models.chat import stop_token_ids
 from tbpo_ray.progress import log_progress
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 
 ENGINE_RESTARTS = 3
 """How often an engine that died is restarted."""
+_STAGE = "vLLMEngineStage"
 SAMPLING_VERSION = 2
 """Changes when the same settings give other samples. Since 2, an answer ends at any stop token."""
 ENGINE_LOG = "engine.log"
@@ -56,16 +62,15 @@ def generate(
     *,
     output: str | Path,
     seed: int = 0,
-    use_gpu: bool = False,
+    nodes: EngineNodes | None = None,
     adapter: str | Path | None = None,
-    labels: Mapping[str, str] | None = None,
 ) -> Samples:
     """Sample `generation.samples` answers to each prompt into Parquet parts under `output`.
 
     Ray must be running. Every (prompt, sample) has its own seed, so that a sample does not depend on its
     batch. A prompt that the engine rejects becomes a row with `error`. A call after a crash samples only the
-    rows that are missing; a call with complete samples starts no engine. All engines have been stopped when
-    this function returns or raises.
+    rows that are missing; a call with complete samples starts no engine. When this function returns or raises
+    a RunFailedError, all processes of all engines have ended, and their memory is free.
 
     Args:
         model: a model folder that vLLM loads (safetensors, no remote code).
@@ -73,14 +78,14 @@ def generate(
         output: a folder on storage that all nodes share, either empty or from an earlier call with the same
             arguments.
         seed: seeds each sample together with the prompt's id and the sample's number.
-        use_gpu: give each engine `generation.tensor_parallel` GPUs; otherwise a CPU, or the part of one that
-            is free.
+        nodes: where the engines run; default: on CPUs of any node.
         adapter: a LoRA adapter folder, served without merging.
-        labels: Ray node labels that the engines' nodes must have.
 
     Raises:
-        InputError: no prompts, not a model folder, an adapter of another model, or other samples in `output`.
-        RunFailedError: the engines could not start, kept dying, or answered no prompt.
+        InputError: no prompts, not a model folder, an adapter of another model, a length that the model does
+            not have, or other samples in `output`.
+        RunFailedError: the engines could not start, kept dying, stalled twice with the same prompts, or
+            answered no prompt.
     """
     model, adapter = str(model), str(adapter) if adapter is not None else None
     if not prompts:
@@ -88,6 +93,8 @@ def generate(
     if len({prompt.id for prompt in prompts}) != len(prompts):
         raise InputError("prompt ids must be unique")
     check_model(model, adapter)
+    check_length(model, generation)
+    nodes = nodes or EngineNodes()
     folder = Path(output).absolute()
     manifest = open_folder(
         folder, sampling_fingerprint(model, prompts, generation, seed=seed, adapter=adapter)
@@ -104,12 +111,19 @@ def generate(
     started = time.monotonic()
     if todo:
         # Of all prompts, so that an engine that completes a folder is the one that began it.
-        length = needed_length(model, max(len(prompt.token_ids) for prompt in prompts), generation)
-        arguments = engine_arguments(generation, use_gpu=use_gpu, adapter=adapter, length=length)
-        _run(
-            model, todo, len(rows), generation, folder, use_gpu=use_gpu, arguments=arguments,
-            labels=labels or {},
-        )  # fmt: skip
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        arguments = engine_arguments(
+            generation,
+            use_gpu=nodes.use_gpu,
+            adapter=adapter,
+            length=needed_length(model, max(lengths), generation),
+        )
+        manifest |= _length_facts(engine_length(model, max(lengths), generation), lengths, generation)
+        batches = -(-len(todo) // generation.batch_size)
+        size = engine_count(generation, batches, nodes)
+        manifest |= {"engines": [size.smallest, size.largest]}
+        pool = _Pool(model, generation, arguments, nodes, size)
+        manifest |= {"stalls": _run(pool, todo, len(rows), folder)}
     return _finish(folder, manifest, len(rows), time.monotonic() - started)
 
 
@@ -126,7 +140,7 @@ def sampling_fingerprint(
     The model files include those that the stop tokens come from. The prompts' texts are what judges read.
     """
     settings = to_tree(generation)
-    for key in ("engines", "batch_size", "tensor_parallel"):  # change the speed, not the samples
+    for key in ("engines", "batch_size", "tensor_parallel", "stall_timeout_s"):  # do not change the samples
         settings.pop(key)
     contents = [
         (p.id, p.token_ids, p.metadata, p.text, *([list(p.stop_ids)] if p.stop_ids else [])) for p in prompts
@@ -142,40 +156,36 @@ def _files(folder: str | Path) -> list[tuple[str, int, int]]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def _run(
-    model: str,
-    rows: list[dict[str, Any]],
-    total: int,
-    generation: GenerationConfig,
-    folder: Path,
-    *,
-    use_gpu: bool,
-    arguments: dict[str, Any],
-    labels: Mapping[str, str],
-) -> None:
-    """Run the pool over the rows and write every block when it is finished."""
-    import pyarrow as pa
-    import ray
+@dataclass(frozen=True)
+class _Pool:
+    """The engines of one call."""
 
-    blocks = [
-        pa.Table.from_pylist(rows[start : start + generation.batch_size])
-        for start in range(0, len(rows), generation.batch_size)
-    ]
-    smallest, largest = pool_size(generation)
-    free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
-    resources = engine_resources(generation, use_gpu=use_gpu, free_cpus=free, engines=smallest)
-    log_progress(f"sampling {len(rows)} answers from {_short(model)} with {_engine_count(smallest, largest)}")
-    with quiet_ray_data(), remove_telemetry_actor():
+    model: str
+    generation: GenerationConfig
+    arguments: dict[str, Any]
+    """vLLM's engine arguments."""
+    nodes: EngineNodes
+    size: EngineCount
+
+    def processor(self, watch: StallWatch) -> Any:
+        """The pipeline from prompts to answers, as a function of a dataset."""
+        import ray
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+        from tbpo_ray.generation.watched_engine import WatchedEngine
+
+        free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+        resources = engine_resources(
+            self.generation, use_gpu=self.nodes.use_gpu, free_cpus=free, engines=self.size.smallest
+        )
         processor = build_processor(
             vLLMEngineProcessorConfig(
-                model_source=model,
-                engine_kwargs=arguments,
-                runtime_env={"env_vars": environment(use_gpu=use_gpu, engines=largest)},
+                model_source=self.model,
+                engine_kwargs=self.arguments,
+                runtime_env={"env_vars": environment(use_gpu=self.nodes.use_gpu, engines=self.size.per_node)},
                 placement_group_config={"bundles": [resources]},
-                concurrency=(smallest, largest),
-                batch_size=generation.batch_size,
+                concurrency=(self.size.smallest, self.size.largest),
+                batch_size=self.generation.batch_size,
                 max_concurrent_batches=2,
                 should_continue_on_error=True,
                 log_engine_metrics=False,
@@ -188,26 +198,55 @@ def _run(
             preprocess_map_kwargs={"num_cpus": TASK_CPUS},
             postprocess_map_kwargs={"num_cpus": TASK_CPUS},
         )
-        actor_options = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs
+        stage = processor.get_stage_by_name(_STAGE)
         # The default is to restart forever. A restart after the loss of a node is not counted by Ray.
-        actor_options["max_restarts"] = ENGINE_RESTARTS
-        if labels:
-            actor_options["label_selector"] = dict(labels)
-        written = processor(ray.data.from_blocks(blocks)).map_batches(
+        options = stage.map_batches_kwargs | {"max_restarts": ENGINE_RESTARTS}
+        if self.nodes.labels:
+            options["label_selector"] = dict(self.nodes.labels)
+        reports = {"reports": str(watch.folder), "stall_timeout_s": self.generation.stall_timeout_s}
+        changes = {
+            "fn": WatchedEngine,
+            "fn_constructor_kwargs": stage.fn_constructor_kwargs | reports,
+            "map_batches_kwargs": options,
+        }
+        # A copy, because an assignment would derive the engine's resources again, and give it a GPU.
+        processor.stages[_STAGE] = stage.model_copy(update=changes)
+        return processor
+
+
+def _run(pool: _Pool, rows: list[dict[str, Any]], total: int, folder: Path) -> int:
+    """Run the pool over the rows and write every block when it is finished; return the stalls."""
+    import pyarrow as pa
+    import ray
+
+    step = pool.generation.batch_size
+    blocks = [pa.Table.from_pylist(rows[start : start + step]) for start in range(0, len(rows), step)]
+    log_progress(f"sampling {len(rows)} answers from {_short(pool.model)} with {pool.size}")
+    watch = StallWatch(folder, pool.generation.stall_timeout_s)
+    began = time.time()
+    with quiet_ray_data(), remove_telemetry_actor(), watch:
+        written = pool.processor(watch)(ray.data.from_blocks(blocks)).map_batches(
             partial(_write_block, folder=folder), batch_size=None, batch_format="pandas", num_cpus=TASK_CPUS
         )
-        began = time.time()
+        failure = None
         try:
             _follow(written, total - len(rows), total)
         except (ray.exceptions.RayError, RuntimeError) as error:
             log = keep_dead_workers_logs(folder / ENGINE_LOG, since=began)
-            raise RunFailedError(
-                f"sampling from {model} failed, finished samples are kept in {folder}: {_failure(error, log)}"
-            ) from error
-        finally:
+            failure = RunFailedError(
+                f"sampling from {pool.model} failed, finished samples are kept in {folder}: "
+                f"{_failure(error, watch.failure, log)}"
+            )
+            failure.__cause__ = error
             # The pool's actors end with the iteration, unless a frame of the exception still refers to it.
-            del written, processor
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            del written
             gc.collect()
+    watch.await_engines_end()
+    if failure is not None:
+        raise failure
+    return watch.stalls
 
 
 def _follow(written: Dataset, done: int, total: int) -> None:
@@ -262,15 +301,33 @@ def _short(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
-def _engine_count(smallest: int, largest: int) -> str:
-    return f"{smallest} engine(s)" if smallest == largest else f"{smallest} to {largest} engines"
+def _length_facts(limit: int | None, lengths: Sequence[int], generation: GenerationConfig) -> dict[str, Any]:
+    """The manifest's entries about lengths, which are also logged.
+
+    Args:
+        limit: maximum number of tokens of a prompt and its answer; None if vLLM's own applies.
+        lengths: tokens of each prompt.
+    """
+    if limit is None:
+        return {"max_model_len": None}
+    too_long = sum(length >= limit for length in lengths)
+    shortened = sum(limit - generation.max_tokens < length < limit for length in lengths)
+    log_progress(f"engines hold at most {limit} tokens of a prompt and its answer")
+    if too_long:
+        log_progress(f"{too_long} of {len(lengths)} prompts do not fit and fail")
+    if shortened:
+        log_progress(
+            f"{shortened} of {len(lengths)} prompts leave room for less than generation.max_tokens="
+            f"{generation.max_tokens}"
+        )
+    return {"max_model_len": limit, "prompts_too_long": too_long, "answers_shortened": shortened}
 
 
-def _failure(error: Exception, log: str) -> str:
+def _failure(error: Exception, stall: str | None, log: str) -> str:
     """One sentence about an error of the pipeline, and `log`, what the engines printed about it."""
     from ray.exceptions import ActorDiedError
 
-    summary = error_summary(error)
-    if isinstance(error, ActorDiedError) and not error.actor_init_failed:
+    summary = stall or error_summary(error)
+    if stall is None and isinstance(error, ActorDiedError) and not error.actor_init_failed:
         summary = f"an engine died {ENGINE_RESTARTS + 1} times"
     return f"{summary}; {log}" if log else summary

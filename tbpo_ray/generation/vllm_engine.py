@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,25 @@ def needed_length(model: str, longest_prompt: int, generation: GenerationConfig)
     Args:
         longest_prompt: tokens of the longest prompt.
     """
-    needed = -(-(longest_prompt + generation.max_tokens) // LENGTH_STEP) * LENGTH_STEP
+    needed = round_length(longest_prompt + generation.max_tokens)
+    limit = model_limit(model)
+    # Without a limit in the configuration vLLM assumes one of its own.
+    return needed if limit is not None and needed < limit else None
+
+
+def engine_length(model: str, longest_prompt: int, generation: GenerationConfig) -> int | None:
+    """The `max_model_len` that an engine has in the end; None where vLLM assumes a limit of its own."""
+    given = generation.engine.get("max_model_len") or generation.max_model_len
+    return given or needed_length(model, longest_prompt, generation) or model_limit(model)
+
+
+def round_length(tokens: int) -> int:
+    """`tokens` rounded up to a multiple of LENGTH_STEP."""
+    return -(-tokens // LENGTH_STEP) * LENGTH_STEP
+
+
+def model_limit(model: str) -> int | None:
+    """The longest sequence according to a model's and its tokenizer's configuration; None if neither says."""
     config = read_object(Path(model) / "config.json", "save the model again")
     text = config.get("text_config") or {}
     found = [part.get(key) for part in (text, config) for key in _LENGTH_KEYS]
@@ -52,8 +71,40 @@ def needed_length(model: str, longest_prompt: int, generation: GenerationConfig)
     if tokenizer.is_file():
         found.append(read_object(tokenizer, "save the tokenizer again").get("model_max_length"))
     limits = [limit for limit in found if isinstance(limit, int | float)]
-    # Without a limit in the configuration vLLM assumes one of its own.
-    return needed if limits and needed < min(limits) else None
+    return int(min(limits)) if limits else None
+
+
+def check_length(model: str, generation: GenerationConfig) -> None:
+    """Refuse a `max_model_len` above the model's own limit, which vLLM would refuse after the nodes started.
+
+    Models with scaled rotary embeddings are left to vLLM, which knows how far they reach.
+
+    Raises:
+        InputError: names the key, the value and the limit.
+    """
+    config = read_object(Path(model) / "config.json", "save the model again")
+    limit = model_limit(model)
+    if limit is None or _has_scaled_positions(config) or generation.engine.get("hf_overrides"):
+        return
+    limit = max(limit, int(config.get("model_max_length") or 0))  # which vLLM accepts too
+    given = {
+        "max_model_len": generation.max_model_len,
+        "engine.max_model_len": generation.engine.get("max_model_len"),
+    }
+    for key, value in given.items():
+        if value is not None and value > limit:
+            raise InputError(
+                f"generation.{key}={value}: {model} has {limit} positions; must be at most {limit}, or null "
+                "for what the prompts need"
+            )
+
+
+def _has_scaled_positions(config: Mapping[str, Any]) -> bool:
+    """Whether rotary embeddings are scaled, in some layers at least, to reach beyond the positions named."""
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    layers = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+    return any((layer.get("rope_type") or layer.get("type") or "default") != "default" for layer in layers)
 
 
 def engine_arguments(
@@ -72,7 +123,7 @@ def engine_arguments(
         # A seeded request whose prompt is prefilled in two chunks crashes vLLM's engine on the CPU: it
         # rewinds the random generator after the first chunk, which a CPU generator does not support.
         arguments |= {"enforce_eager": True, "dtype": "float32", "enable_chunked_prefill": False}
-    if generation.tensor_parallel > 1:
+    if generation.gpus_per_engine > 1:
         # All processes of an engine are on one node. Ray's executor would leak a placement group.
         arguments["distributed_executor_backend"] = "mp"
     if (longest := generation.max_model_len or length) is not None:
@@ -83,7 +134,11 @@ def engine_arguments(
 
 
 def environment(*, use_gpu: bool, engines: int) -> dict[str, str]:
-    """Build the environment of an engine actor; nothing is copied from the caller's environment."""
+    """Build the environment of an engine actor; nothing is copied from the caller's environment.
+
+    Args:
+        engines: engines on one node, which share its cores.
+    """
     variables = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -108,18 +163,12 @@ def engine_resources(
 ) -> dict[str, float]:
     """Ray resources of one engine. Without GPUs this is one CPU, or a fraction if less than one is free."""
     if use_gpu:
-        return {"CPU": 1.0, "GPU": float(generation.tensor_parallel)}
+        return {"CPU": 1.0, "GPU": float(generation.gpus_per_engine)}
     share = (free_cpus - _SPARE_CPUS) / engines
     if share >= 1 or free_cpus <= _SPARE_CPUS:
         return {"CPU": 1.0}
     # Rounded down to hundredths: more than is free would never be scheduled.
     return {"CPU": max(0.05, math.floor(share * 100 + 1e-6) / 100)}
-
-
-def pool_size(generation: GenerationConfig) -> tuple[int, int]:
-    """The minimum and maximum number of engines."""
-    engines = generation.engines
-    return (engines[0], engines[1]) if isinstance(engines, list) else (engines, engines)
 
 
 def check_model(model: str, adapter: str | None = None) -> None:

@@ -14,6 +14,7 @@ from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
 from tbpo_ray.errors import InputError
+from tbpo_ray.generation.vllm_engine import round_length
 from tbpo_ray.models.load import load_tokenizer, resolve_model
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.progress import log_progress
@@ -145,7 +146,8 @@ def _format_engine(config: Config, facts: ModelFacts) -> list[str]:
     generation = config.generation
     text = facts.config.get_text_config() if hasattr(facts.config, "get_text_config") else facts.config
     limit = int(getattr(text, "max_position_embeddings", 0))
-    longest = generation.max_model_len or min(limit, config.data.prompt_limit + generation.max_tokens)
+    needed = round_length(config.data.prompt_limit + generation.max_tokens)
+    longest = generation.engine.get("max_model_len") or generation.max_model_len or min(limit, needed)
     width = 2 if config.cluster.use_gpu is not False else 4
     weights = width * sum(p.numel() for p in facts.skeleton.parameters())
     return [

@@ -81,7 +81,7 @@ def test_more_than_the_pool_can_hold_is_refused_with_the_calculation(from_zero):
 
 def test_engines_that_never_fit_are_refused(from_zero):
     config = load_config(None, [from_zero, LABELS, "generation.tensor_parallel=8"])
-    with pytest.raises(InputError, match=r"generation.engines=1: 1 x \(1 CPU, 8 GPU\).*at most 0 engine"):
+    with pytest.raises(InputError, match=r"generation.engines=auto: 1 x \(1 CPU, 8 GPU\).*at most 0 engine"):
         fit.fit_engines(config, 1, {"CPU": 1.0, "GPU": 8.0})
 
 

@@ -36,9 +36,7 @@ def classifier(tmp_path_factory) -> str:
 
 def test_scores_do_not_depend_on_the_batch_and_decide_preferences(classifier, make_sample, tmp_path):
     samples = [make_sample(i, "tree " * (i + 1)) for i in range(6)]
-    judge = RewardModelJudge.from_settings(
-        {"model": classifier, "batch_size": 4}, use_gpu=False, cache=tmp_path
-    )
+    judge = RewardModelJudge.from_settings({"model": classifier, "batch_size": 4}, cache=tmp_path)
     scores = judge.scores(samples)
     alone, _ = classify(classifier, [(samples[3].prompt_text, samples[3].answer)], 1, "cpu")
     assert scores[3] == pytest.approx(alone[0], abs=1e-5)
@@ -47,7 +45,7 @@ def test_scores_do_not_depend_on_the_batch_and_decide_preferences(classifier, ma
 
 
 def test_truncated_texts_are_counted(classifier, make_sample, tmp_path):
-    judge = RewardModelJudge.from_settings({"model": classifier}, use_gpu=False, cache=tmp_path)
+    judge = RewardModelJudge.from_settings({"model": classifier}, cache=tmp_path)
     judge.scores([make_sample(0, "tree " * 200), make_sample(1, "tree")])
     assert judge.report()["truncated"] == 1
 
@@ -63,16 +61,14 @@ def test_truncated_texts_are_counted(classifier, make_sample, tmp_path):
 )
 def test_invalid_settings_are_rejected(settings, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        RewardModelJudge.from_settings(settings, use_gpu=False, cache=tmp_path)
+        RewardModelJudge.from_settings(settings, cache=tmp_path)
 
 
 def test_a_language_model_is_not_a_reward_model(tmp_path):
     from tbpo_ray.models.tiny import build_tiny
 
     with pytest.raises(InputError, match=r"evaluation\.judge\.model=.*one output"):
-        RewardModelJudge.from_settings(
-            {"model": str(build_tiny(tmp_path / "tiny"))}, use_gpu=False, cache=tmp_path
-        )
+        RewardModelJudge.from_settings({"model": str(build_tiny(tmp_path / "tiny"))}, cache=tmp_path)
 
 
 def test_a_template_that_prints_the_date_gives_the_same_score_on_every_day(classifier, tmp_path, monkeypatch):
@@ -111,7 +107,7 @@ def test_a_hub_name_is_loaded_at_its_revision(classifier, tmp_path, monkeypatch)
         (repository / "refs" / ref).write_text(commit)
 
     def judge(**settings):
-        return RewardModelJudge.from_settings(settings, use_gpu=False, cache=tmp_path)
+        return RewardModelJudge.from_settings(settings, cache=tmp_path)
 
     assert judge(model="acme/reward").model.endswith("a" * 40)
     for settings in ({"model": "acme/reward", "revision": "v2"}, {"model": "acme/reward@v2"}):

@@ -31,13 +31,13 @@ def _engines_left(seconds: float = 120) -> list[str]:
             f"actor {actor['ActorClassName']}"
             for actor in ray._private.state.actors().values()
             if actor["State"] != "DEAD"
-            and ("vLLM" in actor["ActorClassName"] or "Telemetry" in actor["ActorClassName"])
+            and ("WatchedEngine" in actor["ActorClassName"] or "Telemetry" in actor["ActorClassName"])
         ]
         engines = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it has just ended
                 line = " ".join(process.cmdline())
-                engines += [line] if "EngineCore" in line or "vLLM" in line else []
+                engines += [line] if "EngineCore" in line or "WatchedEngine" in line else []
         groups = [
             f"placement group {key}"
             for key, group in ray.util.placement_group_table().items()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,7 @@ from tbpo_ray.errors import RunFailedError
 from tbpo_ray.generation import pool
 from tbpo_ray.generation.pool import generate
 from tbpo_ray.generation.samples import MANIFEST, PromptTokens, read_parts
+from tbpo_ray.generation.stalls import EngineReport
 
 pytestmark = pytest.mark.e2e
 
@@ -131,6 +137,52 @@ def test_more_prompt_tokens_than_fit_into_one_engine_step(ray_session, tiny_mode
     many = [PromptTokens(f"p{i}", [1, *[5 + i] * (100 + i), 4], "") for i in range(64)]
     samples = generate(tiny_model, many, GenerationConfig(max_tokens=2), output=tmp_path / "out")
     assert samples.manifest["failed"] == 0 and len(samples.answered()) == 64
+
+
+class Stopper(threading.Thread):
+    """Stops the process below the actor that computes, of as many engines as given, once they have begun."""
+
+    def __init__(self, samples: Path, engines: int):
+        super().__init__(daemon=True)
+        self.samples, self.engines, self.stopped = samples, engines, set[int]()
+        self.start()
+
+    def run(self) -> None:
+        while len(self.stopped) < self.engines:
+            for file in self.samples.glob(".engines-*/*.json"):
+                report = EngineReport.read(file)
+                if report is None or not (report.unfinished and report.steps):
+                    continue
+                actor, *below = [process.pid for process in report.processes]
+                if actor not in self.stopped:
+                    self.stopped.add(actor)
+                    for pid in below or [actor]:
+                        os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_prompts_of_an_engine_that_hangs_are_sampled_by_another(
+    ray_session, engines_left, tiny_model, prompts, tmp_path
+):
+    generation = GenerationConfig(max_tokens=200, samples=10, stall_timeout_s=6)
+    stopper = Stopper(tmp_path / "out", 1)
+    samples = generate(tiny_model, prompts, generation, output=tmp_path / "out")
+    assert len(stopper.stopped) == 1 and samples.manifest["stalls"] == 1
+    assert len(samples.answered()) == 120 and engines_left(0) == []
+
+
+@pytest.mark.timeout(600)
+def test_prompts_whose_engines_hang_twice_end_the_run(
+    ray_session, engines_left, tiny_model, prompts, tmp_path
+):
+    generation = GenerationConfig(max_tokens=200, samples=10, stall_timeout_s=6)
+    stopper = Stopper(tmp_path / "out", 2)
+    with pytest.raises(RunFailedError, match=r"computed no token for 6 s with \d+ unfinished") as caught:
+        generate(tiny_model, prompts, generation, output=tmp_path / "out")
+    assert len(stopper.stopped) == 2 and "another one stalled before" in str(caught.value)
+    assert engines_left() == [] and not list((tmp_path / "out").glob(".engines-*"))
 
 
 @pytest.mark.slow

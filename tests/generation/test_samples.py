@@ -10,6 +10,7 @@ import pytest
 
 from tbpo_ray.config.schema import GenerationConfig
 from tbpo_ray.errors import InputError
+from tbpo_ray.generation import pool
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
 from tbpo_ray.generation.rows import input_rows, to_request, to_result
 from tbpo_ray.generation.samples import (
@@ -21,12 +22,13 @@ from tbpo_ray.generation.samples import (
     write_part,
 )
 from tbpo_ray.generation.vllm_engine import (
+    check_length,
     check_model,
     engine_arguments,
+    engine_length,
     engine_resources,
     environment,
     needed_length,
-    pool_size,
 )
 from tbpo_ray.models.chat import stop_token_ids
 
@@ -121,17 +123,15 @@ def test_an_engine_uses_the_cpus_that_are_free():
     assert engine_resources(generation, use_gpu=False, free_cpus=2.0, engines=1) == {"CPU": 1.0}
     assert engine_resources(generation, use_gpu=False, free_cpus=0.7, engines=1) == {"CPU": 0.5}
     assert engine_resources(generation, use_gpu=False, free_cpus=0.0, engines=1) == {"CPU": 1.0}
-    assert (pool_size(GenerationConfig(engines=3)), pool_size(GenerationConfig(engines=[1, 4]))) == (
-        (3, 3),
-        (1, 4),
-    )
 
 
 def test_engine_arguments(tiny_model, tmp_path):
     cpu = engine_arguments(GenerationConfig(engine={"max_num_seqs": 4}), use_gpu=False, adapter=None)
     assert cpu["enforce_eager"] and cpu["dtype"] == "float32" and cpu["max_num_seqs"] == 4
     assert cpu["trust_remote_code"] is False
-    gpu = engine_arguments(GenerationConfig(tensor_parallel=2, max_model_len=99), use_gpu=True, adapter=None)
+    gpu = engine_arguments(
+        GenerationConfig(max_tokens=9, tensor_parallel=2, max_model_len=99), use_gpu=True, adapter=None
+    )
     assert "dtype" not in gpu and gpu["distributed_executor_backend"] == "mp" and gpu["max_model_len"] == 99
     lora = engine_arguments(GenerationConfig(), use_gpu=True, adapter=adapter_for(192, tmp_path / "a"))
     assert lora["enable_lora"] and lora["max_lora_rank"] == 8
@@ -163,12 +163,63 @@ def test_an_engine_reserves_cache_for_what_prompts_and_answers_need(tmp_path):
     assert needed_length(model_with(tmp_path / "unknown", {}), 10, generation) is None
     found = engine_arguments(generation, use_gpu=True, adapter=None, length=768)
     assert found["max_model_len"] == 768
-    given = engine_arguments(GenerationConfig(max_model_len=99), use_gpu=True, adapter=None, length=768)
+    given = engine_arguments(
+        GenerationConfig(max_tokens=9, max_model_len=99), use_gpu=True, adapter=None, length=768
+    )
     assert given["max_model_len"] == 99
     other = engine_arguments(
-        GenerationConfig(engine={"max_model_len": 50}), use_gpu=True, adapter=None, length=7
+        GenerationConfig(max_tokens=9, engine={"max_model_len": 50}), use_gpu=True, adapter=None, length=7
     )
     assert other["max_model_len"] == 50
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "accepted"),
+    [
+        ({"max_position_embeddings": 512}, {"max_model_len": 512}, True),
+        ({"max_position_embeddings": 512}, {"max_model_len": 513}, False),
+        ({"max_position_embeddings": 512}, {"engine": {"max_model_len": 513}}, False),
+        ({"max_position_embeddings": 512, "model_max_length": 600}, {"max_model_len": 600}, True),
+        (
+            {"max_position_embeddings": 512},
+            {"engine": {"max_model_len": 900, "hf_overrides": {"a": 1}}},
+            True,
+        ),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "yarn"}}, {"max_model_len": 900}, True),
+        (
+            {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}},
+            {"max_model_len": 900},
+            False,
+        ),
+        (
+            {"max_position_embeddings": 512, "rope_parameters": {"full": {"rope_type": "llama3"}}},
+            {"max_model_len": 900},
+            True,
+        ),
+        ({}, {"max_model_len": 900}, True),
+    ],
+    ids=["all", "above", "engine", "vllms-key", "overridden", "scaled", "not-scaled", "by-layer", "unknown"],
+)
+def test_a_length_that_the_model_does_not_have_is_refused(tmp_path, config, settings, accepted):
+    folder = model_with(tmp_path / "model", config)
+    generation = GenerationConfig(**settings)
+    if accepted:
+        check_length(folder, generation)
+    else:
+        with pytest.raises(InputError, match=r"max_model_len=\d+: .* has 512 positions; must be at most 512"):
+            check_length(folder, generation)
+
+
+def test_prompts_that_do_not_fit_are_counted(tmp_path):
+    model = model_with(tmp_path / "model", {"max_position_embeddings": 512})
+    generation = GenerationConfig(max_tokens=100)
+    lengths = [10, 412, 413, 511, 512, 900]
+    assert engine_length(model, 900, generation) == 512
+    assert engine_length(model, 10, generation) == 128
+    assert engine_length(model, 10, GenerationConfig(max_model_len=300)) == 300
+    facts = pool._length_facts(512, lengths, generation)
+    assert facts == {"max_model_len": 512, "prompts_too_long": 2, "answers_shortened": 2}
+    assert pool._length_facts(None, lengths, generation) == {"max_model_len": None}
 
 
 def test_an_answer_ends_at_every_stop_token_of_the_model(tiny_model, prompts, tmp_path):
