@@ -12,5 +12,11 @@ def work(config: Config) -> None:
     print(evaluate(config).table())
 
 
+def plan(config: Config) -> str:
+    from tbpo_ray.workflows.evaluate import evaluation_plan
+
+    return evaluation_plan(config)
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(work, description=__doc__))
+    sys.exit(run_job(work, description=__doc__, plan=plan))

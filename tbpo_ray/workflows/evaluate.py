@@ -12,6 +12,7 @@ from tbpo_ray.config.loading import to_yaml
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.evaluator import check_evaluation, evaluate_policies
+from tbpo_ray.evaluation.plan import plan_text
 from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import file_lock, write_atomic
@@ -45,6 +46,15 @@ def configured_policies(config: Config) -> dict[str, str]:
         f"evaluation.policies: missing, and run.name={config.run.name} has no export; give "
         "evaluation.policies or runs=[...]"
     )
+
+
+def evaluation_plan(config: Config) -> str:
+    """The text that `--dry-run` prints after the configuration.
+
+    Raises:
+        InputError: something that would stop the evaluation before an engine starts.
+    """
+    return plan_text(config, check_evaluation(config, configured_policies(config)))
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import ray
 
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError
@@ -12,7 +13,7 @@ from tbpo_ray.evaluation.evaluator import check_evaluation, evaluate_policies
 from tbpo_ray.evaluation.verdict import Verdict
 from tbpo_ray.models.tiny import build_tiny
 from tbpo_ray.tracking.tracker import Tracker
-from tbpo_ray.workflows.evaluate import configured_policies
+from tbpo_ray.workflows.evaluate import configured_policies, evaluation_plan
 from tbpo_ray.workflows.pipeline import run_pipeline
 
 
@@ -69,6 +70,50 @@ def test_a_pipeline_that_cannot_evaluate_does_not_train(tmp_path):
     with pytest.raises(InputError, match=r"evaluation\.judge\.kind='oracle'"):
         run_pipeline(config_for(tmp_path, "evaluation.judge={kind: oracle}", "run.name=p"))
     assert not list(tmp_path.rglob("p-sft")) and not list(tmp_path.rglob("mlflow.db"))
+
+
+def test_a_dry_run_says_which_model_is_where_and_when(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("a dry run starts no cluster"))
+    folder = str(build_tiny(tmp_path / "tiny"))
+    nodes = tmp_path / "cluster.yaml"
+    nodes.write_text(
+        "max_workers: 2\navailable_node_types:\n"
+        "  gpu: {resources: {CPU: 8, GPU: 4}, labels: {pool: generate}}\n"
+    )
+    config = config_for(
+        tmp_path,
+        f"evaluation.policies={{before: {folder}, after: {folder}}}",
+        f"evaluation.judge={{kind: llm, pool: {folder}, max_tokens: 7}}",
+        "evaluation.credit_pairs=2",
+        "generation.batch_size=10",
+        "generation.tensor_parallel=2",
+        "cluster.use_gpu=auto",
+        "cluster.labels.generate={pool: generate}",
+        f"cluster.node_types={nodes}",
+    )
+    lines = evaluation_plan(config).splitlines()
+    assert "# engines          at most 4, for 4 batch(es) of 10" in lines
+    stages = [line.split(". ", 1)[1] for line in lines if line.startswith("#   ")]
+    device = "2 GPU(s) of a node with pool=generate"
+    for name, stage in zip(("before", "after"), stages, strict=False):
+        assert stage.startswith(f"sampling {name}: vLLM on {device}, {folder}, weights 0.00 GiB, cache 0.")
+        assert " GiB for 64 tokens (longest prompt " in stage or " GiB for 128 tokens (" in stage
+    one = "1 GPU(s) of a node with pool=generate"
+    assert stages[2] == f"held-out pairs: each policy and the reference {folder} in turn on {one}"
+    assert stages[3] == f"KL from the reference: {folder} on {one}"
+    assert stages[4] == f"judge: llm, vLLM on {device}, {folder}, cache for its longest prompt and 7 tokens"
+    unknown = evaluation_plan(
+        config_for(tmp_path, f"evaluation.policies={{a: {folder}}}", "cluster.use_gpu=auto")
+    )
+    assert "engines          as many as the nodes hold, at most 1, for 1 batch(es) of 256" in unknown
+    assert "1 GPU(s), without GPUs the CPUs" in unknown and "judge: checker, on no device" in unknown
+
+
+def test_more_positions_than_the_model_has_are_refused_before_an_engine_starts(tmp_path):
+    folder = str(build_tiny(tmp_path / "tiny"))
+    config = config_for(tmp_path, f"evaluation.policies={{a: {folder}}}", "generation.max_model_len=9999")
+    with pytest.raises(InputError, match=r"generation\.max_model_len=9999: .* positions; must be at most"):
+        evaluation_plan(config)
 
 
 @pytest.mark.e2e
