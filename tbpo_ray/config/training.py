@@ -10,6 +10,8 @@ from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Positive, Sect
 from tbpo_ray.config.deepspeed_options import check_deepspeed, check_precision, offloads, zero_stage
 
 DEFAULT_MICRO_BATCH_PAIRS = 8
+DEFAULT_CHECKPOINTS = 5
+"""Checkpoints that a run writes: a failure costs at most a fifth of it, and half of that on average."""
 
 
 class TrainingConfig(Section):
@@ -59,9 +61,9 @@ class TrainingConfig(Section):
     """Form each step from pairs of similar length. Micro-batches within a step always hold pairs of similar
     length."""
     checkpoint_every: Count | None = None
-    """Steps between checkpoints; default: ten checkpoints per run."""
+    """Steps between checkpoints; default: five checkpoints per run."""
     keep_checkpoints: Count = 2
-    """Number of latest checkpoints to keep."""
+    """Number of latest checkpoints to keep; each has the fp32 weights and the optimizer state."""
     keep_best: CountOrZero = 0
     """Number of best checkpoints by `best_metric` to keep in addition; each checkpoint is then evaluated
     when it is written."""
@@ -71,9 +73,9 @@ class TrainingConfig(Section):
     """Whether a lower (`min`) or a higher (`max`) value of `best_metric` is better."""
     export: Literal["last", "best"] = "last"
     """Checkpoint to export as the policy; `best` requires `keep_best` of at least 1."""
-    async_checkpoints: bool = False
-    """Write checkpoints in a thread while training continues; needs memory for a second copy of the optimizer
-    state."""
+    async_checkpoints: bool | Literal["auto"] = "auto"
+    """Write checkpoints while training continues, from a copy in the host's memory of what a worker writes.
+    `auto`: on GPUs, but not on the CPU, which would write and train with the same cores."""
     eval_every: Count | None = None
     """Steps between evaluations on `data.eval`; default: only at the end."""
     validate_every: Count | None = None
@@ -141,6 +143,14 @@ class TrainingConfig(Section):
         """`micro_batch_tokens` as a number; `auto` has to be resolved first."""
         assert self.micro_batch_tokens != "auto"
         return self.micro_batch_tokens
+
+    def writes_in_background(self, *, gpus: bool) -> bool:
+        """`async_checkpoints` for workers with or without GPUs."""
+        return gpus if self.async_checkpoints == "auto" else self.async_checkpoints
+
+    def checkpoint_steps(self, total: int) -> int:
+        """Steps between checkpoints of a run of `total` steps."""
+        return self.checkpoint_every or max(1, total // DEFAULT_CHECKPOINTS)
 
     @property
     def zero_stage(self) -> int:

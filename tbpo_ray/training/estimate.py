@@ -106,8 +106,7 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
         *_format_fewest(plan, memory),
         "# memory of the node, per worker on it",
         *(_format_bytes(part, size) for part, size in memory.host.items() if size),
-        f"# checkpoints      {config.training.keep_checkpoints} kept, and one being written",
-        _format_bytes("on disk, at most", memory.checkpoints),
+        *_format_checkpoints(config, memory, schedule.steps_total),
         *_format_engine(config, facts),
     ]
     return "\n".join(lines) + "\n"
@@ -139,6 +138,22 @@ def _format_fewest(plan: RunPlan, memory: MemoryPlan) -> list[str]:
     if fewest is None or not isinstance(plan.config.cluster.num_workers, list):
         return []
     return [f"# of cluster.num_workers={plan.config.cluster.num_workers}, {fewest} or more fit"]
+
+
+def _format_checkpoints(config: Config, memory: MemoryPlan, steps: int) -> list[str]:
+    training = config.training
+    every = training.checkpoint_steps(steps)
+    written = -(-steps // every)  # the last step has one in any case
+    background = training.writes_in_background(gpus=config.cluster.use_gpu is not False)
+    best = f", the best {training.keep_best}" if training.keep_best else ""
+    return [
+        f"# checkpoints      {written}, every {every} steps, written "
+        f"{'while training continues' if background else 'while training waits'}; kept: the latest "
+        f"{training.keep_checkpoints}{best}",
+        _format_bytes("each", memory.checkpoint),
+        _format_bytes("on disk, at most", memory.checkpoints),
+        _format_bytes(f"written in all, {written} times", written * memory.checkpoint),
+    ]
 
 
 def _format_engine(config: Config, facts: ModelFacts) -> list[str]:

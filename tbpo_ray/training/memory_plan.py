@@ -48,6 +48,8 @@ class MemoryPlan:
     """In the node's memory, for each worker on it."""
     checkpoints: int = 0
     """On disk: all checkpoints that the run keeps, and the one being written."""
+    checkpoint: int = 0
+    """On disk: one checkpoint, of all workers together."""
     tokens: int = 0
     """Tokens of the micro-batch that was traced, padding included."""
     failure: str | None = None
@@ -151,12 +153,19 @@ def _with_states(plan: RunPlan, traced: StepMemory, world: int) -> MemoryPlan:
         host={
             "while loading": traced.weights + traced.reference,
             "offloaded": (master if optimizer_on_host else 0) + (weights if weights_on_host else 0),
-            "checkpoint being written": checkpoint // share,
+            "checkpoint being written": checkpoint // share if _is_copied(config) else 0,
         },
         checkpoints=checkpoint * kept,
+        checkpoint=checkpoint,
         failure=traced.failure,
         traced=traced,
     )
+
+
+def _is_copied(config: Config) -> bool:
+    """Whether a checkpoint is written from a copy in host memory."""
+    gpus = config.cluster.use_gpu is not False
+    return gpus or config.training.writes_in_background(gpus=gpus)
 
 
 def _gradient_width(fp32: bool, stage: int) -> int:

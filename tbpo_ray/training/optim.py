@@ -149,11 +149,11 @@ class HeadOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Head weights and AdamW state as flat tensors, for safetensors."""
-        out = {f"head.{k}": v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}
+        """Head weights and AdamW state by key, as they are: the next step changes them."""
+        out = {f"head.{k}": v.detach().contiguous() for k, v in self.head.state_dict().items()}
         for index, state in self.adamw.state_dict()["state"].items():
             for key, value in state.items():
-                out[f"adamw.{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                out[f"adamw.{index}.{key}"] = torch.as_tensor(value).detach().contiguous()
         return out
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Write checkpoints: every rank its slices, rank 0 the manifest, synchronously or in the background."""
+"""Write checkpoints: every rank its slices, rank 0 the manifest, at once or while training continues."""
 
 from __future__ import annotations
 
@@ -6,128 +6,173 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
 
 from tbpo_ray.config.schema import TrainingConfig
 from tbpo_ray.storage.ownership import WriteLease
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.distributed import barrier
+from tbpo_ray.training.host_copy import Files, HostCopy
+from tbpo_ray.training.rank_store import RankStore
 from tbpo_ray.training.readback import Readback
+from tbpo_ray.training.tensor_files import FileFacts, write_tensors
 
-WRITTEN = ".written-"
-"""Prefix of the files with which ranks announce, during a background save, that their part is written."""
-_PEER_TIMEOUT_SECONDS = 1800.0
-CADENCE = "cadence"
-"""Name of the answer of a `Cadence` in a readback."""
+CADENCE, SAVE_FAILED = "cadence", "save_failed"
+"""Names in a readback: the answer of a `Cadence`, and how many ranks know of a checkpoint that failed."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint was not written; raised on every rank for the same step."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What is written where."""
+
+    step: int
+    partial: Path
+    folder: Path
+    state: Mapping[str, Any]
+    pending: bool
 
 
 class Saver:
     """Writes one rank's part of each checkpoint into storage that all ranks share.
 
-    A folder gets its final name when it is complete and the lease is still held; if it is not held,
-    LeaseLostError is raised. With `training.async_checkpoints` a thread writes while training continues; the
-    folder is committed when all ranks have written their part, and the next `save` waits for that.
+    Each rank hashes its files while it writes them; rank 0 gathers the digests, commits the folder, and gives
+    it its final name if the lease is still held. In the background, the tensors are copied to host memory and
+    a thread does the rest; the next `save` waits for it, so that there is one copy at most.
+
+    Args:
+        device: where the tensors are.
+        background: write while training continues.
     """
 
-    def __init__(self, checkpoints: Path, rank: int, world: int, training: TrainingConfig, lease: WriteLease):
-        self.checkpoints, self.rank, self.world, self.training = checkpoints, rank, world, training
-        self.lease = lease
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(
+    def __init__(
         self,
-        step: int,
-        files: Mapping[str, dict[str, Tensor]],
-        state: Mapping[str, Any],
+        checkpoints: Path,
+        ranks: RankStore,
+        training: TrainingConfig,
+        lease: WriteLease,
+        device: torch.device | None = None,
         *,
-        pending: bool = False,
-    ) -> Path:
-        """Write `files` of this rank and, on rank 0, the manifest of all ranks' files.
+        background: bool,
+    ):
+        self.checkpoints, self.ranks, self.training, self.lease = checkpoints, ranks, training, lease
+        self.background = background
+        self._copy = HostCopy(device or torch.device("cpu"))
+        self._thread: threading.Thread | None = None
+        self._fault: str | None = None
+
+    def save(self, step: int, files: Files, state: Mapping[str, Any], *, pending: bool = False) -> Path:
+        """Write `files` of this rank and, on rank 0, the manifest of all ranks' files. Every rank calls it.
 
         Args:
-            files: file name to tensors, which must not change from now on.
+            files: file name to tensors. Unless in the background they are written when this returns;
+                otherwise call `hold_updates` before they change.
             state: the content of `state.json`; its `metrics` decide which checkpoints are the best.
             pending: whether validation is going to read the folder.
 
         Returns:
-            The folder. With `training.async_checkpoints` it exists only after `wait`.
+            The folder. In the background it exists only after `wait`.
+
+        Raises:
+            CheckpointError: this checkpoint, or the one before it, was not written.
         """
         self.wait()
         folder = ckpt.step_folder(self.checkpoints, step)
         partial = ckpt.partial_folder(self.checkpoints, step, self.lease.worker_group)
-        if self.rank == 0:
-            self.lease.check()
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            if pending:
-                (partial / ckpt.PENDING).touch()
-        barrier()
-        if self.training.async_checkpoints:
-            self._thread = threading.Thread(
-                target=self._guarded, args=(partial, folder, dict(files), dict(state))
-            )
-            self._thread.daemon = True
-            self._thread.start()
+        target = _Target(step, partial, folder, state, pending)
+        # Tensors of the host are written from where they are, if nothing changes them meanwhile.
+        in_place = not self.background and self._copy.device.type == "cpu"
+        copies = files if in_place else self._copy.take(files)
+        if not self.background:
+            self._write(target, copies)
+            self.wait()
             return folder
-        self._write(partial, files)
-        barrier()
-        if self.rank == 0:
-            self._commit(partial, folder, state)
-        barrier()
+        self._thread = threading.Thread(
+            target=self._write, args=(target, copies), name="checkpoint", daemon=True
+        )
+        self._thread.start()
         return folder
 
-    def wait(self) -> None:
-        """Return when the background save is done; raise its error, if it failed."""
+    def hold_updates(self) -> None:
+        """Let the device finish copying before it changes weights and optimizer state."""
+        self._copy.hold_updates()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when what `save` began is written, or after so many seconds.
+
+        Raises:
+            CheckpointError: it was not written.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return
             self._thread = None
-            barrier()
-        if self._error is not None:
-            raise self._error
+        if self._fault is not None:
+            raise CheckpointError(self._fault)
 
-    def _write(self, folder: Path, files: Mapping[str, dict[str, Tensor]]) -> None:
-        for name, tensors in files.items():
-            save_file(tensors, folder / name)
+    def offer(self, readback: Readback) -> None:
+        """Add to what a step reads from the device whether a background write has failed on this rank."""
+        readback.add(SAVE_FAILED, self._fault is not None)
 
-    def _commit(self, partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
-        ckpt.commit_checkpoint(partial, state)
+    def check(self, readback: Readback) -> None:
+        """Raise CheckpointError, on all ranks in the same step, if a background write has failed on any."""
+        if readback[SAVE_FAILED] != [0.0]:
+            # Here its end may be a moment away.
+            self.wait()
+
+    def _write(self, target: _Target, files: Files) -> None:
+        """Write and commit; a fault is the same sentence on every rank."""
+        try:
+            report = self._write_part(target, files)
+            self._fault = self.ranks.decide(report, lambda reports: self._finish(target, reports))
+        except Exception as error:  # of any kind; `wait` raises it in the training thread
+            self._fault = f"the checkpoint of step {target.step} was not written: {error}"
+
+    def _write_part(self, target: _Target, files: Files) -> dict[str, Any]:
+        """Write this rank's files; returns their facts, or why that failed."""
+        try:
+            self.lease.check()
+            # The name is this worker group's own, and no step is saved twice.
+            target.partial.mkdir(parents=True, exist_ok=True)
+            self._copy.wait()
+            facts = {name: write_tensors(target.partial / name, files[name]) for name in files}
+        except Exception as error:  # of any kind; the other ranks wait for the report
+            return {"fault": f"{error}"}
+        return {"files": {name: fact.to_json() for name, fact in facts.items()}}
+
+    def _finish(self, target: _Target, reports: Sequence[Mapping[str, Any]]) -> str | None:
+        """On rank 0: commit the folder, or return a sentence about what is wrong with it."""
+        faults = [
+            f"rank {rank}: {report['fault']}" for rank, report in enumerate(reports) if "fault" in report
+        ]
+        if not faults:
+            entries = (entry for report in reports for entry in report["files"].items())
+            try:
+                self._commit(target, {name: FileFacts.from_json(facts) for name, facts in entries})
+                return None
+            except Exception as error:  # of any kind; the other ranks wait for the sentence
+                faults = [f"{error}"]
+        shutil.rmtree(target.partial, ignore_errors=True)
+        return f"the checkpoint of step {target.step} was not written: {'; '.join(faults)}"
+
+    def _commit(self, target: _Target, files: Mapping[str, FileFacts]) -> None:
+        ckpt.commit_checkpoint(target.partial, target.state, files)
+        if target.pending:
+            (target.partial / ckpt.PENDING).touch()
         # Again, since writing may have taken long enough for another driver to take over.
         self.lease.check()
-        ckpt.publish(partial, folder)
+        ckpt.publish(target.partial, target.folder)
         training = self.training
         best = ckpt.best(self.checkpoints, training.best_metric, training.best_mode, training.keep_best)
         ckpt.prune(self.checkpoints, training.keep_checkpoints, protected={b.name for b in best})
-
-    def _guarded(
-        self, partial: Path, folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]
-    ) -> None:
-        try:
-            self._write(partial, files)
-            (partial / f"{WRITTEN}{self.rank:04d}").touch()
-            if self.rank == 0:
-                self._await_peers(partial)
-                self._commit(partial, folder, state)
-        except BaseException as error:  # `wait` raises it in the training thread
-            self._error = error
-
-    def _await_peers(self, folder: Path) -> None:
-        """Wait for the other ranks' parts. Through files: collectives belong to the training thread."""
-        marks = [folder / f"{WRITTEN}{rank:04d}" for rank in range(self.world)]
-        deadline = time.monotonic() + _PEER_TIMEOUT_SECONDS
-        while not all(mark.exists() for mark in marks):
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"{folder.name}: a rank has not written its part within {_PEER_TIMEOUT_SECONDS:.0f} s"
-                )
-            time.sleep(0.02)
-        for mark in marks:
-            mark.unlink()
 
 
 class Cadence:

@@ -8,7 +8,7 @@ same files with another number of workers or at another stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,27 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
             yield Fragment(name, 0, parameter.numel(), parameter, 0)
 
 
-def copy_fragments(engine: Engine) -> dict[str, Tensor]:
-    """CPU copies of this rank's slices, by key. Where every rank holds everything, only rank 0 returns it."""
+def fragment_tensors(engine: Engine) -> dict[str, Tensor]:
+    """This rank's slices by key, as they are: the next step changes them.
+
+    Where every rank holds everything, only rank 0 returns it.
+    """
     tensors: dict[str, Tensor] = {}
     if engine.stage > 0 or rank() == 0 or _has_mapping(engine):
         for part in fragments(engine):
             key = f"{part.name}@{part.start}"
-            tensors[f"{key}@{MASTER}"] = part.view(part.flat).to("cpu", copy=True)
+            tensors[f"{key}@{MASTER}"] = part.view(part.flat)
             for name, value in engine.client_optimizer.state.get(part.flat, {}).items():
-                sliced = value if name == STEP else part.view(value)
-                tensors[f"{key}@{name}"] = sliced.detach().to("cpu", copy=True)
+                tensors[f"{key}@{name}"] = value if name == STEP else part.view(value)
     return tensors
 
 
-def load_fragments(engine: Engine, files: Sequence[Path]) -> None:
+def load_fragments(engine: Engine, files: Sequence[Path], meet: Callable[[], None] = lambda: None) -> None:
     """Fill this rank's slices from any number of files, and update the model's own weights from them.
+
+    Args:
+        meet: waits for the other ranks before the first collective, which has a timeout, while reading takes
+            as long as storage takes.
 
     Raises:
         ValueError: the files do not cover a slice.
@@ -92,6 +98,7 @@ def load_fragments(engine: Engine, files: Sequence[Path]) -> None:
             if name not in state:
                 state[name] = torch.zeros_like(part.flat, memory_format=torch.preserve_format)
             part.view(state[name]).copy_(index.read(part.name, part.start, part.length, name))
+    meet()
     _publish(engine)
 
 

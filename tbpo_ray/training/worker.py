@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.data.stream import MicroBatch, MicroBatchIterator, local_micro_batches
-from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.errors import InputError
 from tbpo_ray.models.load import quiet_transformers
 from tbpo_ray.storage.ownership import LeaseLostError, WriteLease
 from tbpo_ray.training import checkpoint as ckpt
@@ -24,18 +24,24 @@ from tbpo_ray.training.batch import PairBatch, collate_columns
 from tbpo_ray.training.components import build_components
 from tbpo_ray.training.deepspeed_engine import Engine, without_partitions
 from tbpo_ray.training.distributed import broadcast_object
+from tbpo_ray.training.failures import nonfinite_step, out_of_memory
 from tbpo_ray.training.metrics_file import MetricsFile, MetricSums
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradientError, learning_rate
 from tbpo_ray.training.prefetch import BatchPrefetcher
+from tbpo_ray.training.random_state import load_random_states, random_states
+from tbpo_ray.training.rank_store import RankStore
 from tbpo_ray.training.readback import Readback
+from tbpo_ray.training.restore import find_resume_point
 from tbpo_ray.training.resume_checks import generator_source
 from tbpo_ray.training.run_paths import RunPaths
 from tbpo_ray.training.run_plan import evaluation_schedule, make_schedule, resolve_run
-from tbpo_ray.training.saver import Cadence, Saver, finite
-from tbpo_ray.training.state import copy_fragments, load_fragments
+from tbpo_ray.training.saver import Cadence, CheckpointError, Saver, finite
+from tbpo_ray.training.state import fragment_tensors, load_fragments
 
 PREEMPTION_SECONDS = 5.0
 """How often workers check whether one of their nodes is being preempted."""
+DRAIN_SECONDS = 60.0
+"""How long a rank that failed lets a checkpoint be completed that is being written."""
 
 
 def train_loop(payload: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +125,11 @@ class Worker:
         self.generator_source = generator_source(config)
         self.step = 0
         self.pairs_seen = 0
-        self.saver = Saver(self.checkpoints, self.rank, self.world, config.training, lease)
+        self.ranks = RankStore()
+        background = config.training.writes_in_background(gpus=config.cluster.gpus)
+        self.saver = Saver(
+            self.checkpoints, self.ranks, config.training, lease, self.device, background=background
+        )
         self.preemption = Cadence(PREEMPTION_SECONDS, self.rank)
         self.notice: Any = None
         self.metrics = MetricsFile(Path(run_paths.run_dir), lease, enabled=self.rank == 0)
@@ -129,25 +139,44 @@ class Worker:
         torch.manual_seed(config.run.seed * 1_000_003 + self.rank)
 
     def run(self) -> dict[str, Any]:
-        import ray.train
-
-        self.resume()
-        stream = MicroBatchIterator(ray.train.get_dataset_shard("train"))
-        batches = BatchPrefetcher(stream, self.collate, self.device)
-        result: dict[str, Any] = {}
+        batches = BatchPrefetcher(self._stream(self.resume()), self.collate, self.device)
+        faults: list[str] = []
         try:
             while self.step < self.schedule.steps_total:
                 self.after_step(self.train_step(batches))
         # The first two are raised on all ranks in the same step: the loop ends in an orderly way everywhere.
         except NonFiniteGradientError:
-            result["failed"] = self._nonfinite()
-        except UnknownMetricError as error:
-            result["failed"] = str(error)
-        except torch.OutOfMemoryError as error:
+            faults.append(nonfinite_step(self.config, self.step + 1))
+        except (UnknownMetricError, CheckpointError) as error:
+            faults.append(str(error))
+        except BaseException as error:
             # Possibly on this rank only: an error ends the group, whose other ranks wait in a collective.
-            raise RuntimeError(self._out_of_memory(error)) from error
-        self.saver.wait()
-        return result | {"step": self.step, "pairs_seen": self.pairs_seen}
+            self._end_saving(DRAIN_SECONDS)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RuntimeError(out_of_memory(self.config, self.step + 1, error)) from error
+            raise
+        faults += [fault for fault in self._end_saving() if fault not in faults]
+        failed = {"failed": "; ".join(faults)} if faults else {}
+        return failed | {"step": self.step, "pairs_seen": self.pairs_seen}
+
+    def _end_saving(self, seconds: float | None = None) -> list[str]:
+        """Wait for what is being written in the background; returns what is wrong with it."""
+        try:
+            self.saver.wait(seconds)
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+
+    def _stream(self, expected_step: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from its step on; `expected_step` is where Ray's stream starts."""
+        import ray.train
+
+        if self.step == expected_step:
+            return MicroBatchIterator(ray.train.get_dataset_shard("train"))
+        # A damaged checkpoint was found after Ray's stream was set up; this rank reads the same one itself.
+        return local_micro_batches(
+            self.prepared, self.schedule, self.rank, self.world, self.step, extra_dirs=self.run_paths.extra
+        )
 
     def train_step(self, batches: BatchPrefetcher) -> StepReport:
         """One optimizer step over this rank's micro-batches of it."""
@@ -172,15 +201,18 @@ class Worker:
         readback = Readback(self.device)
         sums.offer(readback)
         self.preemption.offer(readback)
+        self.saver.offer(readback)
         if self.head_optimizer is not None:
             self.head_optimizer.offer(readback)
         skipped = self.engine.skipped
+        self.saver.hold_updates()
         norm = self.engine.step(rate, readback)
         if self.head_optimizer is not None:
             # A skipped step moves neither the policy nor the head.
             self.head_optimizer.step(readback, skip=self.engine.skipped != skipped)
         self.step += 1
         self.pairs_seen += pairs_in_step
+        self.saver.check(readback)
         return StepReport(
             metrics=sums.means(readback),
             grad_norm=norm,
@@ -208,8 +240,7 @@ class Worker:
     def _due_actions(self) -> DueActions:
         training, total = self.config.training, self.schedule.steps_total
         last = self.step == total
-        save_every = training.checkpoint_every or max(1, total // 10)
-        save = last or self._is_every(save_every) or self._is_validated()
+        save = last or self._is_every(training.checkpoint_steps(total)) or self._is_validated()
         # A checkpoint that competes for `keep_best` has to have its metric in its state.
         scored = save and training.keep_best > 0
         needs_score = scored and training.best_metric.startswith("eval/")
@@ -304,8 +335,8 @@ class Worker:
         from ray.train.v2.api.validation_config import ValidationTaskConfig
 
         files = {
-            f"optimizer-{self.rank:04d}.safetensors": copy_fragments(self.engine),
-            f"rng-{self.rank:04d}.safetensors": _rng_states(),
+            f"optimizer-{self.rank:04d}.safetensors": fragment_tensors(self.engine),
+            f"rng-{self.rank:04d}.safetensors": random_states(),
         }
         if self.rank == 0 and self.head_optimizer is not None:
             files["head.safetensors"] = self.head_optimizer.state_dict()
@@ -337,22 +368,27 @@ class Worker:
         """Whether the policy of this step is sampled and judged."""
         return self._is_every(self.config.training.validate_every)
 
-    def resume(self) -> None:
-        """Load the newest valid checkpoint, if there is one; the same one on every rank."""
+    def resume(self) -> int:
+        """Load the newest valid checkpoint, if there is one; the same one on every rank.
+
+        Returns:
+            The step at which Ray's stream starts: of the newest checkpoint, valid or not.
+        """
         if self.rank == 0:
             ckpt.remove_partial(self.checkpoints)
-        newest = broadcast_object(ckpt.newest(self.checkpoints) if self.rank == 0 else None)
-        assert isinstance(newest, ckpt.NewestCheckpoint)
+        point = find_resume_point(self.checkpoints, self.ranks)
+        newest = point.newest
         for sentence in newest.rejected:
             self.metrics.log_event(sentence)
         if newest.folder is None:
             self.metrics.rewind(0)
-            return
+            return point.stream_step
         self._load(newest.folder, newest.state)
         self.metrics.rewind(int(newest.state["metrics_bytes"]))
         self.metrics.log_event(
             f"continuing from {newest.folder.name} ({newest.state['world']} -> {self.world} workers)"
         )
+        return point.stream_step
 
     def _log_once(self, sentence: str) -> None:
         """Log an event that every start of the workers repeats, unless the log has it."""
@@ -361,33 +397,17 @@ class Worker:
             self.metrics.log_event(sentence)
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
-        load_fragments(self.engine, sorted(folder.glob("optimizer-*.safetensors")))
+        files = sorted(folder.glob("optimizer-*.safetensors"))
+        load_fragments(self.engine, files, meet=self.ranks.meet)
         if self.head_optimizer is not None:
             from safetensors.torch import load_file
 
             self.head_optimizer.load_state_dict(load_file(folder / "head.safetensors"))
         # With another number of ranks the random states do not correspond; the fresh seeds serve as well.
         if state["world"] == self.world:
-            _load_rng(folder / f"rng-{self.rank:04d}.safetensors")
+            load_random_states(folder / f"rng-{self.rank:04d}.safetensors")
         self.step, self.pairs_seen = int(state["step"]), int(state["pairs_seen"])
         self.engine.client_optimizer.skipped = int(state.get("skipped", 0))  # type: ignore[attr-defined]
-
-    def _nonfinite(self) -> str:
-        rate = self.config.training.learning_rate
-        return (
-            f"training.on_nonfinite=stop: the loss or a gradient of step {self.step + 1} is NaN or infinite; "
-            f"no worker has updated its weights; lower training.learning_rate={rate}, or skip such steps "
-            "with training.on_nonfinite=skip"
-        )
-
-    def _out_of_memory(self, error: Exception) -> str:
-        training, length = self.config.training, self.config.data.max_length
-        key = "micro_batch_pairs" if training.micro_batch_tokens is None else "micro_batch_tokens"
-        return (
-            f"out of memory in step {self.step + 1} with training.{key}={getattr(training, key)} and "
-            f"data.max_length={length}: lower either, or set training.activation_checkpointing=true "
-            f"({first_line(error)})"
-        )
 
 
 def _worker_group_lease(run_paths: RunPaths, rank: int) -> WriteLease:
@@ -420,19 +440,3 @@ def _device(config: Config) -> torch.device:
 def _set_threads(config: Config, local_world: int) -> None:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // local_world))
-
-
-def _rng_states() -> dict[str, Tensor]:
-    states: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _load_rng(file: Path) -> None:
-    from safetensors.torch import load_file
-
-    states = load_file(file)
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -190,7 +190,7 @@ class _Trial:
 
     def _replay(self) -> None:
         """Report the rows of earlier sessions that the study has not recorded."""
-        reached = ckpt.newest(self.run_dir / "checkpoints").step
+        reached = ckpt.newest(self.run_dir / "checkpoints", ckpt.find_incompleteness).step
         if (self.run_dir / "DONE").is_file():
             return
         for row in read_metrics(self.run_dir):

@@ -288,8 +288,12 @@ def _store_cost(plan: RunPlan, columns: ExtraColumns, result: Mapping[str, Any],
 
 def _reached_end(plan: RunPlan, run_paths: RunPaths, data: PreparedPairs) -> dict[str, Any] | None:
     """What the workers returned, if the last step's checkpoint exists already."""
-    state = ckpt.newest(Path(run_paths.checkpoints)).state
-    if not state or state["step"] != make_schedule(plan, data.lengths()).steps_total:
+    checkpoints, total = Path(run_paths.checkpoints), make_schedule(plan, data.lengths()).steps_total
+    # The workers verify what they resume from; only the end of a run is verified here.
+    if ckpt.newest(checkpoints, ckpt.find_incompleteness).state.get("step") != total:
+        return None
+    state = ckpt.newest(checkpoints).state
+    if state.get("step") != total:
         return None
     return {"step": state["step"], "pairs_seen": state["pairs_seen"]}
 

@@ -16,6 +16,7 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.progress import log_progress
+from tbpo_ray.signals import GRACE_SECONDS
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.metrics_follower import Follower
@@ -26,6 +27,8 @@ OnRow = Callable[[dict[str, Any]], None]
 
 WORKER_LOG = "worker.log"
 """In the folder of the run: what workers printed that died."""
+INTERRUPTED_WRITE_SECONDS = 0.5 * GRACE_SECONDS
+"""After a signal, how long to let a checkpoint be completed that is being written."""
 
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
@@ -66,6 +69,10 @@ def run_workers(
     with Follower(Path(run_paths.run_dir), tracker, label=name, on_row=on_row):
         try:
             outcome = trainer.fit()
+        except KeyboardInterrupt:
+            # The workers continue until this process leaves the cluster.
+            ckpt.await_writers(checkpoints, INTERRUPTED_WRITE_SECONDS)
+            raise
         except TrainingFailedError as error:
             log = Path(run_paths.run_dir) / "failure.log"
             with log.open("a", encoding="utf-8") as out:
@@ -151,10 +158,13 @@ def _validation_config(config: Config, run_paths: RunPaths) -> Any:
 
 
 class _StartStep:
-    """The step of the newest valid checkpoint; Ray evaluates it at every start of the worker group."""
+    """The step of the newest complete checkpoint; Ray evaluates it at every start of the worker group.
+
+    The workers verify its content, and read an older one's stream themselves if it is damaged.
+    """
 
     def __init__(self, checkpoints: str):
         self.checkpoints = checkpoints
 
     def __call__(self) -> int:
-        return ckpt.newest(Path(self.checkpoints)).step
+        return ckpt.newest(Path(self.checkpoints), ckpt.find_incompleteness).step
