@@ -22,7 +22,9 @@ from tbpo_ray.storage.ownership import LeaseLostError, RunLock, WriteLease
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.callbacks import FailureLog
 from tbpo_ray.training.metrics_file import MetricsFile
-from tbpo_ray.training.saver import Saver
+from tbpo_ray.training.rank_store import RankStore
+from tbpo_ray.training.saver import CheckpointError, Saver
+from tbpo_ray.training.tensor_files import write_tensors
 
 HOLDER = """
 import sys, time
@@ -162,38 +164,41 @@ def test_a_worker_without_a_lease_changes_no_metrics(tmp_path):
 @pytest.mark.parametrize("background", [False, True])
 def test_a_write_in_progress_when_the_run_changes_hands_corrupts_no_checkpoint(tmp_path, background):
     """The orphan is writing step 5 when the next driver's worker writes the same step."""
-    training = TrainingConfig(async_checkpoints=background)
+    training = TrainingConfig()
     checkpoints = tmp_path / "checkpoints"
     with RunLock(tmp_path) as lease:
-        orphan = Saver(checkpoints, 0, 1, training, lease.for_new_worker_group())
+        group = lease.for_new_worker_group()
+        orphan = Saver(checkpoints, RankStore(), training, group, background=background)
         writing, go_on = threading.Event(), threading.Event()
-        write = orphan._write
 
-        def slowly(folder, files):
+        def slowly(target, files):
             writing.set()
             assert go_on.wait(30)
-            write(folder, files)
+            target.partial.mkdir(parents=True, exist_ok=True)
+            return {"files": {n: write_tensors(target.partial / n, t).to_json() for n, t in files.items()}}
 
-        orphan._write = slowly  # type: ignore[method-assign]
+        orphan._write_part = slowly  # type: ignore[method-assign]
         failed = []
 
         def save():
             try:
                 orphan.save(5, {"optimizer-0000.safetensors": {"a": torch.zeros(9)}}, {"step": 5, "by": 1})
                 orphan.wait()
-            except LeaseLostError as error:
-                failed.append(error)
+            except CheckpointError as error:
+                failed.append(str(error))
 
         thread = threading.Thread(target=save)
         thread.start()
         assert writing.wait(30)
     with RunLock(tmp_path) as lease:
-        saver = Saver(checkpoints, 0, 1, training, lease.for_new_worker_group())
+        group = lease.for_new_worker_group()
+        saver = Saver(checkpoints, RankStore(), training, group, background=background)
         saver.save(5, {"optimizer-0000.safetensors": {"a": torch.ones(9)}}, {"step": 5, "by": 2})
         saver.wait()
         go_on.set()
         thread.join()
-        assert len(failed) == 1
+        (sentence,) = failed
+        assert "step 5 was not written" in sentence and "writes nothing more" in sentence
         found = ckpt.newest(checkpoints)
         assert found.folder is not None and (found.state["by"], found.rejected) == (2, ())
         assert load_file(found.folder / "optimizer-0000.safetensors")["a"].eq(1).all()

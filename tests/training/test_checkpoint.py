@@ -7,13 +7,15 @@ import json
 import pytest
 
 from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.tensor_files import FileFacts
 
 
 def make(checkpoints, step, content=b"weights"):
     folder = ckpt.step_folder(checkpoints, step)
     folder.mkdir(parents=True)
     (folder / "optimizer-0000.safetensors").write_bytes(content * 100)
-    ckpt.commit_checkpoint(folder, {"step": step})
+    files = {f.name: FileFacts.read(f) for f in folder.iterdir()}
+    ckpt.commit_checkpoint(folder, {"step": step}, files)
     return folder
 
 

@@ -22,7 +22,7 @@ def started(tmp_path, step, **state):
     folder = tmp_path / "old"
     checkpoint = ckpt.step_folder(folder / "checkpoints", step)
     checkpoint.mkdir(parents=True)
-    ckpt.commit_checkpoint(checkpoint, {"step": step, "steps_total": STEPS, **state})
+    ckpt.commit_checkpoint(checkpoint, {"step": step, "steps_total": STEPS, **state}, {})
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
     return config, folder

@@ -10,6 +10,7 @@ import pytest
 
 from tbpo_ray.config.loading import load_config, to_tree
 from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.tensor_files import FileFacts
 from tbpo_ray.tuning.trial import Marker, Setup, _Trial
 
 OLD, NEW = {"objective.beta": 0.1}, {"objective.beta": 0.3}
@@ -26,7 +27,8 @@ def trials(tmp_path) -> Path:
     folder = ckpt.step_folder(tmp_path / "t000" / "checkpoints", 4)
     folder.mkdir(parents=True)
     (folder / "optimizer-0000.safetensors").write_bytes(b"weights of t000")
-    ckpt.commit_checkpoint(folder, {"step": 4, "metrics_bytes": len(lines) * 4 // 6})
+    files = {f.name: FileFacts.read(f) for f in folder.iterdir()}
+    ckpt.commit_checkpoint(folder, {"step": 4, "metrics_bytes": len(lines) * 4 // 6}, files)
     return tmp_path
 
 
@@ -76,7 +78,7 @@ def test_a_skipped_checkpoint_is_not_waited_for(trials):
     trial.run_dir = trials / "t000"
     later = ckpt.step_folder(trials / "t000" / "checkpoints", 12)
     later.mkdir()
-    ckpt.commit_checkpoint(later, {"step": 12, "metrics_bytes": 0})
+    ckpt.commit_checkpoint(later, {"step": 12, "metrics_bytes": 0}, {})
     began = time.monotonic()
     trial._report({"step": 8, "total": 20, trial.metric: 0.5})
     assert time.monotonic() - began < 5 and trial.since == 8
