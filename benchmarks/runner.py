@@ -26,6 +26,7 @@ PARTS = (
     "search",
     "balance",
     "memory_plan",
+    "checkpoint",
 )
 """Modules of this package with the functions `run(config, quick=..., only=...)` and `markdown(result)`."""
 

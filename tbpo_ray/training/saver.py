@@ -100,6 +100,11 @@ class Saver:
         self._thread.start()
         return folder
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def hold_updates(self) -> None:
         """Let the device finish copying before it changes weights and optimizer state."""
         self._copy.hold_updates()

@@ -15,11 +15,12 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.data.reader import MicroBatch
 from tbpo_ray.training.batch import BatchLayout
 from tbpo_ray.training.components import TrainingComponents
+from tbpo_ray.training.host_copy import HostCopy
 from tbpo_ray.training.optim import HeadOptimizer, NonFiniteGradientError, build_optimizer
 from tbpo_ray.training.readback import Readback
 from tbpo_ray.training.saver import Cadence
 from tbpo_ray.training.single_process import train_local
-from tbpo_ray.training.state import copy_fragments, fill_module, load_fragments
+from tbpo_ray.training.state import fill_module, fragment_tensors, load_fragments
 from tests.device.second_device import NAME, SecondDevice
 from tests.device.step_cases import VOCAB, batch, parts
 
@@ -168,6 +169,14 @@ def engine(scorer: Any, optimizer: Any) -> Any:
     )
 
 
+def host_copy(
+    tensors: dict[str, torch.Tensor], device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Copies in host memory of their own, as a checkpoint takes them."""
+    copies = HostCopy(torch.device(device)).take({"file": tensors})["file"]
+    return {name: value.clone() for name, value in copies.items()}
+
+
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 def test_checkpoints_travel_between_devices(device: SecondDevice, tmp_path: Path, optimizer: str) -> None:
     """Copies are on the host, and continue on either device with the same weights and optimizer state."""
@@ -183,12 +192,12 @@ def test_checkpoints_travel_between_devices(device: SecondDevice, tmp_path: Path
         made.client_optimizer.step()
         return made
 
-    first = copy_fragments(stepped(device))
+    first = host_copy(fragment_tensors(stepped(device)), device.device)
     assert first and all(type(value) is torch.Tensor for value in first.values())
     assert {value.device.type for value in first.values()} == {"cpu"}
     file = tmp_path / "optimizer-0000.safetensors"
     save_file(first, file)
-    here, there = (copy_fragments(stepped(at, file)) for at in (None, device))
+    here, there = (host_copy(fragment_tensors(stepped(at, file))) for at in (None, device))
     assert here.keys() == there.keys() and len(here) == len(first)
     assert all(agrees(there[name], value) for name, value in here.items())
     assert any(not torch.equal(here[name], value) for name, value in first.items())
@@ -202,12 +211,31 @@ def test_checkpoints_travel_between_devices(device: SecondDevice, tmp_path: Path
 def test_a_copy_of_a_checkpoint_does_not_change_with_the_weights(device: SecondDevice) -> None:
     found = parts({"name": "dpo"}, move=device.move)
     made = engine(found.scorer, build_optimizer(found.scorer.parameters(), config({"name": "dpo"}).training))
-    copies = copy_fragments(made)
+    loss, _ = found.step(found.scorer, batch().to(device.device))
+    loss.backward()
+    made.client_optimizer.step()
+    live, copy = {"file": fragment_tensors(made)}, HostCopy(device.device)
+    assert {value.device.type for value in live["file"].values()} <= {NAME, "cpu"}
+    with device.recording() as syncs:
+        copies = copy.take(live)["file"]
+        copy.hold_updates()
+    # Nothing but the copies, one for each tensor of the device, in one place.
+    on_device = [name for name, value in live["file"].items() if value.device.type == NAME]
+    assert [sync.what for sync in syncs] == ONE_READING * len(on_device) and on_device
+    assert {sync.where.split(":")[0] for sync in syncs} == {"tbpo_ray/training/host_copy.py"}
+    copy.wait()
     kept = {name: value.clone() for name, value in copies.items()}
     with torch.no_grad():
         for parameter in found.scorer.parameters():
             parameter.add_(1)
+    made.client_optimizer.step()
     assert all(torch.equal(copies[name], value) for name, value in kept.items())
+    memory = next(iter(copies.values())).untyped_storage().data_ptr()
+    again = copy.take({"file": fragment_tensors(made)})["file"]
+    assert {value.untyped_storage().data_ptr() for value in again.values()} == {memory}
+    assert any(not torch.equal(again[name], value) for name, value in kept.items())
+    for name, value in fragment_tensors(made).items():
+        assert torch.equal(again[name], value.cpu()), name
 
 
 def test_the_head_and_its_optimizer_are_saved_and_loaded(device: SecondDevice, tmp_path: Path) -> None:
@@ -221,7 +249,9 @@ def test_the_head_and_its_optimizer_are_saved_and_loaded(device: SecondDevice, t
     with device.recording() as syncs:
         optimizer.step(readback)
     assert [sync.what for sync in syncs] == ONE_READING
-    saved = optimizer.state_dict()
+    live = optimizer.state_dict()
+    assert {value.device.type for value in live.values()} <= {NAME, "cpu"}
+    saved = host_copy(live, device.device)
     assert {value.device.type for value in saved.values()} == {"cpu"}
     save_file(saved, tmp_path / "head.safetensors")
     other = parts(LEARNED, move=device.move)
@@ -230,14 +260,14 @@ def test_the_head_and_its_optimizer_are_saved_and_loaded(device: SecondDevice, t
     again.load_state_dict(load_file(tmp_path / "head.safetensors"))
     assert {p.device.type for p in other.head.parameters()} == {NAME}
     for name, value in again.state_dict().items():
-        assert torch.equal(value, saved[name]), name
+        assert torch.equal(value.cpu(), saved[name]), name
     # The loaded state is usable: it updates the weights on their device.
     loss, _ = other.step(other.scorer, batch(truncate=True).to(device.device))
     loss.backward()
     readback = Readback(device.device)
     again.offer(readback)
     again.step(readback)
-    assert not torch.equal(again.state_dict()["head.head.0.weight"], saved["head.head.0.weight"])
+    assert not torch.equal(again.state_dict()["head.head.0.weight"].cpu(), saved["head.head.0.weight"])
 
 
 def test_reference_scores_and_the_self_check(device: SecondDevice) -> None:

@@ -87,7 +87,7 @@ def train_case(rank, world, case):
     from tbpo_ray.training.batch import collate
     from tbpo_ray.training.deepspeed_engine import Engine
     from tbpo_ray.training.scorer import PairScorer
-    from tbpo_ray.training.state import copy_fragments, load_fragments
+    from tbpo_ray.training.state import fragment_tensors, load_fragments
     from tbpo_ray.training.step import PreferenceStep
 
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def train_case(rank, world, case):
         losses.append(total.item() / PAIRS)
     if case.out:
         Path(case.out).mkdir(parents=True, exist_ok=True)
-        save_file(copy_fragments(engine), Path(case.out) / f"optimizer-{rank:04d}.safetensors")
+        save_file(fragment_tensors(engine), Path(case.out) / f"optimizer-{rank:04d}.safetensors")
     return losses
 
 
@@ -248,14 +248,14 @@ def poisoned(rank, world):
     from tbpo_ray.training.deepspeed_engine import Engine
     from tbpo_ray.training.optim import NonFiniteGradientError
     from tbpo_ray.training.readback import Readback
-    from tbpo_ray.training.state import copy_fragments
+    from tbpo_ray.training.state import fragment_tensors
 
     found = {}
     for what, stage, policy in product(POISON, (1, 2, 3), ("stop", "skip")):
         torch.manual_seed(0)
         settings = [f"training.deepspeed={{stage: {stage}}}", f"training.on_nonfinite={policy}"]
         engine = Engine(torch.nn.Linear(8, 8), load_config(None, settings), torch.device("cpu"))
-        before = copy_fragments(engine)
+        before = {key: value.clone() for key, value in fragment_tensors(engine).items()}
         out = engine(torch.ones(4, 8, dtype=torch.bfloat16)).float()
         engine.backward(out.square().sum() * (POISON[what] if rank else 1.0), last=True)
         stopped = False
@@ -265,7 +265,7 @@ def poisoned(rank, world):
             engine.step(1.0, readback)
         except NonFiniteGradientError:
             stopped = True
-        after = copy_fragments(engine)
+        after = fragment_tensors(engine)
         moved = any(not torch.equal(after[k], v) for k, v in before.items() if k.endswith("master"))
         found[f"{what} {stage} {policy}"] = [stopped, engine.skipped, moved]
     return found

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, MixtralConfig
 from tbpo_ray.config.loading import load_config
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.preflight import ModelFacts
+from tbpo_ray.training.estimate import _format_checkpoints
 from tbpo_ray.training.memory_plan import (
     CUDA_CONTEXT,
     GIB,
@@ -146,7 +147,33 @@ def test_states_follow_from_the_stage_and_the_number_of_workers(facts):
     memory = plan_memory(offloaded, facts, LENGTHS, workers=2)
     assert memory.parts["master and optimizer"] == memory.update == 0
     assert memory.host["offloaded"] == pytest.approx(8 * n / 2, rel=1e-3)
-    assert memory.checkpoints == 3 * 8 * n
+    assert (memory.checkpoint, memory.checkpoints) == (8 * n, 3 * 8 * n)
+
+
+def test_a_checkpoint_in_the_background_is_one_copy_in_the_host_s_memory(facts):
+    n = sum(p.numel() for p in facts.skeleton.parameters())
+
+    def copied(*overrides: str) -> int:
+        chosen = plan("training.micro_batch_pairs=2", "training.deepspeed={stage: 1}", *overrides)
+        return plan_memory(chosen, facts, LENGTHS, workers=2).host["checkpoint being written"]
+
+    assert copied() == 0  # on the CPU it is written from where it is
+    assert copied("training.async_checkpoints=true") == pytest.approx(8 * n / 2, rel=1e-3)
+    assert copied("cluster.use_gpu=true") == pytest.approx(8 * n / 2, rel=1e-3)
+    assert copied("cluster.use_gpu=true", "training.async_checkpoints=false") == copied(
+        "cluster.use_gpu=true"
+    )
+
+
+def test_the_plan_says_how_many_checkpoints_of_which_size(facts):
+    chosen = plan("training.micro_batch_pairs=2", "training.keep_best=1", "training.best_metric=loss")
+    memory = plan_memory(chosen, facts, LENGTHS)
+    text = "\n".join(_format_checkpoints(chosen.config, memory, 103))
+    assert "6, every 20 steps, written while training waits; kept: the latest 2, the best 1" in text
+    for count in (1, 4, 6):  # each; kept and one being written; in all
+        assert f"{count * memory.checkpoint} bytes" in text
+    waiting = _format_checkpoints(plan("cluster.use_gpu=true").config, memory, 5)
+    assert "5, every 1 steps, written while training continues" in waiting[0]
 
 
 def test_a_live_reference_counts_whole_and_an_adapter_does_not(facts):

@@ -72,6 +72,21 @@ def test_background_checkpoints_and_the_best_of_them(out, small_model, whole):
         assert saved.get_tensor(f"model.{name}@0@master").equal(exported.get_tensor(name).flatten())
 
 
+def test_a_damaged_checkpoint_is_found_by_the_worker_that_reads_it(out, small_model, whole):
+    """The stream is set up for the damaged one; the workers resume from the one before, to the same end."""
+    two = ("cluster.num_workers=2", "training.async_checkpoints=true")
+    folder = run(out, small_model, "damaged", *two, "training.max_steps=6")
+    file = folder / "checkpoints" / "step-00000006" / "optimizer-0001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    run(out, small_model, "damaged", *two)
+    events = (folder / "events.log").read_text()
+    assert f"step-00000006 is not used: {file.name} has changed since it was written" in events
+    assert "continuing from step-00000003 (2 -> 2 workers)" in events
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
+
+
 def test_live_and_cached_reference_scores_give_the_same_losses(out, small_model):
     """The live reference is the policy with its adapter disabled; the cached one never had an adapter."""
     more = ["training.max_steps=4", "objective.name=dpo", "training.learning_rate=1e-3"]

@@ -97,7 +97,10 @@ def test_dpo_starts_at_ln2(out, small_model):
 
 
 def test_a_killed_worker_changes_nothing(out, small_model, whole):
-    """Kill -9 a worker during training: same weights, optimizer, head and metrics, bit for bit."""
+    """Kill -9 a worker during training: same weights, optimizer, head and metrics, bit for bit.
+
+    It writes its checkpoints in the background, unlike the uninterrupted run.
+    """
     folder = out / "killed"
     killed = []
 
@@ -112,7 +115,7 @@ def test_a_killed_worker_changes_nothing(out, small_model, whole):
 
     hunter = threading.Thread(target=assassin, daemon=True)
     hunter.start()
-    run(out, small_model, "killed", cluster__num_workers=2)
+    run(out, small_model, "killed", cluster__num_workers=2, training__async_checkpoints="true")
     assert killed
     assert "failed" in (folder / "events.log").read_text()
     assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
