@@ -202,8 +202,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     ]
     first = rows[0]
     intro = (
-        f"{first['bytes'] / 1e6:.0f} MB of weights and optimizer state of one worker, against a plain write of "
-        f"the same bytes with fsync ({1000 * first['plain_seconds']:.0f} ms); medians, smallest and largest of "
-        f"{first['rounds']} rounds."
+        f"{first['bytes'] / 1e6:.0f} MB of weights and optimizer state of one worker, against a plain write "
+        f"of the same bytes with fsync ({1000 * first['plain_seconds']:.0f} ms); medians, smallest and "
+        f"largest of {first['rounds']} rounds."
     )
     return section(intro, head, cells, first["machine"])
