@@ -155,9 +155,7 @@ class Saver:
 
     def _finish(self, target: _Target, reports: Sequence[Mapping[str, Any]]) -> str | None:
         """On rank 0: commit the folder, or return a sentence about what is wrong with it."""
-        faults = [
-            f"rank {rank}: {report['fault']}" for rank, report in enumerate(reports) if "fault" in report
-        ]
+        faults = _grouped([report.get("fault") for report in reports])
         if not faults:
             entries = (entry for report in reports for entry in report["files"].items())
             try:
@@ -178,6 +176,15 @@ class Saver:
         training = self.training
         best = ckpt.best(self.checkpoints, training.best_metric, training.best_mode, training.keep_best)
         ckpt.prune(self.checkpoints, training.keep_checkpoints, protected={b.name for b in best})
+
+
+def _grouped(faults: Sequence[str | None]) -> list[str]:
+    """One entry for each different fault, with the ranks that have it."""
+    ranks: dict[str, list[str]] = {}
+    for rank, fault in enumerate(faults):
+        if fault is not None:
+            ranks.setdefault(fault, []).append(str(rank))
+    return [f"rank {', '.join(those)}: {fault}" for fault, those in ranks.items()]
 
 
 class Cadence:

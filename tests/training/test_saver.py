@@ -123,6 +123,21 @@ def test_a_full_disk_of_one_rank_is_the_same_sentence_on_all(tmp_path, lease, mo
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+@MODES
+def test_ranks_that_have_lost_the_run_write_nothing_and_say_so_once(tmp_path, lease, monkeypatch, background):
+    lease.for_new_worker_group()
+
+    def work(ranks):
+        mine = saver(tmp_path, lease, ranks, background=background)
+        with pytest.raises(CheckpointError, match=r"rank 0, 1: .*writes nothing more") as caught:
+            mine.save(1, files(ranks.rank), {"step": 1})
+            mine.wait()
+        return str(caught.value).count("nothing more")
+
+    assert on_ranks(monkeypatch, 2, work) == [1, 1]
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_failure_that_another_rank_knows_first_is_raised_here_too(tmp_path, lease, monkeypatch):
     go_on = threading.Event()
 
