@@ -11,11 +11,13 @@ allocates, is not counted.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,17 +106,14 @@ def run(config: Config, *, quick: bool = False) -> list[dict[str, Any]]:
                 for mode, lease in zip(MODES, (waiting, background), strict=True)
             }
             trained.step()
+            steps = itertools.count(1)
             data = [_one_file(Path(name), savers["synchronous"], trained)]
             for saver in savers.values():
-                _save(saver, trained, 1)
-            steps = iter(range(2, 10**6))
+                _save(saver, trained, steps)
             found = run_in_rounds(
                 {
                     "plain": lambda: _write_plainly(Path(name) / "plain", data[0]),
-                    **{
-                        mode: (lambda saver=saver: _save(saver, trained, next(steps)))
-                        for mode, saver in savers.items()
-                    },
+                    **{mode: partial(_save, saver, trained, steps) for mode, saver in savers.items()},
                 },
                 rounds,
             )
@@ -143,8 +142,8 @@ def _write_plainly(folder: Path, data: bytes) -> Measured:
     return {"stall": seconds, "total": seconds}
 
 
-def _save(saver: Saver, trained: Trained, step: int) -> Measured:
-    trained.saver = saver
+def _save(saver: Saver, trained: Trained, steps: Iterator[int]) -> Measured:
+    trained.saver, step = saver, next(steps)
     alone = [trained.step() for _ in range(3)]
     began = time.perf_counter()
     saver.save(step, {FILE: trained.tensors()}, {"step": step})

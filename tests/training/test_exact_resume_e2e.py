@@ -76,9 +76,9 @@ def die_when(moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "copied":
-        saver_module.write_tensors = die  # type: ignore[assignment]
+        setattr(saver_module, "write_tensors", die)  # noqa: B010 - it is imported there
     else:
-        ckpt.publish = die
+        setattr(ckpt, "publish", die)  # noqa: B010
 
 
 def test_a_run_killed_while_it_writes_in_the_background_resumes_bit_for_bit(tmp_path):

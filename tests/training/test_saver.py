@@ -30,8 +30,8 @@ def lease(tmp_path):
 
 
 def saver(tmp_path, lease, ranks=None, *, background=True, **training):
-    training = TrainingConfig(**training)
-    return Saver(tmp_path / "checkpoints", ranks or RankStore(), training, lease, background=background)
+    settings = TrainingConfig(**training)
+    return Saver(tmp_path / "checkpoints", ranks or RankStore(), settings, lease, background=background)
 
 
 def files(rank=0, value=1.0):

@@ -28,8 +28,8 @@ def test_the_bytes_are_the_library_s_and_the_digest_is_theirs(tmp_path, tensors)
 
 
 def test_every_dtype_is_read_back_by_the_library(tmp_path):
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
-    dtypes += (torch.int16, torch.int8, torch.uint8, torch.bool)
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    dtypes = (*floats, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
     tensors = {str(dtype): torch.tensor([[0, 1, 3]]).to(dtype) for dtype in dtypes}
     write_tensors(tmp_path / "file", tensors)
     found = load_file(tmp_path / "file")
