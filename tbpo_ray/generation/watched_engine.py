@@ -33,7 +33,7 @@ class WatchedEngine(vLLMEngineStageUDF):
         self._progress.engine_started()
 
     # The base class declares a coroutine and is overridden by generators.
-    async def udf(  # type: ignore[override]
+    async def udf(  # type: ignore[override, misc]
         self, batch: list[dict[str, Any]]
     ) -> AsyncIterator[dict[str, Any]]:
         index = {row[self.IDX_IN_BATCH_COLUMN]: int(row["index"]) for row in batch}
