@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tbpo_ray.data.records import Prompt, ReadOptions, iter_prompts, iter_records
+from tbpo_ray.data.records import BadRecord, Prompt, ReadOptions, iter_prompts, iter_records
 from tbpo_ray.evaluation.judgments import ComparedAnswers
 from tbpo_ray.evaluation.preference_records import FILE, write_records
 from tbpo_ray.evaluation.prompts import PromptSet
@@ -61,7 +61,8 @@ def test_answers_that_teach_nothing_are_left_out(tmp_path: Path, make_sample) ->
 
 def test_training_reads_the_records(tmp_path: Path, make_sample) -> None:
     written(tmp_path, make_sample, [1.0, 0.0, 0.5])
-    file, bad = str(tmp_path / FILE), []
+    bad: list[BadRecord] = []
+    file = str(tmp_path / FILE)
     records = list(iter_records(file, None, bad.append, options=ReadOptions(keep_ties=True)))
     assert not bad
     assert [record.tie for record in records] == [False, False, True]
