@@ -57,6 +57,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return expand_dotted(_typed_config(_parse_file(path, "--config", "jobs/configs/tiny.yaml")))
 
 
+def read_stored(path: str | Path) -> dict[str, Any]:
+    """Read the configuration that a run has written, as :func:`read_yaml`, and accept what it accepted.
+
+    Earlier versions took a key of `sft` in its dotted and its nested form at once; the later one counted.
+    """
+    repeated: list[tuple[str, int]] = []
+    tree = expand_dotted(_typed_config(_parse_file(path, "--config", "jobs/configs/tiny.yaml", repeated)))
+    for key, line in repeated:
+        log_progress(f"{path}: line {line}: the key {key!r} is given twice; the run used this second value")
+    return tree | {stage: expand_dotted(tree[stage]) for stage in STAGES if isinstance(tree.get(stage), dict)}
+
+
 def read_space(path: str | Path) -> dict[str, Any]:
     """Read the mapping in a YAML file whose keys are dotted configuration keys, with a search space for each.
 
@@ -81,12 +93,15 @@ def read_section(path: str | Path, model: type[ModelT], option: str, example: st
     return validate_section(model, typed, option)
 
 
-def _parse_file(path: str | Path, option: str, example: str) -> dict[str, Any]:
+def _parse_file(
+    path: str | Path, option: str, example: str, repeated: list[tuple[str, int]] | None = None
+) -> dict[str, Any]:
     """The mapping in a YAML file, with :class:`tbpo_ray.config.yaml_text.PlainScalar` values.
 
     Args:
         option: the command-line option that named the file, for messages.
         example: a file of this kind that exists, for messages.
+        repeated: see :func:`tbpo_ray.config.yaml_text.parse_yaml`.
 
     Raises:
         InputError: the file does not exist, is not YAML, or does not contain a mapping.
@@ -96,7 +111,7 @@ def _parse_file(path: str | Path, option: str, example: str) -> dict[str, Any]:
         raise InputError(f"{option} {path}: no such file; give a YAML file such as {example}")
     text = _read_text(file)
     try:
-        tree = yaml_text.parse_yaml(text, STAGES)
+        tree = yaml_text.parse_yaml(text, STAGES, repeated)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise InputError(

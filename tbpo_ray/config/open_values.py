@@ -9,13 +9,52 @@ from typing import Any, get_origin
 
 from tbpo_ray.config import field_types
 from tbpo_ray.config.engine_options import ENGINE_KINDS
+from tbpo_ray.config.validation import unknown_key_message
 
 ENGINE_SET_ELSEWHERE = {
     "model": "evaluation.policies",
     "tensor_parallel_size": "generation.tensor_parallel",
 }
 """vLLM engine arguments that the job sets, and the keys of the configuration they come from."""
-JUDGE_KINDS = ("checker", "reward_model", "llm", "implicit")
+_OTHER_MODEL = "samples would not be those of the policy that is evaluated"
+ENGINE_REFUSED = {
+    **dict.fromkeys(
+        (
+            "tokenizer", "tokenizer_mode", "tokenizer_revision", "skip_tokenizer_init",
+            "enable_prompt_embeds",
+        ),
+        "samples would be made of other tokens than those of training",
+    ),
+    **dict.fromkeys(
+        (
+            "model_weights", "hf_config_path", "config_format", "hf_overrides", "model_class_overrides",
+            "runner", "convert", "io_processor_plugin", "diffusion_config",
+        ),
+        _OTHER_MODEL,
+    ),
+    **dict.fromkeys(
+        (
+            "generation_config", "override_generation_config", "logits_processors", "return_sampling_mask",
+            "watermark", "watermark_config",
+        ),
+        "samples would follow other rules than the settings of generation and the policy's own stop tokens",
+    ),
+}  # fmt: skip
+"""vLLM engine arguments by which samples would no longer be those of the run's own model, tokenizer and
+sampling parameters, and the reason."""
+_LOADED_AS_THEY_ARE = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "instanttensor")
+"""Values of `load_format` that read the model's own weights; `dummy` makes random ones."""
+JUDGE_KEYS: dict[str, tuple[str, ...]] = {
+    "checker": ("function",),
+    "reward_model": ("model", "revision", "batch_size"),
+    "llm": (
+        "url", "model", "pool", "api_key_env", "prompt_file", "rubric", "both_orders", "max_tokens",
+        "temperature", "concurrency", "retries", "timeout_s", "price_input", "price_output",
+    ),
+    "implicit": (),
+}  # fmt: skip
+"""The keys of `evaluation.judge` beside `kind`, by kind."""
+JUDGE_KINDS = tuple(JUDGE_KEYS)
 JUDGE_TYPES: dict[str, Any] = {
     **dict.fromkeys(
         ("kind", "function", "model", "revision", "url", "pool", "api_key_env", "prompt_file", "rubric"),
@@ -64,9 +103,20 @@ def check_engine(arguments: Mapping[str, Any]) -> None:
         if name in arguments
     ]
     faults += [
+        f"{where}.{name}={arguments[name]!r}: not supported, since {reason}; remove it"
+        for name, reason in ENGINE_REFUSED.items()
+        if name in arguments
+    ]
+    if arguments.get("load_format", "auto") not in (*_LOADED_AS_THEY_ARE, None):
+        faults.append(
+            f"{where}.load_format={arguments['load_format']!r}: not supported, since {_OTHER_MODEL}; must be "
+            f"one of {', '.join(_LOADED_AS_THEY_ARE)}"
+        )
+    faults += [
         f"{where}.{name}: must be the name of an argument" for name in arguments if not name.isidentifier()
     ]
-    known = {name: value for name, value in arguments.items() if name not in ENGINE_SET_ELSEWHERE}
+    settled = (*ENGINE_SET_ELSEWHERE, *ENGINE_REFUSED, "load_format")
+    known = {name: value for name, value in arguments.items() if name not in settled}
     faults += type_faults(known, ENGINE_KINDS, where, optional=tuple(ENGINE_KINDS))
     if arguments.get("trust_remote_code") is True:
         faults.append(
@@ -78,7 +128,7 @@ def check_engine(arguments: Mapping[str, Any]) -> None:
 
 
 def check_judge(settings: Mapping[str, Any]) -> None:
-    """Refuse a judge of an unknown kind, and settings of a wrong type.
+    """Refuse a judge of an unknown kind, settings that its kind does not have, and values of a wrong type.
 
     Raises:
         ValueError: one line per fault; each names the dotted key.
@@ -91,6 +141,13 @@ def check_judge(settings: Mapping[str, Any]) -> None:
         f"{where}.{name}={value!r}: must be a single value"
         for name, value in settings.items()
         if isinstance(value, list | dict)
+    ]
+    accepted = ("kind", *JUDGE_KEYS[kind])
+    faults += [
+        unknown_key_message(f"{where}.{name}", [f"{where}.{key}" for key in accepted])
+        + (f" (kind: {kind})" if name in JUDGE_TYPES else "")
+        for name in settings
+        if name not in accepted
     ]
     known = {name: value for name, value in settings.items() if name in JUDGE_TYPES}
     if faults := faults or list(type_faults(known, JUDGE_TYPES, where)):

@@ -92,6 +92,15 @@ def check_keys(root: yaml.Node, sections: Collection[str] = ()) -> None:
     Raises:
         yaml.YAMLError: naming the key and the line of its second value.
     """
+    for key, mark in repeated_keys(root):
+        raise fault(f"the key {key!r} is given twice", mark)
+    for key_node, value in _entries(root):
+        if key_node.value in sections:
+            check_keys(value)
+
+
+def repeated_keys(root: yaml.Node) -> Iterator[tuple[str, yaml.Mark]]:
+    """The dotted keys that a mapping, dotted or nested, gives a second value, and where."""
     seen: dict[tuple[str, ...], tuple[int, bool]] = {}
     for number, (key, value) in enumerate(_entries(root)):
         *outer, last = key.value.split(".")
@@ -99,9 +108,15 @@ def check_keys(root: yaml.Node, sections: Collection[str] = ()) -> None:
         for path, mark, is_leaf in [*above, *_paths(key, value, (*outer, last))]:
             first, was_leaf = seen.setdefault(path, (number, is_leaf))
             if first != number and (is_leaf or was_leaf):
-                raise fault(f"the key {'.'.join(path)!r} is given twice", mark)
+                yield ".".join(path), mark
+
+
+def section_repeats(root: yaml.Node, sections: Collection[str]) -> Iterator[tuple[str, int]]:
+    """The dotted keys that sections give a second value, and the line of that value."""
+    for key, value in _entries(root):
         if key.value in sections:
-            check_keys(value)
+            for name, mark in repeated_keys(value):
+                yield f"{key.value}.{name}", mark.line + 1
 
 
 def _paths(

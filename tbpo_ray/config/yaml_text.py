@@ -118,11 +118,15 @@ for _tag in ("bool", "int", "float", "null"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_plain)
 
 
-def parse_yaml(text: str, sections: Collection[str] = ()) -> Any:
+def parse_yaml(
+    text: str, sections: Collection[str] = (), repeated: list[tuple[str, int]] | None = None
+) -> Any:
     """Parse a YAML document; its numbers, booleans and nulls are :class:`PlainScalar`.
 
     Args:
         sections: top-level keys whose own keys may be dotted, as those at the top level.
+        repeated: receives the keys that a section gives twice, dotted and nested, and their lines; they are
+            refused by default.
 
     Raises:
         yaml.YAMLError: the text is not YAML, has a key twice, or is deeper or larger than a configuration.
@@ -134,7 +138,9 @@ def parse_yaml(text: str, sections: Collection[str] = ()) -> Any:
         if node is None:
             return None
         yaml_limits.check_aliases(node)
-        yaml_limits.check_keys(node, sections)
+        yaml_limits.check_keys(node, () if repeated is not None else sections)
+        if repeated is not None:
+            repeated += yaml_limits.section_repeats(node, sections)
         return loader.construct_document(node)
     finally:
         loader.dispose()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from tbpo_ray.config.open_values import JUDGE_KEYS
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.judge import ScoringJudge, refuse_unknown
 from tbpo_ray.generation.samples import Sample
@@ -36,7 +37,7 @@ class Checker(ScoringJudge):
         Raises:
             InputError: unknown keys, no function, or one that cannot be imported.
         """
-        refuse_unknown(settings, ("function",))
+        refuse_unknown(settings, JUDGE_KEYS["checker"])
         name = settings.get("function")
         if name is None and source.startswith("builtin:copyedit"):
             name = COPYEDIT_CHECKER

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.config.loading import flatten, read_yaml, rename_deprecated_keys
+from tbpo_ray.config.loading import flatten, read_stored, rename_deprecated_keys
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.evaluation.verdict import VERDICT, PolicyVerdict, Verdict
@@ -100,7 +100,7 @@ def _entry(label: str, policy: PolicyVerdict, verdict: Verdict, samples: Path) -
     curve: list[dict[str, Any]] = []
     run_id = verdict.run_id
     if (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file():
-        stored = rename_deprecated_keys(read_yaml(run / "config.yaml"), log=False)
+        stored = rename_deprecated_keys(read_stored(run / "config.yaml"), log=False)
         settings = flatten(redact_tree(stored))
         curve = _rows(run / "metrics.jsonl")
         run_id = read_run_note(run / RUN_NOTE) or run_id

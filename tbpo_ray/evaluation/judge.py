@@ -68,11 +68,7 @@ def prefer(candidate: float, baseline: float) -> float:
 
 def refuse_unknown(settings: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raise InputError for keys of `evaluation.judge` that this kind of judge does not have."""
-    unknown = [key for key in settings if key not in known]
+    accepted = [f"evaluation.judge.{name}" for name in ("kind", *known)]
+    unknown = [f"evaluation.judge.{key}" for key in settings if key not in known]
     if unknown:
-        raise InputError(
-            *(
-                unknown_key_message(f"evaluation.judge.{key}", [f"evaluation.judge.{name}" for name in known])
-                for key in unknown
-            )
-        )
+        raise InputError(*(unknown_key_message(key, accepted) for key in unknown))

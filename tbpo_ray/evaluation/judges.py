@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tbpo_ray.config.open_values import JUDGE_KEYS
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.checker import Checker
@@ -55,5 +56,5 @@ def _language_model(settings: dict[str, Any], config: Config, output: Path) -> L
 
 
 def _implicit(settings: dict[str, Any]) -> ImplicitJudge:
-    refuse_unknown(settings, ("kind",))
+    refuse_unknown(settings, JUDGE_KEYS["implicit"])
     return ImplicitJudge()

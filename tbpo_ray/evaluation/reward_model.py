@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tbpo_ray.config.open_values import JUDGE_KEYS
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.evaluation.gpu_task import run_on_gpu
 from tbpo_ray.evaluation.judge import ScoringJudge, refuse_unknown
@@ -49,7 +50,7 @@ class RewardModelJudge(ScoringJudge):
         Raises:
             InputError: invalid settings, or a model that is not such a classifier.
         """
-        refuse_unknown(settings, ("model", "revision", "batch_size"))
+        refuse_unknown(settings, JUDGE_KEYS["reward_model"])
         model = settings.get("model")
         if not model:
             raise InputError(

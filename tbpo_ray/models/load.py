@@ -13,6 +13,7 @@ from tbpo_ray.config.schema import LoraConfig, ModelConfig
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.models.attention import choose_attention, stateful_layers
 from tbpo_ray.models.hidden_modules import hide_modules
+from tbpo_ray.models.template_checks import check_templates
 from tbpo_ray.models.tiny import build_tiny
 from tbpo_ray.models.weight_files import check_weight_files
 from tbpo_ray.progress import log_progress
@@ -115,7 +116,8 @@ def load_tokenizer(
         chat_template: a Jinja file that replaces the tokenizer's own template, or `none` to remove it.
 
     Raises:
-        InputError: when the tokenizer or the template does not exist, or the tokenizer has no EOS token.
+        InputError: when the tokenizer or the template does not exist, the template cannot be used, or the
+            tokenizer has no EOS token.
     """
     from transformers import AutoTokenizer
 
@@ -143,6 +145,7 @@ def load_tokenizer(
             raise InputError(
                 f"model.chat_template={chat_template}: not UTF-8 ({error}); must be a Jinja template file"
             ) from error
+    check_templates(tokenizer.chat_template, path=path, chat_template=chat_template)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model.name_or_path={path}: its tokenizer has no EOS token, so answers cannot end")
     return tokenizer

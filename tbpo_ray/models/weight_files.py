@@ -55,6 +55,22 @@ def check_weight_files(folder: Path, name: str) -> None:
             )
 
 
+def file_of_tensor(folder: Path, tensor: str) -> str | None:
+    """The name of the safetensors file that holds a tensor of a model; None if that cannot be told.
+
+    Args:
+        tensor: its name in the model; that in the file may lack the prefix of the base model.
+    """
+    files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    names = {file.name: _read_header(file, str(folder)) for file in files}
+    bare = tensor.split(".", 1)[-1]
+    for matches in (lambda known: known == tensor, lambda known: known == bare):
+        for file, tensors in names.items():
+            if any(map(matches, tensors)):
+                return file
+    return None
+
+
 def _index(file: Path, name: str) -> dict[str, set[str]]:
     """Names of the tensors in each file that an index lists."""
     try:

@@ -71,7 +71,11 @@ def build_components(plan: RunPlan, run_paths: RunPaths, device: torch.device) -
             )
             reference = _build_reference(plan, other.network, scorer)
             # Both score the same batches.
-            layout = replace(layout, shared_prompt=layout.shared_prompt and other.layout.shared_prompt)
+            layout = replace(
+                layout,
+                shared_prompt=layout.shared_prompt and other.layout.shared_prompt,
+                packed=layout.packed and other.layout.packed,
+            )
             sentences += other.sentences
     head = _build_head(plan, scorer, device)
     return TrainingComponents(
@@ -116,7 +120,9 @@ def load_checked(
                     pairs,
                     layout,
                     key=f"{key}={name}",
+                    folder=model,
                     shared_required=plan.config.training.shared_prompt is True,
+                    packing_required=plan.config.training.packing is True,
                     reload=load,
                 )
             except InputError as error:
@@ -127,7 +133,8 @@ def load_checked(
         assert choice is not None
         if attention_name(network) != choice.attention:
             network = load(choice.attention)
-    return CheckedModel(network, replace(layout, shared_prompt=choice.shared_prompt), choice.sentences)
+    layout = replace(layout, shared_prompt=choice.shared_prompt, packed=choice.packed)
+    return CheckedModel(network, layout, choice.sentences)
 
 
 def batch_layout(plan: RunPlan, model: str, embedding_rows: int) -> BatchLayout:

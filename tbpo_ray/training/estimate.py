@@ -31,7 +31,7 @@ from tbpo_ray.training.run_plan import (
     check_shared_prompt,
     make_schedule,
     resolve_run,
-    settle_packing,
+    settle_rows,
 )
 from tbpo_ray.training.token_weight_cache import check_token_weights
 
@@ -64,10 +64,11 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
     """
     plan = resolve_run(config)
     model = resolve_model(config.model.name_or_path, plan.cache_dir)
-    plan, notes = settle_packing(plan, {"model.name_or_path": model})
-    notes += check_shared_prompt(plan, model, "model.name_or_path")
+    notes = check_shared_prompt(plan, model, "model.name_or_path")
+    plan, more = settle_rows(plan, {"model.name_or_path": model})
     if notes:
         plan = replace(plan, shared_prompt=False)
+    notes += more
     facts = ModelFacts(model, source=config.model)
     for note in notes + check_model(config, facts):
         log_progress(note)

@@ -28,7 +28,7 @@ NO_EFFECT = (
     "training.on_nonfinite",
 )  # fmt: skip
 """Keys and sections that do not affect what a run computes."""
-AUTOMATIC = {"micro_batch_tokens": "auto", "packing": None}
+AUTOMATIC = {"micro_batch_tokens": "auto", "packing": None, "shared_prompt": None}
 """Keys of `training` whose value a run resolves when it starts, and the value that leaves it open."""
 EXTENDS = ("training.max_steps", "training.epochs")
 

@@ -187,6 +187,56 @@ def settle_packing(plan: RunPlan, folders: Mapping[str, str]) -> tuple[RunPlan, 
     return plan, []
 
 
+def settle_rows(plan: RunPlan, folders: Mapping[str, str]) -> tuple[RunPlan, list[str]]:
+    """Choose rows that all models can take, so that micro-batches of a budget of tokens are made of them.
+
+    Args:
+        folders: the models by configuration key.
+
+    Returns:
+        The plan, and sentences about what is done differently and :func:`check_shared_prompt` does not say.
+    """
+    plan, notes = settle_packing(plan, folders)
+    if plan.config.training.micro_batch_tokens is None or plan.rows != "shared" or plan.sides == 1:
+        return plan, notes
+    if plan.config.training.shared_prompt is None and any(map(non_attention_layers, folders.values())):
+        plan = resolve_run(stage_config(plan.config, {}, training__shared_prompt=False))
+    return plan, notes
+
+
+class OtherRowsError(Exception):
+    """The self-check chose other rows than those that the micro-batches of a budget of tokens are made of.
+
+    Attributes:
+        changes: keys of the configuration that make the plan agree, and their values.
+    """
+
+    def __init__(self, changes: Mapping[str, bool], sentence: str):
+        self.changes, self.sentence = dict(changes), sentence
+        super().__init__(sentence)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (OtherRowsError, (self.changes, self.sentence))
+
+
+def check_rows(plan: RunPlan, *, packed: bool, shared_prompt: bool, sentence: str) -> None:
+    """Compare the rows of the plan with those that the self-check chose.
+
+    Args:
+        sentence: what the self-check says, for people.
+
+    Raises:
+        OtherRowsError: they differ, and micro-batches of the plan would exceed the budget of tokens.
+    """
+    changes = {}
+    if plan.packed and not packed:
+        changes["training.packing"] = False
+    if plan.shared_prompt and plan.sides == 2 and not shared_prompt:
+        changes["training.shared_prompt"] = False
+    if changes and plan.config.training.token_budget is not None:
+        raise OtherRowsError(changes, sentence)
+
+
 def with_budget(plan: RunPlan, tokens: int | None = None) -> RunPlan:
     """The plan with `training.micro_batch_tokens`; default: any number in place of `auto`, to count steps."""
     if tokens is None and plan.config.training.micro_batch_tokens != "auto":

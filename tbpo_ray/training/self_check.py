@@ -6,8 +6,9 @@ plain     transformers' own forward pass of one unpadded row, with eager attenti
 separate  padded rows [prompt][answer], with the run's attention
 shared    rows [prompt][chosen][rejected], where the run uses them
 
-Where separate rows differ from plain ones, eager attention is tried; where shared rows differ from separate
-ones, or cannot be computed, each answer gets its own row. Whatever an architecture does with positions,
+Where separate rows differ from plain ones, eager attention is tried; where packed or shared rows differ from
+separate ones, or cannot be computed, each pair or each answer gets its own row. A model with weights or
+log-probs that are not finite is refused. Whatever an architecture does with positions,
 masks or state, it is found here and not in the results of a run.
 """
 
@@ -27,6 +28,7 @@ from tbpo_ray.data.shards import TOKEN_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.models.attention import stateful_layers
 from tbpo_ray.training.batch import BatchLayout, collate_columns
+from tbpo_ray.training.finite_weights import refuse_non_finite_scores, refuse_non_finite_weights
 from tbpo_ray.training.scorer import PairScorer
 
 PLAIN_TOKENS = 1024
@@ -70,6 +72,7 @@ class ScoringChoice:
 
     attention: str
     shared_prompt: bool
+    packed: bool = False
     sentences: tuple[str, ...] = field(default=())
     """What differs from the configuration and why, for people."""
 
@@ -104,7 +107,9 @@ def check_scoring(
     layout: BatchLayout,
     *,
     key: str,
+    folder: str = "",
     shared_required: bool = False,
+    packing_required: bool = False,
     reload: Callable[[str], Any] | None = None,
 ) -> tuple[Any, ScoringChoice]:
     """Find the layout and the attention with which a model computes right log-probs.
@@ -113,20 +118,24 @@ def check_scoring(
         model: a causal model without an adapter, on its device.
         layout: of the run's batches; `shared_prompt` says whether shared rows are intended.
         key: configuration key and value that name the model, for messages.
+        folder: the model's folder, for messages.
         shared_required: refuse instead of using separate rows (`training.shared_prompt=true`).
+        packing_required: refuse instead of giving each pair its own row (`training.packing=true`).
         reload: loads the model with another attention implementation; used for models that cannot switch.
 
     Returns:
         The model with the attention of the choice, and the choice.
 
     Raises:
-        InputError: log-probs are wrong in every way, or shared rows are required and wrong.
+        InputError: log-probs are wrong in every way or not finite, or rows that are required are wrong.
     """
-    check = _Check(model, pairs, layout, key, reload)
+    refuse_non_finite_weights(model, key, folder)
+    check = _Check(model, pairs, layout, key, folder, reload)
     with torch.no_grad():
         attention, sentences = check.attention()
+        sentences += check.packed_rows(required=packing_required)
         shared, more = check.shared_rows(required=shared_required)
-    return check.model, ScoringChoice(attention, shared, (*sentences, *more))
+    return check.model, ScoringChoice(attention, shared, check.layout.packed, (*sentences, *more))
 
 
 class _Check:
@@ -136,9 +145,11 @@ class _Check:
         pairs: CheckPairs,
         layout: BatchLayout,
         key: str,
+        folder: str,
         reload: Callable[[str], Any] | None,
     ):
-        self.model, self.pairs, self.layout, self.key, self.reload = model, pairs, layout, key, reload
+        self.model, self.pairs, self.layout, self.reload = model, pairs, layout, reload
+        self.key, self.folder = key, folder
         self.device = next(model.parameters()).device
         self.scorer = PairScorer(model).eval()
         self.tolerance = Tolerance(0.0, 0.0, 0.0, averaged=False)
@@ -190,39 +201,60 @@ class _Check:
                 "model, or its configuration makes it attend to later tokens; give a causal one"
             )
 
-    def shared_rows(self, *, required: bool) -> tuple[bool, tuple[str, ...]]:
-        """Whether shared rows agree with separate ones."""
-        packed = self.layout.packed
-        if not packed and (not self.layout.shared_prompt or self.layout.sides < 2):
-            return self.layout.shared_prompt, ()
-        layers = stateful_layers(self.model.config)
-        if layers is not None:
-            # A convolution changes only the first tokens of an answer, which a mean over tokens may hide.
-            off, failure = float("inf"), f"{layers} carry one answer over into the next"
-        else:
-            off, failure = self._deviation(self._shared_pairs, self._separate_pairs())
-        if packed and not self.scorer.pair_attention:
+    def packed_rows(self, *, required: bool) -> tuple[str, ...]:
+        """Whether packed rows agree with separate ones; otherwise the layout no longer has them.
+
+        Returns:
+            What is done differently, for people.
+        """
+        if not self.layout.packed:
+            return ()
+        off, failure = self._rows_deviation("one pair")
+        if not self.scorer.pair_attention:
             failure = "the model has no gathered attention, without which such rows take too much memory"
         elif off <= self.tolerance.shared:
-            return self.layout.shared_prompt, ()
-        cause = (
-            f"cannot be computed ({failure})"
-            if failure
-            else f"give log-probs that differ by {off:.2g} per token (tolerance {self.tolerance.shared:.2g})"
-        )
-        if packed:
-            # The run's micro-batches are made for packed rows; other rows would not fit into their budget.
+            return ()
+        sentence = f"{self.key}: rows with several pairs {self._cause(off, failure)}"
+        if required:
             raise InputError(
-                f"training.packing: {self.key}: rows with several pairs {cause}; set training.packing=false "
-                f"for {type(self.model).__name__}"
+                f"training.packing=true: {sentence}; set training.packing=false for "
+                f"{type(self.model).__name__}"
             )
-        sentence = f"{self.key}: rows with both answers behind one prompt {cause}"
+        self.layout = replace(self.layout, packed=False)
+        return (f"{sentence}; each pair gets its own row (training.packing=false)",)
+
+    def shared_rows(self, *, required: bool) -> tuple[bool, tuple[str, ...]]:
+        """Whether shared rows agree with separate ones."""
+        # Packed rows are shared ones, and have been compared already.
+        if self.layout.packed or not self.layout.shared_prompt or self.layout.sides < 2:
+            return self.layout.shared_prompt, ()
+        off, failure = self._rows_deviation("one answer")
+        if off <= self.tolerance.shared:
+            return True, ()
+        sentence = f"{self.key}: rows with both answers behind one prompt {self._cause(off, failure)}"
         if required:
             raise InputError(
                 f"training.shared_prompt=true: {sentence}; must be false or unset for "
                 f"{type(self.model).__name__}"
             )
         return False, (f"{sentence}; each answer gets its own row (training.shared_prompt=false)",)
+
+    def _rows_deviation(self, part: str) -> tuple[float, str]:
+        """How far rows of the layout are from separate ones, and why they cannot be computed.
+
+        Args:
+            part: what a row has several of, for messages.
+        """
+        layers = stateful_layers(self.model.config)
+        if layers is not None:
+            # A convolution changes only the first tokens of an answer, which a mean over tokens may hide.
+            return float("inf"), f"{layers} carry {part} over into the next"
+        return self._deviation(self._shared_pairs, self._separate_pairs())
+
+    def _cause(self, off: float, failure: str) -> str:
+        if failure:
+            return f"cannot be computed ({failure})"
+        return f"give log-probs that differ by {off:.2g} per token (tolerance {self.tolerance.shared:.2g})"
 
     def _separate(self, columns: dict[str, list[np.ndarray]]) -> list[Tensor]:
         return self._logps(columns, replace(self.layout, shared_prompt=False, packed=False))
@@ -244,6 +276,9 @@ class _Check:
         """Log-probs from the model's own forward pass, and how much they vary with the length of the row.
 
         Positions beyond `ANSWER_POSITIONS` are NaN.
+
+        Raises:
+            InputError: log-probs are not finite.
         """
         before = self.model.config._attn_implementation
         model = self.model
@@ -265,6 +300,7 @@ class _Check:
                         size = min(size, len(opposite))
                     rows.append((prompt, answer[:size]))
             logps = [_plain_row(model, prompt, answer, self.device) for prompt, answer in rows]
+            refuse_non_finite_scores(model, logps, self.key, self.folder)
             prompt, answer = rows[0]
             longer = _plain_row(model, prompt, answer, self.device, extra=prompt)
             noise = _distance([longer], [logps[0]], averaged=_is_averaged(model))
@@ -308,7 +344,10 @@ def attention_name(model: Any) -> str:
 def _plain_row(
     model: Any, prompt: np.ndarray, answer: np.ndarray, device: torch.device, extra: np.ndarray | None = None
 ) -> Tensor:
-    """[tokens] log-probs of an answer; `extra` tokens behind it lengthen the row without any effect."""
+    """[tokens] log-probs of an answer; `extra` tokens behind it lengthen the row without any effect.
+
+    Values that are not finite are minus infinity, and those that were not computed are NaN.
+    """
     ids = np.concatenate([prompt, answer] + ([extra] if extra is not None else []))
     tokens = np.unique(np.linspace(0, len(answer) - 1, min(len(answer), ANSWER_POSITIONS)).astype(np.int64))
     positions = torch.from_numpy(len(prompt) - 1 + tokens).to(device)
@@ -319,9 +358,8 @@ def _plain_row(
         logits = model(**arguments).logits[0][positions]
     labels = torch.from_numpy(answer[tokens]).to(device)
     out = torch.full((len(answer),), float("nan"), device=device)
-    out[torch.from_numpy(tokens).to(device)] = (
-        logits.float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-    )
+    found = logits.float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    out[torch.from_numpy(tokens).to(device)] = found.masked_fill(~found.isfinite(), float("-inf"))
     return out
 
 

@@ -34,7 +34,13 @@ from tbpo_ray.training.readback import Readback
 from tbpo_ray.training.restore import find_resume_point
 from tbpo_ray.training.resume_checks import generator_source
 from tbpo_ray.training.run_paths import RunPaths
-from tbpo_ray.training.run_plan import evaluation_schedule, make_schedule, resolve_run
+from tbpo_ray.training.run_plan import (
+    OtherRowsError,
+    check_rows,
+    evaluation_schedule,
+    make_schedule,
+    resolve_run,
+)
 from tbpo_ray.training.saver import Cadence, CheckpointError, Saver, finite
 from tbpo_ray.training.state import fragment_tensors, load_fragments
 
@@ -61,6 +67,8 @@ def train_loop(payload: dict[str, Any]) -> dict[str, Any]:
     except InputError as error:
         # Likewise on all ranks: the model or a combination of settings is at fault, not the workers.
         return {"refused": str(error)}
+    except OtherRowsError as error:
+        return {"other_rows": (error.changes, error.sentence)}
     return worker.run()
 
 
@@ -117,6 +125,8 @@ class Worker:
         self.schedule = make_schedule(self.plan, self.prepared.lengths())
         self.eval_data = PreparedPairs.load(run_paths.prepared_eval) if run_paths.prepared_eval else None
         self.components = build_components(self.plan, run_paths, self.device)
+        layout, said = self.components.layout, "; ".join(self.components.sentences)
+        check_rows(self.plan, packed=layout.packed, shared_prompt=layout.shared_prompt, sentence=said)
         self.engine = Engine(self.components.scorer, without_partitions(config, self.world), self.device)
         head = self.components.head
         self.head_optimizer = (

@@ -13,7 +13,7 @@ from tbpo_ray.cluster.error_summary import error_summary
 from tbpo_ray.cluster.fit import fit_to_cluster
 from tbpo_ray.cluster.placement import wait_for_resources
 from tbpo_ray.cluster.session import start_ray
-from tbpo_ray.config.loading import to_tree, to_yaml
+from tbpo_ray.config.loading import stage_config, to_tree, to_yaml
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.preparation import find_sources
 from tbpo_ray.data.shards import PreparedPairs
@@ -41,11 +41,12 @@ from tbpo_ray.training.resume_checks import (
 )
 from tbpo_ray.training.run_paths import RunPaths
 from tbpo_ray.training.run_plan import (
+    OtherRowsError,
     RunPlan,
     check_shared_prompt,
     make_schedule,
     resolve_run,
-    settle_packing,
+    settle_rows,
 )
 from tbpo_ray.training.run_result import RunResult
 from tbpo_ray.training.token_weight_cache import check_token_weights, token_weights
@@ -202,7 +203,7 @@ def _train(
     check_store(plan.config)
     _check_sources(plan.config)
     models = resolve_models(plan)
-    plan, notes = settle_packing(plan, dict(zip(_MODEL_KEYS, models, strict=True)))
+    plan, notes = settle_rows(plan, dict(zip(_MODEL_KEYS, models, strict=True)))
     for note in notes:
         log_progress(note)
     start_ray()
@@ -220,7 +221,7 @@ def _train(
         _await_workers(plan.config, inputs.model)
         result = _reached_end(plan, run_paths, inputs.data)
         if result is None:
-            result = run_workers(plan, run_paths, inputs.data, tracker, on_row)
+            result = _run_workers(plan, run_paths, inputs.data, tracker, on_row)
         if export:
             _export(plan.config, run_paths, tracker, result)
         last_row = _last_row(folder)
@@ -229,6 +230,20 @@ def _train(
         write_atomic(folder / DONE, json.dumps({"step": result["step"]}))
         tracker.log_artifact(folder / "metrics.jsonl")
     return RunResult(folder, folder / "export", tracker.run_id, last_row)
+
+
+def _run_workers(
+    plan: RunPlan, run_paths: RunPaths, data: PreparedPairs, tracker: Tracker, on_row: OnRow | None
+) -> dict[str, Any]:
+    """Run the workers; once more with other rows where the self-check finds those of the plan wrong."""
+    try:
+        return run_workers(plan, run_paths, data, tracker, on_row)
+    except OtherRowsError as error:
+        changed = ", ".join(f"{key}={str(value).lower()}" for key, value in error.changes.items())
+        log_progress(f"{error.sentence}; the workers start again with {changed}")
+        plan = resolve_run(stage_config(plan.config, error.changes))
+    write_atomic(plan.run_dir / "config.yaml", to_yaml(plan.config))
+    return run_workers(plan, run_paths, data, tracker, on_row)
 
 
 def _plan_memory(plan: RunPlan, inputs: Inputs) -> RunPlan:

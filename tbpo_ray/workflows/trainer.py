@@ -21,7 +21,7 @@ from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.metrics_follower import Follower
 from tbpo_ray.training.run_paths import RunPaths
-from tbpo_ray.training.run_plan import RunPlan, make_schedule
+from tbpo_ray.training.run_plan import OtherRowsError, RunPlan, make_schedule
 
 OnRow = Callable[[dict[str, Any]], None]
 
@@ -50,6 +50,7 @@ def run_workers(
 
     Raises:
         InputError: the workers found a model that cannot train with this configuration.
+        OtherRowsError: the self-check chose other rows than those of the plan's micro-batches.
         RunFailedError: the workers failed, or ended before the last step.
     """
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -84,6 +85,8 @@ def run_workers(
     value: dict[str, Any] = outcome.return_value or {}
     if "refused" in value:
         raise InputError(*value["refused"].splitlines())
+    if "other_rows" in value:
+        raise OtherRowsError(*value["other_rows"])
     if "failed" in value:
         raise RunFailedError(f"run {name}: {value['failed']}")
     if value.get("step") != total:

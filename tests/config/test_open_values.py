@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from tbpo_ray.config.engine_options import ENGINE_KINDS
 from tbpo_ray.config.loading import load_config, stage_config, to_tree, to_yaml, validate
-from tbpo_ray.config.open_values import BENCHMARK_TYPES, JUDGE_TYPES
+from tbpo_ray.config.open_values import BENCHMARK_TYPES, ENGINE_REFUSED, JUDGE_KEYS, JUDGE_TYPES
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.harness import BenchmarkSettings
 from tbpo_ray.evaluation.llm_judge import LlmSettings
@@ -147,6 +148,7 @@ def test_deepspeed_options_that_agree_with_the_precision_are_accepted():
         ("generation.engine={max_num_seqs: many}", "generation.engine.max_num_seqs='many'"),
         ("generation.engine={gpu_memory_utilisation: 0.5}", "generation.engine.gpu_memory_utilization"),
         ("generation.engine={enforce_eager: 1}", "generation.engine.enforce_eager=1"),
+        ("generation.engine={load_format: dummy}", "generation.engine.load_format='dummy': not supported"),
         ("model.lora=small", "model.lora='small'"),
         ("model.lora={target_modules: {a: b}}", "model.lora.target_modules={'a': 'b'}"),
         ("data.template_kwargs={messages: 1}", "data.template_kwargs"),
@@ -167,6 +169,43 @@ def test_other_malformed_mappings(override, key):
     with pytest.raises(InputError) as caught:
         load_config(None, [override])
     assert any(key in fault for fault in caught.value.faults), caught.value.faults
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE_REFUSED))
+def test_engine_options_that_sample_from_something_else_are_refused(name):
+    with pytest.raises(InputError, match=rf"generation\.engine\.{name}='?x'?: not supported, since samples"):
+        load_config(None, [f"generation.engine={{{name}: x}}"])
+
+
+def test_weights_are_loaded_in_every_format_that_reads_them():
+    for value in ("safetensors", "auto", "null"):
+        engine = load_config(None, [f"generation.engine={{load_format: {value}}}"]).generation.engine
+        assert engine == {"load_format": None if value == "null" else value}
+
+
+@pytest.mark.parametrize(
+    ("judge", "fault"),
+    [
+        ("{kind: llm, foo: 1}", "foo: unknown key; the nearest known one is evaluation.judge."),
+        ("{kind: llm, pool: p, concurency: 1}", "concurency: unknown key; the nearest known one is "
+         "evaluation.judge.concurrency"),
+        ("{kind: llm, function: f}", "function: unknown key; .* (kind: llm)"),
+        ("{kind: reward_model, modell: m}", "modell: unknown key; the nearest known one is "
+         "evaluation.judge.model"),
+        ("{kind: checker, url: u}", "url: unknown key; .* (kind: checker)"),
+        ("{kind: implicit, model: m}", "model: unknown key; .* (kind: implicit)"),
+        ("{url: 'http://h'}", "url: unknown key; .* (kind: checker)"),
+    ],
+)  # fmt: skip
+def test_settings_that_a_kind_of_judge_does_not_have(judge, fault):
+    pattern = re.escape("evaluation.judge." + fault).replace(r"\.\*", ".*")
+    with pytest.raises(InputError, match=pattern):
+        load_config(None, [f"evaluation.judge={judge}"])
+
+
+def test_every_kind_of_judge_accepts_the_keys_that_its_class_reads():
+    assert set(JUDGE_KEYS["llm"]) == set(LlmSettings.model_fields)
+    assert {key for keys in JUDGE_KEYS.values() for key in keys} | {"kind"} == set(JUDGE_TYPES)
 
 
 def test_settings_of_judges_and_benchmarks_have_the_types_of_their_models():
@@ -219,10 +258,15 @@ def test_engine_options_have_the_types_of_vllm():
     assert set(ENGINE_KINDS) - set(found) == {"swap_space"}  # of older versions
 
 
-@pytest.mark.parametrize("name", sorted(name for name, kind in ENGINE_KINDS.items() if kind is str))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name, kind in ENGINE_KINDS.items()
+        if kind is str and name not in ("model", "load_format", *ENGINE_REFUSED)
+    ),
+)
 def test_a_text_of_an_engine_is_taken_as_typed(name):
-    if name == "model":
-        return
     assert load_config(None, [f"generation.engine={{{name}: 007}}"]).generation.engine == {name: "007"}
 
 
@@ -262,7 +306,8 @@ FULL: dict[str, Any] = {
     "generation": {
         "max_tokens": 8, "engines": [1, 2],
         "engine": {
-            "max_num_seqs": 4, "dtype": "float32", "hf_overrides": {"a": 1}, "cudagraph_capture_sizes": [1],
+            "max_num_seqs": 4, "dtype": "float32", "additional_config": {"a": 1},
+            "cudagraph_capture_sizes": [1],
         },
     },
     "evaluation": {
@@ -317,7 +362,7 @@ def test_junk_anywhere_is_refused_by_its_key_or_accepted_whole(path):
         else:
             again = validate(to_tree(config))  # a default such as 600 is then 600.0
             assert repr(validate(to_tree(again))) == repr(again)
-    assert refused or path[0] == "sft" or path[1] == "template_kwargs" or "hf_overrides" in path
+    assert refused or path[0] == "sft" or path[1] == "template_kwargs" or "additional_config" in path
 
 
 @pytest.mark.parametrize("section", sorted(FULL))

@@ -168,11 +168,11 @@ def test_an_open_value_never_loses_what_was_typed(tmp_path, text, value):
         assert all(same(item) for item in (kwargs["a"], *kwargs.get("b", [])))
     file = tmp_path / "c.yaml"
     file.write_text(
-        f"generation: {{engine: {{hf_overrides: {{rope: {{a: {text}}}}}}}}}\n"
+        f"generation: {{engine: {{additional_config: {{rope: {{a: {text}}}}}}}}}\n"
         f"sft: {{data.template_kwargs: {{a: {text}}}}}\n"
     )
     config = load_config(file)
-    assert same(config.generation.engine["hf_overrides"]["rope"]["a"])
+    assert same(config.generation.engine["additional_config"]["rope"]["a"])
     assert same(config.sft["data.template_kwargs"]["a"])
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(file) == config

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tbpo_ray.config.loading import load_config, read_space
+from tbpo_ray.config.loading import load_config, read_space, read_stored
 from tbpo_ray.errors import InputError
 
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -125,3 +125,26 @@ def test_a_date_that_does_not_exist_is_a_text(tmp_path):
     (fault,) = refusal.value.faults
     assert fault.startswith("training.max_steps='2026-02-30'")
     assert load_config(file, ["training.max_steps=3"]).run.name == "2026-02-30"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line", "value"),
+    [
+        ("sft:\n  training.epochs: 1\n  training:\n    epochs: 2\n", "sft.training.epochs", 4, 2),
+        ("sft:\n  training:\n    epochs: 2\n  training.epochs: 1\n", "sft.training.epochs", 4, 1),
+    ],
+)
+def test_the_configuration_of_a_finished_run_may_name_a_key_of_a_stage_twice(
+    tmp_path, capsys, text, key, line, value
+):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{text}run: {{name: a}}\n")
+    stored = read_stored(file)
+    assert stored == {"sft": {"training": {"epochs": value}}, "run": {"name": "a"}}
+    said = capsys.readouterr().err
+    assert f"{file}: line {line}: the key '{key}' is given twice" in said
+    with pytest.raises(InputError, match=rf"line {line}.*is given twice"):
+        load_config(file)
+    file.write_text("sft: {training.epochs: 1, training.seed: 3}\nrun: {name: a}\nrun.name: b\n")
+    with pytest.raises(InputError, match=r"line 3.*'run\.name' is given twice"):
+        read_stored(file)

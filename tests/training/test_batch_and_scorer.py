@@ -10,8 +10,6 @@ import torch
 from transformers import (
     Lfm2Config,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     RwkvConfig,
 )
 
@@ -19,77 +17,35 @@ from tbpo_ray.config.loading import stage_config
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.objectives import MixedBaseline, build_objective
-from tbpo_ray.training import pair_attention
 from tbpo_ray.training.batch import collate
 from tbpo_ray.training.run_plan import check_shared_prompt, resolve_run
 from tbpo_ray.training.scorer import PairScorer, to_scores
 from tbpo_ray.training.step import PreferenceStep
-from tests.device.step_cases import VOCAB, gemma, llama
+from tests.device.step_cases import VOCAB, llama
+from tests.training.layout_checks import (
+    MODELS,
+    attention,
+    check_gradients_agree,
+    check_plain_scores,
+    pairs,
+)
 
-
-def mistral() -> MistralForCausalLM:
-    """A model with the same window in all layers, which its configuration does not list."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, sliding_window=5,
-    )  # fmt: skip
-    return MistralForCausalLM(config)
-
-
-MODELS = {"llama": llama, "eager": lambda: llama("eager"), "gemma3": gemma, "mistral": mistral}
-
-
-def pairs(count: int = 5, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    prompts = [rng.integers(3, VOCAB, rng.integers(1, 12)) for _ in range(count)]
-    answers = [[rng.integers(3, VOCAB, rng.integers(1, 10)) for _ in range(count)] for _ in range(2)]
-    return prompts, answers
-
-
-def plain_logps(model, prompt, answer) -> torch.Tensor:
-    ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
-    logits = model(input_ids=ids).logits[0].log_softmax(-1)
-    return torch.stack([logits[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
-
-
-@pytest.fixture(params=["gathered", "masked"])
-def attention(request, monkeypatch):
-    """Shared rows with gathered attention, as for long rows, and with a mask, as for short ones."""
-    monkeypatch.setattr(pair_attention, "gather_cost", lambda _: -1e9 if request.param == "gathered" else 1e9)
+__all__ = ["attention"]
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.usefixtures("attention")
 def test_scores_equal_the_plain_formula(make, shared):
-    model = make().eval()
-    prompts, answers = pairs()
-    batch = collate(prompts, answers, pad_id=0, shared=shared, truncate_to_shorter=False)
-    logp = PairScorer(model)(batch)[0]
-    for side in range(2):
-        for b, prompt in enumerate(prompts):
-            expected = plain_logps(model, prompt, answers[side][b])
-            torch.testing.assert_close(logp[side, b, : len(expected)], expected, atol=2e-5, rtol=1e-5)
-            assert not logp[side, b, len(expected) :].any()
+    check_plain_scores(make().eval(), shared=shared)
 
 
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_gradients_agree_between_layouts(make, checkpointed):
-    prompts, answers = pairs()
-    grads = []
-    for shared in (True, False):
-        model = make().train()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        scorer = PairScorer(model)
-        batch = collate(prompts, answers, pad_id=0, shared=shared, truncate_to_shorter=False)
-        logp = scorer(batch)[0]
-        (logp[0].sum() - 2 * logp[1].sum()).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
+    layouts = [{"shared": shared, "truncate_to_shorter": False} for shared in (True, False)]
+    check_gradients_agree(make, layouts, checkpointed=checkpointed)
 
 
 @pytest.mark.parametrize("name", ["tbpo_q", "tbpo_a"])

@@ -10,7 +10,8 @@ import torch
 
 from tbpo_ray.training.batch import BatchLayout, collate, collate_columns
 from tbpo_ray.training.scorer import PairScorer
-from tests.training.test_batch_and_scorer import MODELS, llama, pairs, plain_logps
+from tests.device.step_cases import llama
+from tests.training.layout_checks import MODELS, pairs, plain_logps
 
 
 def masks(answers, seed=1):

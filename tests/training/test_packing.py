@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,62 +10,48 @@ import pytest
 import torch
 from transformers import BloomConfig, Lfm2Config
 
-from tbpo_ray.config.loading import load_config
+from tbpo_ray.config.loading import load_config, stage_config
 from tbpo_ray.data.schedule import row_tokens
 from tbpo_ray.errors import InputError
-from tbpo_ray.training import pair_attention
 from tbpo_ray.training.batch import BatchLayout, collate, collate_columns
 from tbpo_ray.training.run_plan import (
+    OtherRowsError,
+    check_rows,
     check_shared_prompt,
     evaluation_schedule,
     make_schedule,
     resolve_run,
     settle_packing,
+    settle_rows,
 )
 from tbpo_ray.training.scorer import PairScorer
-from tests.training.test_batch_and_scorer import MODELS, VOCAB, llama, pairs, plain_logps
+from tests.device.step_cases import VOCAB, llama
+from tests.training.layout_checks import (
+    MODELS,
+    attention,
+    check_gradients_agree,
+    check_plain_scores,
+    pairs,
+)
 from tests.training.test_self_check import GEMMA2, GPT_NEO, LLAMA, components, prepared, save
 
-__all__ = ["prepared", "save"]
-
-
-@pytest.fixture(params=["gathered", "masked"])
-def attention(request, monkeypatch):
-    """Packed rows with gathered attention, as in training, and with a mask, as for very short ones."""
-    monkeypatch.setattr(pair_attention, "gather_cost", lambda _: -1e9 if request.param == "gathered" else 1e9)
+__all__ = ["attention", "prepared", "save"]
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("sides", [1, 2])
 @pytest.mark.usefixtures("attention")
 def test_packed_scores_equal_the_plain_formula(make, sides):
-    model = make().eval()
-    prompts, answers = pairs()
-    batch = collate(prompts, answers[:sides], pad_id=0, shared=False, packed=True, truncate_to_shorter=False)
+    batch = check_plain_scores(make().eval(), shared=False, packed=True, sides=sides)
     assert batch.shared and batch.input_ids.shape[0] == 1
-    logp = PairScorer(model)(batch)[0]
-    for side in range(sides):
-        for b, prompt in enumerate(prompts):
-            expected = plain_logps(model, prompt, answers[side][b])
-            torch.testing.assert_close(logp[side, b, : len(expected)], expected, atol=2e-5, rtol=1e-5)
-            assert not logp[side, b, len(expected) :].any()
 
 
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_gradients_of_packed_and_padded_rows_agree(make, checkpointed):
-    prompts, answers = pairs()
-    grads = []
-    for packed in (True, False):
-        model = make().train()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = collate(prompts, answers, pad_id=0, shared=True, packed=packed, truncate_to_shorter=True)
-        logp = PairScorer(model)(batch)[0]
-        (logp[0].sum() - 2 * logp[1].sum()).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
+    layouts = [{"shared": True, "packed": packed, "truncate_to_shorter": True} for packed in (True, False)]
+    check_gradients_agree(make, layouts, checkpointed=checkpointed)
 
 
 def test_a_packed_row_holds_no_padding_but_at_its_end():
@@ -158,10 +145,50 @@ def test_the_self_check_covers_packed_rows(save, prepared):
     budget = "training.micro_batch_tokens=4096"
     found = components(save(LLAMA), prepared, budget)
     assert found.layout.packed and found.sentences == ()
-    # GPT-Neo's rows of several answers are wrong, and Gemma 2 has eager attention.
-    for name in (GPT_NEO, GEMMA2):
-        with pytest.raises(InputError, match=r"training\.packing: .*training\.packing=false"):
-            components(save(name), prepared, budget)
+    # GPT-Neo's rows of several answers are wrong, Gemma 2 has eager attention, and LFM2 carries a state.
+    for name, shared in ((GPT_NEO, False), (GEMMA2, True), ("lfm2, convolution", False)):
+        model = save(name)
+        fallen = components(model, prepared, budget)
+        assert (fallen.layout.packed, fallen.layout.shared_prompt) == (False, shared)
+        assert "rows with several pairs" in fallen.sentences[0]
+        assert "each pair gets its own row (training.packing=false)" in fallen.sentences[0]
+        assert len(fallen.sentences) == (1 if shared else 2)
+        with pytest.raises(InputError, match=r"training\.packing=true: .*training\.packing=false"):
+            components(model, prepared, budget, "training.packing=true")
+
+
+def test_micro_batches_are_made_again_for_the_rows_that_the_self_check_chose():
+    budget = "training.micro_batch_tokens=4096"
+    for packed, shared, changes in (
+        (True, True, {}),
+        (False, True, {"training.packing": False}),
+        (False, False, {"training.packing": False, "training.shared_prompt": False}),
+    ):
+        found = {}
+        try:
+            check_rows(plan(budget), packed=packed, shared_prompt=shared, sentence="why")
+        except OtherRowsError as error:
+            found = pickle.loads(pickle.dumps(error)).changes
+            assert str(error) == "why"
+        assert found == changes
+        settled = resolve_run(stage_config(plan(budget).config, changes))
+        check_rows(settled, packed=packed, shared_prompt=shared, sentence="")
+    # Without a budget of tokens the micro-batches stay as they are; SFT has one answer in a row.
+    check_rows(plan(), packed=False, shared_prompt=False, sentence="")
+    check_rows(
+        plan(budget, "training.packing=false", "objective.name=sft"),
+        packed=False, shared_prompt=False, sentence="",
+    )  # fmt: skip
+
+
+def test_a_model_with_a_state_has_separate_rows_in_the_plan_of_a_budget(tmp_path):
+    sizes: Any = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Lfm2Config(**sizes, layer_types=["conv", "full_attention"]).save_pretrained(tmp_path / "conv")
+    llama().config.save_pretrained(tmp_path / "llama")
+    folders = {"model.reference": str(tmp_path / "llama"), "model.name_or_path": str(tmp_path / "conv")}
+    settled, (note,) = settle_rows(plan("training.micro_batch_tokens=4096"), folders)
+    assert settled.rows == "separate" and "training.packing=false" in note
+    assert settle_rows(plan(), folders) == (plan(), [])
 
 
 def test_the_pairs_of_an_evaluation_keep_the_budget_too():

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tbpo_ray.config.loading import load_config, to_tree
@@ -225,3 +226,47 @@ def test_a_model_that_looks_ahead_is_refused(save, prepared):
     components(save(name), prepared)
     with pytest.raises(InputError, match=r"model.name_or_path=.*not a causal language model"):
         components(save(name, use_bidirectional_attention=True), prepared)
+
+
+def spoil(model: str, tensor: str, value: float, at: tuple[int, ...] = (0, 0)) -> Path:
+    """Put a value into a tensor of a saved model; returns its file."""
+    for file in Path(model).glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensor in tensors:
+            tensors[tensor][at] = value
+            save_file(tensors, file, {"format": "pt"})
+            return file
+    raise AssertionError(f"{tensor} is not in {model}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(save, prepared, tensor, value):
+    model = save(LLAMA)
+    file = spoil(model, tensor, value, at=(-1, -1))  # of the embedding, a token that no pair has
+    with pytest.raises(InputError, match=rf"the tensor {tensor} \({file}\) has 1 values of \d+ that are not"):
+        components(model, prepared)
+    # The reference of a run is checked as its policy is.
+    other = ("training.reference_scores=live", f"model.reference={model}")
+    config = load_config(None, [f"model.name_or_path={model}", "objective.name=dpo", *other])
+    with pytest.raises(InputError, match=rf"^model\.reference={model}: the tensor {tensor}"):
+        load_checked(resolve_run(config), model, CPU, select_pairs([prepared]), key="model.reference")
+
+
+def test_the_shard_that_holds_a_weight_that_is_not_finite_is_named(save, prepared):
+    model = save(LLAMA)
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(model, max_shard_size="20KB")
+    (Path(model) / "model.safetensors").unlink(missing_ok=True)
+    file = spoil(model, "model.layers.0.self_attn.q_proj.weight", float("nan"))
+    assert "-of-" in file.name
+    with pytest.raises(InputError, match=f"q_proj.weight .{file}. has 1 values"):
+        components(model, prepared)
+
+
+def test_log_probs_that_overflow_are_refused_though_all_weights_are_finite(save, prepared):
+    model = save(LLAMA)
+    spoil(model, "model.norm.weight", 3e38, at=(slice(None),))
+    with pytest.raises(
+        InputError, match=r"log-probs of the run's first pairs are not finite; all of its w"
+    ):
+        components(model, prepared)
