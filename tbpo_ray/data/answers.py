@@ -9,24 +9,29 @@ and the user's words between them are context, not trained.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 from tbpo_ray.data.rejection_reasons import RecordError
-from tbpo_ray.models.chat import ChatTemplate, Message, function_of, part_text
-from tbpo_ray.models.turn_tokens import THOUGHT_FIELDS, TemplateRefusedError
+from tbpo_ray.data.template_alterations import (
+    alters_prompt,
+    alters_turn,
+    argument_words,
+    opens,
+    says_something,
+    spoken_texts,
+)
+from tbpo_ray.models.chat import ChatTemplate, Message, function_of
+from tbpo_ray.models.turn_tokens import TemplateRefusedError
 
 _OPENED_MARKER = re.compile(r"[<\[|/]+$")
 """The beginning of a marker such as `<think>` at the end of a text."""
 
 _WORD = re.compile(r"\w+")
 _MARKER = re.compile(r"<[^<>\s]+>\Z")
-_PLAIN_WORDS = re.compile(r"[A-Za-z0-9_ .,-]+")
 _MARKUP = re.compile(
     r"^\s|\s\Z|^\Z|[<>\[\]{}|\\`/\u2190-\u25ff\u27c0-\u2bff\u3008-\u301b\uff5c\U000e0000-\U0010ffff]"
 )
@@ -184,7 +189,7 @@ class AnswerRenderer:
         """
         inside = {match.group() for match in self.special.finditer(as_last)} - {self.end}
         match = next((match for match in self.special.finditer(text) if match.group() not in inside), None)
-        if match is None or match.group() != self.end or _altered(turn, text[: match.start()]):
+        if match is None or match.group() != self.end or alters_turn(turn, text[: match.start()]):
             raise NotPrefixStableError("a turn of the answer changes once others follow")
         return text[: match.end()]
 
@@ -246,14 +251,14 @@ class _Task:
         spoken = [turn for turn in turns if turn["role"] == "assistant"]
         written = [segment.text for segment in segments if segment.trained]
         for turn, text in zip(spoken, written, strict=True):
-            if _says_something(turn) and not self.renderer.special.sub("", text).strip():
+            if says_something(turn) and not self.renderer.special.sub("", text).strip():
                 raise RecordError("answer_without_tokens", "the chat template hides a turn of the assistant")
         # The first turn may begin with a marker that the generation prompt has opened already.
         opened = _MARKER.search(start.rstrip())
-        if opened is not None and _opens(opened.group(), spoken[0], written[0]):
+        if opened is not None and opens(opened.group(), spoken[0], written[0]):
             spoken = [{**spoken[0], "content": None}, *spoken[1:]]
         return any(
-            _altered(turn, text) or any(word not in text for word in _argument_words(turn))
+            alters_turn(turn, text) or any(word not in text for word in argument_words(turn))
             for turn, text in zip(spoken, written, strict=True)
         )
 
@@ -277,7 +282,7 @@ class _Task:
                 text = self.renderer.cut(whole[start:], last=True)
             else:
                 text = self._inner_turn(whole, start, [*self.prompt, *turns[: k + 1]])
-            if not text and (k == 0 or _says_something(turn)):
+            if not text and (k == 0 or says_something(turn)):
                 raise NotPrefixStableError("the template writes nothing for a turn of the answer")
             segments.append(Segment(text, True))
             reached = start + len(text)
@@ -299,7 +304,7 @@ class _Task:
             # Some templates write an end only behind the last turn.
             body = text.removesuffix("".join(renderer.ends)).rstrip()
             follows = whole[start + len(body) :].lstrip()
-            same = body and whole.startswith(body, start) and not _altered(known[-1], body)
+            same = body and whole.startswith(body, start) and not alters_turn(known[-1], body)
             if same and not follows.startswith(renderer.ends):
                 self.notes.append("turn_without_end")
                 return body
@@ -318,7 +323,7 @@ class _Task:
         # A turn that others follow, or that only calls tools, may have another header than the last answer.
         if following[1:] and (within := frame(rest=following[1:])) is not None:
             yield within
-        if not any(_texts(following[0])) and opening.startswith(alone) and whole.startswith(alone):
+        if not any(spoken_texts(following[0])) and opening.startswith(alone) and whole.startswith(alone):
             yield alone, whole[len(alone) :]
 
     def _start(self, known: Sequence[Message], opening: str, whole: str, following: Sequence[Message]) -> int:
@@ -361,79 +366,6 @@ def _like(
     return start, [Segment(turns[0]["content"] + written[len(content) :], True)]
 
 
-def _says_something(turn: Message) -> bool:
-    """Whether an assistant's turn has content, thoughts or tool calls."""
-    return bool(turn.get("tool_calls")) or any(_texts(turn))
-
-
-def _altered(turn: Message, text: str) -> bool:
-    """Whether the template does not write a turn as it is, such as without its thoughts or tool calls."""
-    return any(value not in text for value in (*_texts(turn), *_call_names(turn)))
-
-
-def _opens(marker: str, turn: Message, text: str) -> bool:
-    """Whether a turn is what the template writes for it behind a marker, up to white space."""
-    content = _content(turn).strip()
-    return content.startswith(marker) and "".join(content.split()) in "".join((marker + text).split())
-
-
-def _calls(turn: Message) -> list[Mapping[str, Any]]:
-    calls = turn.get("tool_calls")
-    return [function_of(call) for call in calls] if isinstance(calls, list) else []
-
-
-def _call_names(turn: Message) -> list[str]:
-    return [str(call["name"]) for call in _calls(turn) if call.get("name")]
-
-
-def _argument_words(turn: Message) -> Iterator[str]:
-    """The words in the arguments of a turn's calls.
-
-    Values that a template may escape or write in a notation of its own are not among them.
-    """
-    for call in _calls(turn):
-        arguments = call.get("arguments")
-        if isinstance(arguments, str):
-            with suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
-        if isinstance(arguments, Mapping):
-            words = (*arguments, *(value for value in arguments.values() if isinstance(value, str)))
-            yield from (word.strip() for word in words if _PLAIN_WORDS.fullmatch(word))
-
-
-def alters_prompt(prompt: Sequence[Message], text: str) -> bool:
-    """Whether a chat template does not write all turns of a prompt.
-
-    An assistant's thoughts do not count: most templates take them away from earlier turns.
-
-    Args:
-        text: what the template writes.
-    """
-    return any(_is_absent(value, text) for turn in prompt for value in _prompt_words(turn))
-
-
-def _prompt_words(turn: Message) -> Iterator[str]:
-    content = turn.get("content")
-    parts = content if isinstance(content, list) else [content]
-    for part in parts:
-        value = part_text([part]) if isinstance(part, Mapping) else part
-        if isinstance(value, str):
-            yield (value.rpartition("</think>")[2] if turn["role"] == "assistant" else value).strip()
-    yield from _call_names(turn)
-    yield from _argument_words(turn)
-
-
-def _is_absent(value: str, text: str) -> bool:
-    # Some templates write the results of tools as JSON text.
-    return value not in text and json.dumps(value, ensure_ascii=False)[1:-1] not in text
-
-
-def _texts(turn: Message) -> list[str]:
-    """The content and the thoughts of a turn without white space around them."""
-    values = (_content(turn), *(turn.get(name) for name in THOUGHT_FIELDS))
-    return [value.strip() for value in values if isinstance(value, str)]
-
-
 def _is_words(turns: Sequence[Message]) -> bool:
     """Whether an answer is one turn of text without markup and without white space around it."""
     if len(turns) != 1 or len(turns[0]) != 2:
@@ -448,39 +380,3 @@ def _common_prefix(a: str, b: str) -> str:
 
 
 __all__ = ["AnswerRenderer", "NotPrefixStableError", "RenderedAnswers", "Segment", "TemplateRefusedError"]
-
-
-def plain_text(messages: Sequence[Message]) -> str:
-    """A conversation without a template: the contents of its messages with blank lines between them."""
-    return "\n\n".join(_content(message) for message in messages)
-
-
-def plain_segments(turns: Sequence[Message]) -> list[Segment]:
-    """The turns of an answer without a template; those of users are context."""
-    segments = [Segment(_content(turns[0]), True)]
-    for turn in turns[1:]:
-        trained = turn["role"] == "assistant"
-        blank = Segment("\n\n", False)
-        segments += [blank, Segment(_content(turn), trained)]
-    return segments
-
-
-def _content(message: Message) -> str:
-    content = message.get("content")
-    return part_text(content) if isinstance(content, list) else content or ""
-
-
-def plain_refusal(
-    conversations: Sequence[Sequence[Message]], tools: Sequence[Mapping[str, Any]] | None
-) -> RecordError | None:
-    """Why a conversation cannot be written without a template."""
-    messages = [message for conversation in conversations for message in conversation]
-    if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        return RecordError(
-            "template_missing", "the conversation has tools, and the tokenizer no chat template"
-        )
-    for message in messages:
-        for name in THOUGHT_FIELDS:
-            if message.get(name):
-                return RecordError("template_missing", f"{name}: only a chat template writes it")
-    return None

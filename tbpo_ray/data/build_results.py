@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_ray.data.pair_sizes import ALL_COUNTS, TOKEN_COUNTS, compact, trained_tokens
 from tbpo_ray.data.rejection_reasons import rejection_counts
 from tbpo_ray.data.shard_writer import ChunkResult
 from tbpo_ray.data.shards import LENGTHS, MANIFEST, QUARANTINE
@@ -26,12 +27,13 @@ def merge_results(folder: Path, results: Sequence[ChunkResult]) -> dict[str, flo
     for result in results:
         total.update(result.counts)
     _merge_quarantine(folder, results)
-    lengths = np.concatenate(
-        [np.zeros((0, 3), np.int32), *(np.frombuffer(r.lengths, np.int32).reshape(-1, 3) for r in results)]
-    )
-    np.save(folder / LENGTHS, lengths)
+    chunks = [np.frombuffer(result.lengths, np.int32).reshape(-1, ALL_COUNTS) for result in results]
+    lengths = np.concatenate([np.zeros((0, ALL_COUNTS), np.int32), *chunks])
+    np.save(folder / LENGTHS, compact(lengths))
     hashes = np.concatenate([np.zeros(0, np.uint64), *(np.frombuffer(r.hashes, np.uint64) for r in results)])
-    prompt, chosen, rejected = (int(number) for number in lengths.sum(axis=0, dtype=np.int64))
+    prompt, chosen, rejected = lengths[:, :TOKEN_COUNTS].sum(axis=0, dtype=np.int64).tolist()
+    trained = trained_tokens(lengths).astype(np.int64)
+    context = dict(zip(("chosen", "rejected"), (chosen, rejected) - trained.sum(axis=0), strict=True))
     return {
         "records": sum(result.records for result in results),
         "pairs": len(lengths),
@@ -39,7 +41,8 @@ def merge_results(folder: Path, results: Sequence[ChunkResult]) -> dict[str, flo
         "prompt_tokens": prompt,
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
-        "tail_tokens": int(np.abs(lengths[:, 1] - lengths[:, 2]).sum(dtype=np.int64)),
+        **{f"{side}_context_tokens": int(number) for side, number in context.items() if number},
+        "tail_tokens": int(np.abs(trained[:, 0] - trained[:, 1]).sum()),
         # Copies that a weight asks for are not duplicates in the source.
         "duplicate_pairs": len(hashes) - len(np.unique(hashes)) - total["repeated_by_weight"],
         **dict(sorted(total.items())),

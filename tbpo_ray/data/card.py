@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tbpo_ray.config.schema import TrainingConfig
+from tbpo_ray.data.pair_sizes import TOKEN_COUNTS, trained_tokens
 from tbpo_ray.data.rejection_reasons import rejection_counts
 from tbpo_ray.data.schedule import Schedule
 from tbpo_ray.data.shards import PreparedPairs
@@ -18,10 +19,10 @@ CARD, FIGURE = "data_card.json", "data_card.png"
 _SIDES = ("prompt", "chosen", "rejected")
 _BINS = 40
 _RULES = (
-    "bos_added", "bos_repeated", "special_text_in_prompt", "special_text_in_answer", "prompt_truncated",
-    "chosen_truncated", "rejected_truncated", "masked_answers", "generation_prompt_differs",
-    "turn_without_end", "prompt_altered_by_template", "answer_altered_by_template", "answer_rendered_plain",
-    "tools_ignored_by_template",
+    "prompt_repeated", "bos_added", "bos_repeated", "special_text_in_prompt", "special_text_in_answer",
+    "prompt_truncated", "chosen_truncated", "rejected_truncated", "masked_answers",
+    "generation_prompt_differs", "turn_without_end", "prompt_altered_by_template",
+    "answer_altered_by_template", "answer_rendered_plain", "tools_ignored_by_template",
 )  # fmt: skip
 """Names of the counts of exceptional rules; see :mod:`tbpo_ray.data.tokenize` and its answers."""
 
@@ -29,12 +30,15 @@ _RULES = (
 def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -> dict[str, Any]:
     """Statistics of prepared pairs, with lengths in tokens and shares from 0 to 1.
 
+    The comparisons of chosen and rejected are about trained tokens, without those that are context only.
+
     Args:
         prepared: the pairs.
         training: also compute the padding share of its micro-batches, in random order and by length.
     """
-    lengths, counts = np.asarray(prepared.lengths()), prepared.counts
-    chosen, rejected = lengths[:, 1].astype(np.int64), lengths[:, 2].astype(np.int64)
+    sizes, counts = np.asarray(prepared.lengths()), prepared.counts
+    lengths = sizes[:, :TOKEN_COUNTS]
+    chosen, rejected = trained_tokens(sizes).astype(np.int64).T
     edges = np.unique(np.linspace(0, lengths.max() + 1, _BINS + 1).astype(int))
     reasons = rejection_counts(counts)
     card: dict[str, Any] = {
@@ -46,6 +50,7 @@ def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -
         "duplicate_pairs": int(counts["duplicate_pairs"]),
         "ties": {"skipped": int(counts.get("ties", 0)), "kept": int(counts.get("tie_pairs", 0))},
         "tokens": {side: int(counts[f"{side}_tokens"]) for side in _SIDES},
+        "context_tokens": {side: int(counts.get(f"{side}_context_tokens", 0)) for side in _SIDES[1:]},
         "lengths": {side: _summary(lengths[:, index]) for index, side in enumerate(_SIDES)},
         "histogram": {
             "edges": edges.tolist(),
@@ -68,7 +73,7 @@ def data_card(prepared: PreparedPairs, training: TrainingConfig | None = None) -
     }
     if training is not None:
         card["padding_share"] = {
-            name: _padding(lengths, training, name == "by_length") for name in ("random", "by_length")
+            name: _padding(sizes, training, name == "by_length") for name in ("random", "by_length")
         }
     return card
 
@@ -141,10 +146,12 @@ def _draw(card: dict[str, Any], prepared: PreparedPairs, file: Path) -> None:
         top[0].stairs(card["histogram"][side], edges, label=side, color=color)
     top[0].set(xlabel="tokens", ylabel="pairs", title="lengths")
     top[0].legend()
-    lengths = np.asarray(prepared.lengths())
-    top[1].hist(lengths[:, 1].astype(int) - lengths[:, 2], bins=_BINS, color="tab:blue")
+    chosen, rejected = trained_tokens(prepared.lengths()).astype(np.int64).T
+    top[1].hist(chosen - rejected, bins=_BINS, color="tab:blue")
     longer = card["length_bias"]["chosen_longer"]
-    top[1].set(xlabel="chosen - rejected, tokens", title=f"length bias: chosen is longer in {longer:.0%}")
+    top[1].set(
+        xlabel="chosen - rejected, trained tokens", title=f"length bias: chosen is longer in {longer:.0%}"
+    )
     shares = {f"{side} truncated": share for side, share in card["truncated"].items()}
     shares["tail beyond the shorter answer"] = card["tail_share"]
     shares |= {f"padding, {name}": share for name, share in card.get("padding_share", {}).items()}

@@ -24,6 +24,7 @@ from tbpo_ray.data.messages import (
     parse_transcript,
 )
 from tbpo_ray.data.rejection_reasons import RecordError
+from tbpo_ray.data.repeated_prompt import remove_prompt
 
 Turns = list[Message]
 
@@ -35,6 +36,9 @@ class SplitPair:
     prompt: Turns
     chosen: Turns
     rejected: Turns
+    repeats_prompt: bool = False
+    """Whether both answers are plain texts that repeated the prompt. It is taken off; the white space between
+    it and an answer is the beginning of the answer."""
 
 
 def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPair:
@@ -63,7 +67,10 @@ def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPai
         if is_blank(turns[-1]):
             raise RecordError(f"{name}_empty")
     start: Turns = []
+    repeats = False
     if explicit is not None:
+        without = _without_text(explicit, sides, (chosen, rejected))
+        repeats, sides = without is not None, without or sides
         start = _conversation_of(explicit[0], sides) if is_text else _without_answer(explicit, sides[0])
         start, sides = _remove_prompt(start, sides)
     shared = _boundary(start, *sides)
@@ -76,7 +83,7 @@ def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPai
         raise RecordError("prompts_differ", _first_difference(*answers))
     if [_stripped(turn) for turn in answers[0]] == [_stripped(turn) for turn in answers[1]]:
         raise RecordError("answers_identical", content_text(answers[0][-1])[:80])
-    return SplitPair(start, *answers)
+    return SplitPair(start, *answers, repeats_prompt=repeats)
 
 
 def prompt_before(prompt: Any, answer: Any) -> Turns:
@@ -138,6 +145,22 @@ def _answer_turns(value: Any, explicit: Turns | None, name: str, *, json_text: b
     if not parsed.strip():
         raise RecordError(f"{name}_empty")
     return [{"role": "assistant", "content": parsed}]
+
+
+def _without_text(explicit: Turns, sides: Sequence[Turns], values: Sequence[Any]) -> list[Turns] | None:
+    """Answers of plain text without the prompt that both repeat; None where they do not.
+
+    Args:
+        sides: the parsed values.
+    """
+    prompt = explicit[-1].get("content")
+    if explicit[-1]["role"] != "user" or not isinstance(prompt, str) or not prompt.strip():
+        return None
+    plain = [[{"role": "assistant", "content": value}] for value in values]
+    if list(sides) != plain or not all(isinstance(value, str) for value in values):
+        return None
+    rests = remove_prompt(prompt, *values)
+    return None if rests is None else [[{"role": "assistant", "content": rest}] for rest in rests]
 
 
 def _conversation_of(message: Message, sides: Sequence[Turns]) -> Turns:

@@ -33,13 +33,14 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import atomic_folder
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Increment it when the same input would give other pairs, so that existing shards are rebuilt."""
 _STALE_SECONDS = 24 * 3600
 """A build folder without a new shard for this long was left behind by a killed process."""
 _PROGRESS_SECONDS = 3
 _ALL_RECORDS = (0.0, 1.0)
 _LOSSES = {
+    "prompt_repeated": "records whose answers repeat the prompt; it is taken off both answers",
     "prompt_altered_by_template": "prompts of which the chat template does not write every turn",
     "answer_altered_by_template": "answers that the chat template does not write as they are",
     "answer_rendered_plain": "answers that the chat template refuses or hides; their text is trained",
@@ -49,7 +50,7 @@ _LOSSES = {
     "chosen_truncated": "chosen answers are cut at data.max_length",
     "rejected_truncated": "rejected answers are cut at data.max_length",
 }
-"""Names of counts of what records hold and prepared pairs do not, and what is said about them."""
+"""Names of counts of what records hold and prepared pairs do not, and what is said about each."""
 
 
 @dataclass(frozen=True)

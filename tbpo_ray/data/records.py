@@ -59,6 +59,8 @@ class Record:
     """0-based position in `source`."""
     tie: bool = False
     """Whether neither answer is better; only with :attr:`ReadOptions.keep_ties`."""
+    repeats_prompt: bool = False
+    """Whether both answers repeated the prompt, which is taken off; white space behind it is left."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def parse_records(
     """The preferences in a raw row: usually one, several of ranked answers, none if ties are not kept.
 
     Args:
-        counts: the name of the row's shape is counted here, behind :data:`FORMAT_PREFIX`.
+        counts: the name of the row's shape is counted here, behind :data:`FORMAT_PREFIX`, and
+            `prompt_repeated`.
 
     Raises:
         RecordError: with one of :data:`tbpo_ray.data.rejection_reasons.REASONS`.
@@ -145,7 +148,10 @@ def parse_records(
             check_trained(turns, name)
         sides = (split.prompt, split.chosen, split.rejected)
         inputs = template_inputs(columns, [turn for side in sides for turn in side])
-        record = Record(*sides, **inputs, metadata=metadata, source=source, row=row, tie=pair.tie)
+        if counts is not None:
+            counts["prompt_repeated"] += split.repeats_prompt
+        marks = {"tie": pair.tie, "repeats_prompt": split.repeats_prompt}
+        record = Record(*sides, **inputs, metadata=metadata, source=source, row=row, **marks)
         records.append(swap_answers(record) if options.swap_answers else record)
     return records
 

@@ -16,6 +16,8 @@ REASONS: dict[str, str] = {
     "prompt_not_text": "the prompt is neither a string nor a list of messages",
     "prompt_empty": "the prompt is empty",
     "prompts_differ": "the columns do not state one and the same prompt",
+    "prompt_repeated_unclear": "both answers begin with the prompt, which may be their own first words; "
+    "write answers without the prompt, or as messages",
     "prompt_ends_in_answer": "the prompt ends in an assistant turn; continuing one is not supported",
     "chosen_missing": "there is no chosen answer",
     "rejected_missing": "there is no rejected answer",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tbpo_ray.data.deal import Deal, Limits, align, deal_even, deal_packed, deal_padded, padded_tokens
+from tbpo_ray.data.pair_sizes import TOKEN_COUNTS, row_spans
 
 ORDER_VERSION = 5
 """Version of the order that this code produces; every checkpoint records it.
@@ -44,12 +45,11 @@ def pair_tokens(lengths: np.ndarray, truncate_to_shorter: bool) -> np.ndarray:
     """Number of tokens of each pair in a row `[prompt][chosen][rejected]`: [N] int32.
 
     Args:
-        lengths: tokens of prompt, chosen and rejected: [N, 3].
-        truncate_to_shorter: both answers are truncated to the length of the shorter one.
+        lengths: sizes of pairs, see :mod:`tbpo_ray.data.pair_sizes`: [N, 3 or 9].
+        truncate_to_shorter: both answers keep as many trained tokens as the shorter one has.
     """
-    sizes = np.asarray(lengths)
-    answers = 2 * sizes[:, 1:].min(axis=1) if truncate_to_shorter else sizes[:, 1:].sum(axis=1)
-    return np.asarray(sizes[:, 0] + answers, dtype=np.int32)
+    answers = row_spans(lengths, truncate_to_shorter=truncate_to_shorter).sum(axis=1)
+    return np.asarray(np.asarray(lengths)[:, 0] + answers, dtype=np.int32)
 
 
 def row_tokens(
@@ -57,18 +57,16 @@ def row_tokens(
 ) -> np.ndarray:
     """Positions of each pair that go through the model, without padding to other pairs: [N] int64.
 
-    The last token of an answer predicts nothing and is not among them. With separate rows both are padded to
-    the longer one.
+    The last token of an answer predicts nothing and is not among them, nor is what follows its last trained
+    token. With separate rows both are padded to the longer one.
 
     Args:
-        lengths: tokens of prompt, chosen and rejected: [N, 3].
+        lengths: sizes of pairs, see :mod:`tbpo_ray.data.pair_sizes`: [N, 3 or 9].
         sides: answers that are trained on; 1 for SFT.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    answers = sizes[:, 1 : 1 + sides]
-    if truncate_to_shorter and sides == 2:
-        answers = np.broadcast_to(answers.min(axis=1, keepdims=True), answers.shape)
-    inputs = np.maximum(answers - 1, 0)
+    spans = row_spans(sizes, truncate_to_shorter=truncate_to_shorter and sides == 2)[:, :sides]
+    inputs = np.maximum(spans - 1, 0)
     if rows == "separate":
         return np.asarray(sides * (sizes[:, 0] + inputs.max(axis=1)))
     return np.asarray(sizes[:, 0] + inputs.sum(axis=1))
@@ -78,7 +76,7 @@ class Schedule:
     """Steps and micro-batches over `N` prepared pairs.
 
     Args:
-        lengths: tokens of prompt, chosen and rejected: [N, 3] int32.
+        lengths: sizes of pairs, see :mod:`tbpo_ray.data.pair_sizes`: [N, 3 or 9] int32.
         seed: seed of the permutations.
         pairs_per_step: pairs in an optimizer step, over all ranks.
         micro_batch_pairs: maximum number of pairs in a micro-batch; None: no such limit.
@@ -132,7 +130,7 @@ class Schedule:
         self._seed, self._length_batches = seed, length_batches
         self._tokens = pair_tokens(lengths, truncate_to_shorter)
         self._rows = row_tokens(lengths, truncate_to_shorter=truncate_to_shorter, rows=rows, sides=sides)
-        self.tokens_per_pair = float(np.asarray(lengths).sum(axis=1).mean())
+        self.tokens_per_pair = float(np.asarray(lengths)[:, :TOKEN_COUNTS].sum(axis=1).mean())
         """Mean number of tokens of a prompt and its two answers, before truncation to the shorter one."""
         self.steps_per_epoch = -(-self.pairs // pairs_per_step)
         # The tolerance keeps a product such as 0.07 * 100 = 7.000000000000001 from adding a step.

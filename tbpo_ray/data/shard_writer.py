@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_ray.data.pair_sizes import measure_pairs
 from tbpo_ray.data.records import BadRecord, ReadOptions, Record, parse_records
 from tbpo_ray.data.rejection_reasons import COUNT_PREFIX, RecordError
 from tbpo_ray.data.shards import TIE_COLUMN, file_digest, write_shard
@@ -74,7 +75,7 @@ class ChunkResult:
     counts: dict[str, int]
     column: dict[str, int]
     lengths: bytes = b""
-    """Tokens of prompt, chosen and rejected as the bytes of a [pairs, 3] int32 array."""
+    """Sizes of the pairs as the bytes of a [pairs, 9] int32 array, see :mod:`tbpo_ray.data.pair_sizes`."""
     hashes: bytes = b""
     """Hashes of the records, to find duplicates, as the bytes of a [pairs] uint64 array."""
     memory_bytes: int = 0
@@ -105,6 +106,11 @@ class _Columns:
         self.row += [record.row] * copies
         self.metadata += [dumps(record.metadata, default=str)] * copies
         self.tie += [record.tie] * copies
+
+    def sizes(self) -> np.ndarray:
+        """[pairs, 9] int32, see :mod:`tbpo_ray.data.pair_sizes`."""
+        answers, masks = (self.chosen_ids, self.rejected_ids), (self.chosen_mask, self.rejected_mask)
+        return measure_pairs(self.prompt_ids, answers, masks)
 
 
 @lru_cache(maxsize=2)
@@ -157,7 +163,7 @@ def process_chunk(folder: str, file: int, chunk: Chunk) -> ChunkResult:
         quarantine=_write_quarantine(folder, file, chunk, bad),
         counts={name: number for name, number in counts.items() if number},
         column=dict(column_values),
-        lengths=_lengths(columns).tobytes(),
+        lengths=columns.sizes().tobytes(),
         hashes=np.array(hashes, dtype=np.uint64).tobytes(),
         memory_bytes=private_bytes(),
         cpu_seconds=time.process_time() - start,
@@ -215,11 +221,6 @@ def _in_share(job: BuildJob, file: int, chunk: Chunk) -> np.ndarray:
 def _hash(record: Record) -> int:
     text = json.dumps([record.prompt, record.chosen, record.rejected, record.tools], default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _lengths(columns: _Columns) -> np.ndarray:
-    sides = (columns.prompt_ids, columns.chosen_ids, columns.rejected_ids)
-    return np.array([[len(ids) for ids in side] for side in sides], dtype=np.int32).T.reshape(-1, 3)
 
 
 def _write_shard(

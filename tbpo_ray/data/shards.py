@@ -96,7 +96,10 @@ class PreparedPairs:
         return file if file.is_file() else None
 
     def lengths(self) -> np.ndarray:
-        """Number of tokens of prompt, chosen and rejected of every pair: [N, 3] int32, memory-mapped."""
+        """Sizes of every pair, first the tokens of prompt, chosen and rejected: [N, 3 or 9] int32, mapped.
+
+        See :mod:`tbpo_ray.data.pair_sizes` for the other columns, of pairs with tokens that are context only.
+        """
         lengths: np.ndarray = np.load(Path(self.path) / LENGTHS, mmap_mode="r", allow_pickle=False)
         return lengths
 

@@ -9,10 +9,11 @@ from itertools import islice
 import numpy as np
 
 from tbpo_ray.config.schema import Config
+from tbpo_ray.data.pair_sizes import TOKEN_COUNTS, compact, measure_pairs, row_spans, trained_tokens
 from tbpo_ray.data.records import ReadOptions, iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.schedule import Schedule
-from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
+from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 from tbpo_ray.errors import InputError
 from tbpo_ray.generation.vllm_engine import round_length
 from tbpo_ray.models.load import load_tokenizer, resolve_model
@@ -48,7 +49,7 @@ class DataEstimate:
     complete: bool
     """Whether all records were read."""
     lengths: np.ndarray
-    """[sample, 3] tokens of prompt, chosen and rejected answer"""
+    """[sample, 3 or 9] sizes of pairs, see :mod:`tbpo_ray.data.pair_sizes`"""
     largest_token: int
     """The largest token id of the sample."""
 
@@ -75,9 +76,9 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
     check_token_weights(plan, planned=planned)
     data = estimate_data(config, model)
     check_token_ids(facts, data.largest_token, "data.train")
-    prompt, chosen, rejected = data.lengths.mean(axis=0)
+    prompt, chosen, rejected = data.lengths[:, :TOKEN_COUNTS].mean(axis=0)
     per_pair = _tokens_per_pair(plan, data.lengths)
-    lengths = np.resize(data.lengths, (max(1, data.pairs), 3))
+    lengths = np.resize(data.lengths, (max(1, data.pairs), data.lengths.shape[1]))
     plan = resolve_budget(plan, facts, lengths)
     schedule = make_schedule(plan, lengths)
     tokens = int(per_pair * schedule.pairs_before(schedule.steps_total))
@@ -89,6 +90,7 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
         f"# pairs            {_format_pairs(data, config)}",
         f"# tokens per pair  prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f} "
         f"(mean of {len(data.lengths)}); through the model {per_pair:.0f}",
+        *_format_context(data.lengths),
         f"# steps            {schedule.steps_total} of {config.training.pairs_per_step} pairs",
         f"# tokens in all    {tokens}",
         f"# objective        {plan.objective.name}; reference: {plan.reference_mode}; "
@@ -179,13 +181,18 @@ def _format_pairs(data: DataEstimate, config: Config) -> str:
 
 
 def _tokens_per_pair(plan: RunPlan, lengths: np.ndarray) -> float:
-    """Mean number of tokens that a pair sends through the model. lengths: [N, 3]"""
-    prompt, chosen, rejected = lengths.mean(axis=0)
-    if plan.truncate_to_shorter:
-        answers = 2 * lengths[:, 1:].min(axis=1).mean()
-    else:
-        answers = chosen + (rejected if plan.sides == 2 else 0)
-    return float(prompt * (1 if plan.shared_prompt else plan.sides) + answers)
+    """Mean number of tokens that a pair sends through the model. lengths: [N, 3 or 9]"""
+    spans = row_spans(lengths, truncate_to_shorter=plan.truncate_to_shorter)[:, : plan.sides]
+    prompts = lengths[:, 0].mean() * (1 if plan.shared_prompt else plan.sides)
+    return float(prompts + spans.sum(axis=1).mean())
+
+
+def _format_context(lengths: np.ndarray) -> list[str]:
+    """How many tokens of the answers are trained, where some are context only."""
+    if lengths.shape[1] == TOKEN_COUNTS:
+        return []
+    chosen, rejected = trained_tokens(lengths).mean(axis=0)
+    return [f"# trained tokens   chosen {chosen:.0f}, rejected {rejected:.0f}; the others are context"]
 
 
 def estimate_data(config: Config, model: str) -> DataEstimate:
@@ -200,7 +207,8 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     pairs = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     sources = config.data.train
     mix = [(sources, 1.0)] if isinstance(sources, str) else [(s.source, s.weight) for s in sources]
-    count, read, lengths, largest = 0.0, 0, [], 0
+    found: list[TokenizedPair] = []
+    count, read, largest = 0.0, 0, 0
     reading, share = ReadOptions.of(config.data, config.run.seed), config.data.share_range
     for source, weight in mix:
         try:
@@ -212,8 +220,11 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
         count += weight * (share[1] - share[0]) * len(records)
         for pair in pairs.pairs(records[:SAMPLE_PAIRS]):
             if not isinstance(pair, RecordError):
-                lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
+                found.append(pair)
                 largest = max(largest, *pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
-    if not lengths:
+    if not found:
         raise InputError(f"data.train={sources}: no preference pair in it")
-    return DataEstimate(round(count), read < READ_RECORDS, np.array(lengths, dtype=np.int32), largest)
+    answers = [[pair.chosen_ids for pair in found], [pair.rejected_ids for pair in found]]
+    masks = [[pair.chosen_mask for pair in found], [pair.rejected_mask for pair in found]]
+    lengths = compact(measure_pairs([pair.prompt_ids for pair in found], answers, masks))
+    return DataEstimate(round(count), read < READ_RECORDS, lengths, largest)

@@ -14,6 +14,7 @@ import numpy as np
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.deal import ALIGN
+from tbpo_ray.data.pair_sizes import TOKEN_COUNTS, row_spans, trained_tokens
 from tbpo_ray.data.schedule import Schedule, row_tokens
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.preflight import ModelFacts
@@ -75,7 +76,7 @@ def plan_memory(
     """The memory of a worker whose micro-batches come from pairs of these lengths.
 
     Args:
-        lengths: tokens of prompt, chosen and rejected: [N, 3].
+        lengths: sizes of pairs, see :mod:`tbpo_ray.data.pair_sizes`: [N, 3 or 9].
         workers: number of ranks; default: the most that the configuration allows.
     """
     world = workers or plan.config.cluster.max_workers
@@ -87,7 +88,7 @@ def plan_memory(
 
 
 def largest_micro_batch(schedule: Schedule, lengths: np.ndarray, world: int) -> np.ndarray:
-    """[B, 3] lengths of the micro-batch with the most tokens, padding included, in the first steps."""
+    """[B, 3 or 9] sizes of the micro-batch with the most tokens, padding included, in the first steps."""
     found = [
         part
         for step in range(min(SAMPLE_STEPS, schedule.steps_total))
@@ -99,15 +100,22 @@ def largest_micro_batch(schedule: Schedule, lengths: np.ndarray, world: int) -> 
 
 
 def dummy_batch(plan: RunPlan, lengths: np.ndarray) -> PairBatch:
-    """A micro-batch of pairs with these lengths [B, 3], of one token each."""
+    """A micro-batch of pairs with these sizes [B, 3 or 9], of one token each."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     columns: dict[str, Sequence[np.ndarray]] = {
-        name: [np.ones(max(1, int(n)), dtype=np.int64) for n in lengths[:, index]]
-        for index, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids"))
+        "prompt_ids": [np.ones(max(1, int(n)), dtype=np.int64) for n in lengths[:, 0]]
     }
-    for side, index in (("chosen", 1), ("rejected", 2)):
-        values = [np.zeros(max(1, int(n)), dtype=np.float32) for n in lengths[:, index]]
+    # A row has the tokens up to the last trained one, and the output layer the trained ones among them.
+    spans = np.maximum(1, row_spans(lengths, truncate_to_shorter=plan.truncate_to_shorter))
+    trained = np.maximum(1, trained_tokens(lengths))
+    if plan.truncate_to_shorter:
+        trained = np.broadcast_to(trained.min(axis=1, keepdims=True), trained.shape)
+    for side, sizes, numbers in zip(("chosen", "rejected"), spans.T, trained.T, strict=True):
+        columns[f"{side}_ids"] = [np.ones(n, dtype=np.int64) for n in sizes]
+        if lengths.shape[1] > TOKEN_COUNTS:
+            columns[f"{side}_mask"] = [np.arange(n) >= n - k for n, k in zip(sizes, numbers, strict=True)]
+        values = [np.zeros(n, dtype=np.float32) for n in numbers]
         if plan.reference_mode == "cached":
             columns[f"{side}_ref_logps"] = values
         if plan.objective.needs_weights:
@@ -191,7 +199,7 @@ def resolve_budget(plan: RunPlan, facts: ModelFacts, lengths: np.ndarray) -> Run
     The memory of a step is traced for two budgets; it grows linearly between and beyond them.
 
     Args:
-        lengths: tokens of prompt, chosen and rejected: [N, 3].
+        lengths: sizes of pairs, see :mod:`tbpo_ray.data.pair_sizes`: [N, 3 or 9].
 
     Raises:
         InputError: the memory is not known, or too small for the longest pair.

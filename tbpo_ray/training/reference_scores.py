@@ -25,6 +25,7 @@ from tbpo_ray.cluster.session import is_private
 from tbpo_ray.cluster.worker_logs import keep_dead_workers_logs
 from tbpo_ray.config.loading import digest
 from tbpo_ray.config.schema import Config
+from tbpo_ray.data.pair_sizes import measure_pairs
 from tbpo_ray.data.schedule import pair_tokens
 from tbpo_ray.data.shards import MASK_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError, RunFailedError
@@ -327,7 +328,9 @@ class ReferenceScorer:
         from tbpo_ray.training.batch import collate_columns
 
         pairs = len(columns["prompt_ids"])
-        lengths = np.array([[len(ids) for ids in columns[name]] for name in _COLUMNS]).T
+        masks = [columns.get(name, [()] * pairs) for name in MASK_COLUMNS]
+        prompts, *answers = (columns[name] for name in _COLUMNS)
+        lengths = measure_pairs(prompts, answers, masks)
         # Batches of pairs of similar length need little padding.
         order = np.argsort(pair_tokens(lengths, self.plan.truncate_to_shorter), kind="stable").tolist()
         size = self.plan.config.training.scoring_pairs

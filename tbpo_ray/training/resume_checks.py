@@ -12,6 +12,7 @@ from tbpo_ray.config.comparison import changed_values
 from tbpo_ray.config.loading import stage_config, to_yaml
 from tbpo_ray.config.objective import GENERATORS, READ_BY
 from tbpo_ray.config.schema import Config
+from tbpo_ray.data.pair_sizes import TOKEN_COUNTS
 from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.objectives.own_generator import source_digest
@@ -96,6 +97,29 @@ def refuse_other_order(config: Config, folder: Path, *, extended: bool) -> None:
         f"run.name={config.run.name}: its steps up to {state['step']} took the pairs in order {old}, of "
         f"{age} code; this code has order {ORDER_VERSION} and would repeat some pairs and skip others; "
         "resume with the code that started the run, or use another run.name"
+    )
+
+
+def refuse_other_sizes(config: Config, folder: Path, size_columns: int, steps_total: int) -> None:
+    """Compare how the sizes of pairs with context were counted in the run's checkpoints.
+
+    Earlier code counted tokens that are context only as tokens of an answer, which gives other micro-batches.
+
+    Args:
+        size_columns: columns of the sizes of the prepared pairs, see :mod:`tbpo_ray.data.pair_sizes`.
+        steps_total: steps of the run.
+
+    Raises:
+        InputError: there are steps left, and this code would take them in another order.
+    """
+    state = last_state(folder / "checkpoints")
+    if not state or state["step"] >= steps_total or state.get("size_columns", TOKEN_COUNTS) == size_columns:
+        return
+    raise InputError(
+        f"run.name={config.run.name}: its steps up to {state['step']} were made by code that counted the "
+        "results of tools and the user's turns within answers as trained tokens; this code counts them as "
+        "context, and would repeat some pairs and skip others; resume with the code that started the run, or "
+        "use another run.name"
     )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tbpo_ray.data.pair_sizes import TOKEN_COUNTS
 from tbpo_ray.data.reader import PairReader
 from tbpo_ray.data.shards import TOKEN_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError, first_line
@@ -79,7 +80,7 @@ class ScoringChoice:
 
 def select_pairs(sources: Sequence[PreparedPairs]) -> CheckPairs:
     """A few pairs of different length, always the same ones of the same data, and the longest pair."""
-    lengths = np.concatenate([source.lengths() for source in sources])
+    lengths = np.concatenate([source.lengths()[:, :TOKEN_COUNTS] for source in sources])
     starts = np.cumsum([0, *(source.pairs for source in sources)])
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     candidates = np.flatnonzero(lengths[:, 1:].min(axis=1) >= MIN_ANSWER_TOKENS)

@@ -360,6 +360,7 @@ class Worker:
             "skipped": self.engine.skipped,
             "data": self.prepared.fingerprint,
             "order": ORDER_VERSION,
+            "size_columns": self.prepared.lengths().shape[1],
             "objective_definition": self.config.objective.traits.definition,
             "generator_source": self.generator_source,
         }

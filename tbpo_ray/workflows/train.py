@@ -37,6 +37,7 @@ from tbpo_ray.training.resume_checks import (
     refuse_changes,
     refuse_other_objective,
     refuse_other_order,
+    refuse_other_sizes,
     steps_changed,
 )
 from tbpo_ray.training.run_paths import RunPaths
@@ -210,6 +211,8 @@ def _train(
     plan = replace(plan, config=fit_to_cluster(plan.config))
     inputs = prepare_inputs(plan, models)
     plan = _plan_memory(plan, inputs)
+    lengths = inputs.data.lengths()
+    refuse_other_sizes(plan.config, folder, lengths.shape[1], make_schedule(plan, lengths).steps_total)
     write_atomic(folder / "config.yaml", to_yaml(plan.config))
     with Tracker.from_note(plan.config, folder / RUN_NOTE, kind=kind, parent_run_id=parent_run_id) as tracker:
         _log_inputs(plan, inputs, tracker)

@@ -10,7 +10,12 @@ from tbpo_ray.config.objective import OBJECTIVES
 from tbpo_ray.data.schedule import ORDER_VERSION
 from tbpo_ray.errors import InputError
 from tbpo_ray.training import checkpoint as ckpt
-from tbpo_ray.training.resume_checks import generator_source, refuse_other_objective, refuse_other_order
+from tbpo_ray.training.resume_checks import (
+    generator_source,
+    refuse_other_objective,
+    refuse_other_order,
+    refuse_other_sizes,
+)
 from tbpo_ray.workflows.train import train
 
 STEPS = 10
@@ -123,3 +128,13 @@ def test_training_refuses_the_older_definition_before_anything_starts(tmp_path):
     (folder / "config.yaml").write_text(to_yaml(config))
     with pytest.raises(InputError, match="ipo: run old minimized definition 1"):
         train(config)
+
+
+def test_sizes_of_pairs_with_context_that_were_counted_differently_are_refused(tmp_path):
+    config, folder = started(tmp_path, 5)  # by code that did not record how it counted
+    refuse_other_sizes(config, folder, 3, STEPS)
+    refuse_other_sizes(config, folder, 9, 5)
+    with pytest.raises(InputError, match=r"its steps up to 5 .* use another run\.name"):
+        refuse_other_sizes(config, folder, 9, STEPS)
+    _, folder = started(tmp_path, 6, size_columns=9)
+    refuse_other_sizes(config, folder, 9, STEPS)

@@ -188,7 +188,8 @@ def test_a_model_with_a_state_has_separate_rows_in_the_plan_of_a_budget(tmp_path
     folders = {"model.reference": str(tmp_path / "llama"), "model.name_or_path": str(tmp_path / "conv")}
     settled, (note,) = settle_rows(plan("training.micro_batch_tokens=4096"), folders)
     assert settled.rows == "separate" and "training.packing=false" in note
-    assert settle_rows(plan(), folders) == (plan(), [])
+    without = plan()
+    assert settle_rows(without, folders) == (without, [])
 
 
 def test_the_pairs_of_an_evaluation_keep_the_budget_too():

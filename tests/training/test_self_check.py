@@ -266,7 +266,5 @@ def test_the_shard_that_holds_a_weight_that_is_not_finite_is_named(save, prepare
 def test_log_probs_that_overflow_are_refused_though_all_weights_are_finite(save, prepared):
     model = save(LLAMA)
     spoil(model, "model.norm.weight", 3e38, at=(slice(None),))
-    with pytest.raises(
-        InputError, match=r"log-probs of the run's first pairs are not finite; all of its w"
-    ):
+    with pytest.raises(InputError, match=r"log-probs of the run's first pairs are not finite; all of its w"):
         components(model, prepared)
