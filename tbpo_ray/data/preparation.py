@@ -230,9 +230,20 @@ def _report_shapes(spec: PairsSpec, counts: Mapping[str, float]) -> None:
         )
     if counts.get("tie_pairs"):
         log_progress(f"{spec.key}: kept {int(counts['tie_pairs']):,} pairs whose answers tie, marked as ties")
+    report_losses(spec.key, counts)
+
+
+def report_losses(key: str, counts: Mapping[str, float], where: str = "") -> None:
+    """Say what records hold and prepared pairs do not.
+
+    Args:
+        key: the configuration key of the source.
+        counts: counts of rules by name.
+        where: words behind each sentence.
+    """
     for rule, sentence in _LOSSES.items():
         if counts.get(rule):
-            log_progress(f"{spec.key}: {int(counts[rule]):,} {sentence} ({rule})")
+            log_progress(f"{key}: {int(counts[rule]):,} {sentence} ({rule}){where}")
 
 
 def _report_arguments(tokenizer: TokenizerSpec) -> None:

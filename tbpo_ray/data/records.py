@@ -197,6 +197,7 @@ def iter_records(
     limit: int | None = None,
     on_bad: Callable[[BadRecord], None] | None = None,
     options: ReadOptions = ReadOptions(),
+    counts: Counter[str] | None = None,
 ) -> Iterator[Record]:
     """The pairs of a source in its order, read in this process.
 
@@ -204,13 +205,14 @@ def iter_records(
         source: a path, glob, fsspec address, `builtin:copyedit?...` or `hf:NAME[:SPLIT]`.
         limit: read at most this many rows.
         on_bad: called with each row that is not a pair; by default it is logged.
+        counts: see :func:`parse_records`.
 
     Raises:
         InputError: when the source cannot be read.
     """
     for raw in iter_raw(source, limit):
         try:
-            yield from parse_records(raw.load(), raw.source, raw.row, options)
+            yield from parse_records(raw.load(), raw.source, raw.row, options, counts)
         except RecordError as error:
             _quarantine(raw, error, on_bad)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ class RewardModelJudge(ScoringJudge):
                 self.gpu_labels, classify, self.model, texts, self.batch_size, "cuda", self.attention
             )
         self.truncated += truncated
+        bad = sum(not math.isfinite(value) for value in values)
+        if bad:
+            raise InputError(
+                f"evaluation.judge.model={self.name}: {bad} of {len(values)} scores are not finite, so "
+                "that no answer can be preferred; must be a model whose weights are finite"
+            )
         return values
 
     def report(self) -> dict[str, Any]:

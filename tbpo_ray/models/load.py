@@ -97,8 +97,8 @@ def check_same_tokenizer(policy: str, other: str, key: str) -> None:
     """
     if policy == other:
         return
-    expected = load_tokenizer(policy).get_vocab()
-    vocabulary = load_tokenizer(other).get_vocab()
+    expected = load_tokenizer(policy, check_template=False).get_vocab()
+    vocabulary = load_tokenizer(other, check_template=False).get_vocab()
     if vocabulary != expected:
         raise InputError(
             f"{key}={other}: its vocabulary ({len(vocabulary)} tokens) differs from that of {policy} "
@@ -107,13 +107,19 @@ def check_same_tokenizer(policy: str, other: str, key: str) -> None:
 
 
 def load_tokenizer(
-    path: str, *, chat_template: str | None = None, revision: str | None = None, gguf_file: str | None = None
+    path: str,
+    *,
+    chat_template: str | None = None,
+    check_template: bool = True,
+    revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """A tokenizer with the chat template that a run uses.
 
     Args:
         path: a folder or a hub name.
         chat_template: a Jinja file that replaces the tokenizer's own template, or `none` to remove it.
+        check_template: refuse a template that cannot be used; false where none is run.
 
     Raises:
         InputError: when the tokenizer or the template does not exist, the template cannot be used, or the
@@ -140,12 +146,19 @@ def load_tokenizer(
                 f"model.chat_template={chat_template}: no such file; must be a Jinja template file or `none`"
             )
         try:
-            tokenizer.chat_template = file.read_text(encoding="utf-8")
+            # Editors put a byte order mark in front, which the template would write into every prompt.
+            tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"model.chat_template={chat_template}: not UTF-8 ({error}); must be a Jinja template file"
             ) from error
-    check_templates(tokenizer.chat_template, path=path, chat_template=chat_template)
+        if not tokenizer.chat_template.strip():
+            raise InputError(
+                f"model.chat_template={chat_template}: the file is empty; must be a Jinja template file, or "
+                "`none` for plain text"
+            )
+    if check_template:
+        check_templates(tokenizer.chat_template, path=path, chat_template=chat_template)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model.name_or_path={path}: its tokenizer has no EOS token, so answers cannot end")
     return tokenizer

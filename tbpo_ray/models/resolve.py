@@ -114,7 +114,8 @@ def _dequantize(folder: Path, gguf_file: str, cache: Path, key: str) -> str:
                 ) from error
             with atomic_folder(target, replace=True) as partial:
                 _without_gguf_origin(model).save_pretrained(partial, safe_serialization=True)
-                load_tokenizer(str(folder), gguf_file=gguf_file).save_pretrained(partial)
+                tokenizer = load_tokenizer(str(folder), check_template=False, gguf_file=gguf_file)
+                tokenizer.save_pretrained(partial)
     return str(target.absolute())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ USED_TEMPLATES = ("default", "tool_use")
 _RANDOM_FILTERS = frozenset({"random"})
 _RANDOM_FUNCTIONS = frozenset({"lipsum"})
 _OWN_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_PROBE = "Qprobe"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")
 """What Python prints for an object without a text form, different in each process."""
 
@@ -75,7 +77,10 @@ def _find_fault(source: str) -> tuple[int, str] | None:
         return node.lineno, (
             f"{type(node).__name__.lower()} loads another file, which chat templates cannot; must be one file"
         )
-    if _ADDRESS.search(_probe(template)):
+    written = list(_probes(template))
+    if written and not any(_PROBE in text for text in written):
+        return 0, "it does not write the content of a user's turn; must be a template of a conversation"
+    if any(map(_ADDRESS.search, written)):
         return 0, (
             "it prints an object of Python with its address in memory, which is another one in each process; "
             "must be a template that prints texts only"
@@ -96,11 +101,10 @@ def _random_name(node: Any, nodes: Any) -> str | None:
     )
 
 
-def _probe(template: Any) -> str:
-    """A short conversation; empty if the template refuses it."""
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    try:
-        text: str = template.render(messages=turns, tools=None, add_generation_prompt=False)
-    except Exception:  # a template is a program of its own, and may need other values
-        return ""
-    return text
+def _probes(template: Any) -> Iterator[str]:
+    """A short conversation in the two forms of a content, without those that the template refuses."""
+    for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+        turns = [{"role": "user", "content": content}]
+        # A template is a program of its own: it may refuse a form, or need other values.
+        with suppress(Exception):
+            yield template.render(messages=turns, tools=None, add_generation_prompt=True)

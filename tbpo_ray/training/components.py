@@ -139,7 +139,7 @@ def load_checked(
 
 def batch_layout(plan: RunPlan, model: str, embedding_rows: int) -> BatchLayout:
     """The layout of batches for a model; padding uses its tokenizer's pad token, or else EOS."""
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, check_template=False)
     # A pad token is often added to a tokenizer without resizing the model's embedding.
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(index for index in ids if index is not None and index < embedding_rows)

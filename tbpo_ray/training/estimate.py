@@ -10,6 +10,7 @@ import numpy as np
 
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.pair_sizes import TOKEN_COUNTS, compact, measure_pairs, row_spans, trained_tokens
+from tbpo_ray.data.preparation import report_losses
 from tbpo_ray.data.records import ReadOptions, iter_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.schedule import Schedule
@@ -212,7 +213,7 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     reading, share = ReadOptions.of(config.data, config.run.seed), config.data.share_range
     for source, weight in mix:
         try:
-            rows = iter_records(source, config.data.max_pairs, options=reading)
+            rows = iter_records(source, config.data.max_pairs, options=reading, counts=pairs.counts)
             records = list(islice(rows, READ_RECORDS - read))
         except InputError as error:
             raise InputError(*(f"data.train: {fault}" for fault in error.faults)) from error
@@ -222,6 +223,7 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
             if not isinstance(pair, RecordError):
                 found.append(pair)
                 largest = max(largest, *pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
+    report_losses("data.train", pairs.counts, ", in the records that were read")
     if not found:
         raise InputError(f"data.train={sources}: no preference pair in it")
     answers = [[pair.chosen_ids for pair in found], [pair.rejected_ids for pair in found]]

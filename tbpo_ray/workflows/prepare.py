@@ -28,6 +28,7 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
         InputError: when a source is invalid, before any worker starts.
     """
     from tbpo_ray.cluster.session import start_ray
+    from tbpo_ray.models.load import load_tokenizer
     from tbpo_ray.models.resolve import policy_folder
     from tbpo_ray.tracking.store import check_store
     from tbpo_ray.tracking.tracker import Tracker
@@ -46,6 +47,7 @@ def prepare_all(config: Config) -> dict[str, dict[str, Any]]:
     if faults:
         raise InputError(*faults)
     tokenizer = policy_folder(config)
+    load_tokenizer(tokenizer, chat_template=config.model.chat_template)
     start_ray()
     done = {role: prepare_role(config, role, tokenizer, cache) for role in roles}
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.data.preparation import find_sources
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError, RunFailedError
-from tbpo_ray.models.load import check_same_tokenizer
+from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.models.resolve import local_model, policy_folder
 from tbpo_ray.progress import log_progress
@@ -103,8 +103,9 @@ def resolve_models(plan: RunPlan) -> tuple[str, str]:
     """Policy and reference, as transformers loads them.
 
     Raises:
-        InputError: a folder that is not a model, models with different tokenizers, a model that cannot take
-            both answers in one row where that is required, or token weights that cannot be estimated.
+        InputError: a folder that is not a model, a template that cannot be used, models with different
+            tokenizers, a model that cannot take both answers in one row where that is required, or token
+            weights that cannot be estimated.
     """
     config = plan.config
     model = policy_folder(config)
@@ -116,6 +117,8 @@ def resolve_models(plan: RunPlan) -> tuple[str, str]:
         notes = check_shared_prompt(plan, folder, key)
         for note in notes + check_model(config, ModelFacts(folder, key)):
             log_progress(note)
+    # The template is compiled here, before a Ray session starts.
+    load_tokenizer(model, chat_template=config.model.chat_template)
     check_token_weights(plan)
     return model, reference
 

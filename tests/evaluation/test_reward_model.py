@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tbpo_ray.errors import InputError
 from tbpo_ray.evaluation.reward_model import RewardModelJudge, classify
@@ -117,3 +120,14 @@ def test_a_hub_name_is_loaded_at_its_revision(classifier, tmp_path, monkeypatch)
         judge(model="acme/reward", revision="v3")
     with pytest.raises(InputError, match="another revision than v2"):
         judge(model="acme/reward@main", revision="v2")
+
+
+def test_scores_that_are_not_finite_are_refused(classifier, make_sample, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(classifier, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    judge = RewardModelJudge.from_settings({"model": str(folder)}, use_gpu=False, cache=tmp_path)
+    with pytest.raises(InputError, match=rf"evaluation\.judge\.model={folder}: 2 of 2 scores are not finite"):
+        judge.scores([make_sample(i, "tree") for i in range(2)])

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tbpo_ray.errors import InputError
-from tbpo_ray.models.load import load_tokenizer
+from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer
 from tbpo_ray.models.tiny import build_tiny
 
 LOOP = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -24,6 +24,7 @@ REFUSED = {
     "random block": (f"{LOOP}{{% filter random %}}ab{{% endfilter %}}", 2, "the filter random"),
     "lipsum": (f"{LOOP}{{{{ lipsum(1) }}}}", 2, r"lipsum\(\)"),
     "include": (f"{LOOP}{{% include 'other.jinja' %}}", 2, "include loads another file"),
+    "constant": ("Hello {{ messages | length }}", None, "does not write the content of a user's turn"),
     "address": (f"{LOOP}{{{{ raise_exception }}}}", None, "address in memory"),
 }
 ACCEPTED = {
@@ -32,7 +33,8 @@ ACCEPTED = {
     "text": LOOP + "random {{ 'random' }} lipsum{# | random #}",
     "own variable": "{% set random = 'a' %}{{ random }}" + LOOP,
     "generation tag": "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% endfor %}",
-    "empty": "",
+    "parts only": "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+    "refuses": "{{ raise_exception('no') }}",
 }
 
 
@@ -64,7 +66,8 @@ def test_the_template_of_the_model_itself_is_named_by_its_file(folder, tmp_path)
     (model / "chat_template.jinja").write_text("{% if %}\n" + LOOP)
     with pytest.raises(InputError, match=r"template chat_template\.jinja, line 1: not a valid Jinja"):
         load_tokenizer(str(model))
-    # A template that is replaced, or switched off, is not read.
+    # A template that is replaced, or switched off, is not read, nor where only token ids matter.
+    check_same_tokenizer(str(folder), str(model), "model.reference")
     assert load_tokenizer(str(model), chat_template="none").chat_template is None
     (model / "chat_template.jinja").unlink()
     config = json.loads((model / "tokenizer_config.json").read_text())
@@ -76,3 +79,12 @@ def test_the_template_of_the_model_itself_is_named_by_its_file(folder, tmp_path)
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"config\.json, line 2 \(the template 'tool_use'\): the filter"):
         load_tokenizer(str(model))
+
+
+def test_an_empty_template_file_and_a_byte_order_mark(folder, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text(" \n")
+    with pytest.raises(InputError, match="the file is empty; must be a Jinja template file, or `none`"):
+        load_tokenizer(str(folder), chat_template=str(file))
+    file.write_bytes(b"\xef\xbb\xbf" + LOOP.encode())
+    assert load_tokenizer(str(folder), chat_template=str(file)).chat_template == LOOP
