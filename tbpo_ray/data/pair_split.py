@@ -27,6 +27,8 @@ from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.repeated_prompt import remove_prompt
 
 Turns = list[Message]
+_SEPARATORS = ("\n", "\n\n", " ", "")
+"""What may be between a system text and the prompt where answers repeat both."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPai
     start: Turns = []
     repeats = False
     if explicit is not None:
-        without = _without_text(explicit, sides, (chosen, rejected))
+        without = _without_text(explicit, system, sides, (chosen, rejected))
         repeats, sides = without is not None, without or sides
         start = _conversation_of(explicit[0], sides) if is_text else _without_answer(explicit, sides[0])
         start, sides = _remove_prompt(start, sides)
@@ -147,10 +149,13 @@ def _answer_turns(value: Any, explicit: Turns | None, name: str, *, json_text: b
     return [{"role": "assistant", "content": parsed}]
 
 
-def _without_text(explicit: Turns, sides: Sequence[Turns], values: Sequence[Any]) -> list[Turns] | None:
+def _without_text(
+    explicit: Turns, system: Any, sides: Sequence[Turns], values: Sequence[Any]
+) -> list[Turns] | None:
     """Answers of plain text without the prompt that both repeat; None where they do not.
 
     Args:
+        system: the value of a system column, which may be in front of the repeated prompt.
         sides: the parsed values.
     """
     prompt = explicit[-1].get("content")
@@ -159,8 +164,12 @@ def _without_text(explicit: Turns, sides: Sequence[Turns], values: Sequence[Any]
     plain = [[{"role": "assistant", "content": value}] for value in values]
     if list(sides) != plain or not all(isinstance(value, str) for value in values):
         return None
-    rests = remove_prompt(prompt, *values)
-    return None if rests is None else [[{"role": "assistant", "content": rest}] for rest in rests]
+    first = explicit[0].get("content") if explicit[0]["role"] in SYSTEM_ROLES else system
+    starts = [f"{first}{space}{prompt}" for space in _SEPARATORS] if isinstance(first, str) and first else []
+    for start in (*starts, prompt):
+        if (rests := remove_prompt(start, *values)) is not None:
+            return [[{"role": "assistant", "content": rest}] for rest in rests]
+    return None
 
 
 def _conversation_of(message: Message, sides: Sequence[Turns]) -> Turns:

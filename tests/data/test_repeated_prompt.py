@@ -101,6 +101,18 @@ def test_every_form_of_an_explicit_prompt_is_recognized(row):
     assert texts(record) == (" Paris.", " Rome.") and record.prompt[-1] == USER
 
 
+@pytest.mark.parametrize("between", ["\n", "\n\n", " "])
+@pytest.mark.parametrize(
+    "row",
+    [{"system": "Be brief.", "prompt": Q}, {"prompt": [{"role": "system", "content": "Be brief."}, USER]}],
+)
+def test_a_system_text_in_front_of_the_repeated_prompt_is_taken_off_too(row, between):
+    start = f"Be brief.{between}{Q}"
+    (record,) = parse_records({**row, "chosen": f"{start} Paris.", "rejected": f"{start} Rome."})
+    assert texts(record) == (" Paris.", " Rome.")
+    assert record.prompt == [{"role": "system", "content": "Be brief."}, USER]
+
+
 def test_ranked_answers_repeat_the_prompt_too():
     row = {"prompt": Q, "responses": [f"{Q} Rome.", f"{Q} Paris."], "scores": [1, 5]}
     (record,) = parse_records(row)
