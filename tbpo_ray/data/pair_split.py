@@ -56,6 +56,8 @@ def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPai
         RecordError: when they are not two answers to one prompt.
     """
     explicit, is_text = (None, False) if prompt is None else parse_prompt_value(prompt)
+    if is_text and (turn := _transcript_turn(prompt, (chosen, rejected))):
+        explicit, is_text = turn, False
     # One answer of plain text shows that the set holds text: JSON in the other is then what the model wrote.
     as_json = all(map(_states_messages, (chosen, rejected)))
     sides: list[Turns] = [
@@ -147,6 +149,16 @@ def _answer_turns(value: Any, explicit: Turns | None, name: str, *, json_text: b
     if not parsed.strip():
         raise RecordError(f"{name}_empty")
     return [{"role": "assistant", "content": parsed}]
+
+
+def _transcript_turn(prompt: Any, values: Sequence[Any]) -> Turns | None:
+    """The turn of a prompt such as `Human: ...` where both answers are transcripts that go on from it."""
+    if not all(isinstance(value, str) for value in (prompt, *values)):
+        return None
+    turn = parse_transcript(prompt, single=True)
+    sides = [parse_transcript(value) for value in values]
+    repeats = turn is not None and all(side is not None and _starts_with(side, turn) for side in sides)
+    return turn if repeats else None
 
 
 def _without_text(

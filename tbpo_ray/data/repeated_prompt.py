@@ -7,6 +7,8 @@ an answer may also begin with the same words of its own accord (`Hello` and `Hel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tbpo_ray.data.rejection_reasons import RecordError
 
 _SHORT_ASCII, _SHORT = 12, 6
@@ -37,13 +39,26 @@ def remove_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str] | 
 
 
 def _rest(prompt: str, answer: str) -> str | None:
-    for start in (prompt, prompt.strip()):
-        for text in (answer, answer.lstrip()):
-            if text.startswith(start):
-                rest = text[len(start) :]
-                goes_on = start[-1].isalnum() and rest[:1].isalnum() and start[-1].isascii()
-                return None if goes_on else rest  # the prompt's last word is another one in the answer
-    return None
+    """What follows the prompt in an answer, which may have other white space between the words."""
+    at = len(prompt) if answer.startswith(prompt) else _end_of_words(prompt.split(), answer)
+    if at is None:
+        return None
+    rest, last = answer[at:], prompt[-1]
+    goes_on = last.isalnum() and last.isascii() and rest[:1].isalnum()
+    return None if goes_on else rest  # the prompt's last word is another one in the answer
+
+
+def _end_of_words(words: Sequence[str], text: str) -> int | None:
+    """Where in a text that begins with these words the last one ends."""
+    at = 0
+    for number, word in enumerate(words):
+        start = at
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if (number and at == start) or not text.startswith(word, at):
+            return None
+        at += len(word)
+    return at
 
 
 def _is_short(prompt: str) -> bool:

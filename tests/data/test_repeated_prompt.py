@@ -79,6 +79,15 @@ def test_answers_that_may_begin_with_the_same_words_of_their_own_are_refused(nam
     assert texts(record) == (chosen, rejected)
 
 
+def test_white_space_between_the_words_of_a_repeated_prompt_may_differ():
+    prompt = "What is  the\ncapital of France?\n"
+    (record,) = parse_records({"prompt": prompt, "chosen": f"{Q}\nParis.", "rejected": f" {Q} Rome."})
+    assert texts(record) == ("\nParis.", " Rome.") and record.repeats_prompt
+    joined = Q.replace(" ", "")
+    (other,) = parse_records({"prompt": Q, "chosen": f"{joined} Paris.", "rejected": f"{joined} Rome."})
+    assert texts(other) == (f"{joined} Paris.", f"{joined} Rome.")
+
+
 def test_an_answer_that_is_the_prompt_alone_is_empty():
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
         with pytest.raises(RecordError) as caught:
@@ -126,6 +135,16 @@ def test_transcripts_without_a_prompt_column_are_read_as_before():
     (same,) = parse_records({"prompt": start, "chosen": f"{start} Paris.", "rejected": f"{start} Rome."})
     assert texts(same) == texts(record) and same.prompt == [USER]
     assert remove_prompt(Q, "Paris.", "Rome.") is None
+    first = f"Human: {Q}"  # without the blank line in front that such transcripts have
+    rows = {
+        "prompt": first,
+        "chosen": f"{first}\n\nAssistant: Paris.",
+        "rejected": f"{first}\n\nAssistant: Rome.",
+    }
+    (named,) = parse_records(rows)
+    assert texts(named) == texts(record) and named.prompt == [USER]
+    (kept,) = parse_records({"prompt": first, "chosen": "Paris.", "rejected": "Rome."})
+    assert kept.prompt == [{"role": "user", "content": first}]
 
 
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "template"])
