@@ -148,8 +148,8 @@ def parse_records(
             check_trained(turns, name)
         sides = (split.prompt, split.chosen, split.rejected)
         inputs = template_inputs(columns, [turn for side in sides for turn in side])
-        if counts is not None:
-            counts["prompt_repeated"] += split.repeats_prompt
+        if counts is not None and split.repeats_prompt:
+            counts["prompt_repeated"] += 1
         marks = {"tie": pair.tie, "repeats_prompt": split.repeats_prompt}
         record = Record(*sides, **inputs, metadata=metadata, source=source, row=row, **marks)
         records.append(swap_answers(record) if options.swap_answers else record)
