@@ -64,7 +64,6 @@ _SET_ELSEWHERE = {
 
 OPEN_TYPES: dict[str, Any] = {
     **{f"{KEY}.{name}": kind for name, kind in _TOP_KEYS.items()},
-    f"{KEY}.stage": int | str,
     **{f"{KEY}.zero_optimization.{name}": kind | None for name, kind in _ZERO_KEYS.items()},
     **{
         f"{KEY}.zero_optimization.{part}.{name}": kind | None

@@ -127,6 +127,13 @@ def test_a_valid_deepspeed_mapping(value):
     assert load_config(None, [f"training.deepspeed={value}"])
 
 
+def test_the_stage_may_be_left_to_the_memory_plan():
+    training = load_config(None, ["training.deepspeed.stage=auto"]).training
+    assert training.deepspeed == load_config(None, []).training.deepspeed == {"stage": "auto"}
+    assert training.leaves_stage_open and training.zero_stage == 1
+    assert not load_config(None, ["training.deepspeed.stage=2"]).training.leaves_stage_open
+
+
 @pytest.mark.parametrize(
     ("value", "fault", "remedy"),
     [
