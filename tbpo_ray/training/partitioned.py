@@ -108,10 +108,13 @@ def run_from_host(network: Any, device: torch.device) -> Any:
     """Let a model on the host compute on the device, to which a block's weights are copied when it runs."""
     from accelerate import cpu_offload
 
-    blocks = block_weights(network)
-    inside = {name for names in blocks.values() for name in names}
-    for path in blocks:
-        cpu_offload(network.get_submodule(path), execution_device=device)
+    inside: set[str] = set()
+    for path, names in block_weights(network).items():
+        block = network.get_submodule(path)
+        # A block that shares a weight with another part stays on the device.
+        if len(names) == len(list(block.parameters())):
+            cpu_offload(block, execution_device=device)
+            inside.update(names)
     for name, parameter in network.named_parameters():
         if name not in inside:
             parameter.data = parameter.data.to(device)
@@ -176,6 +179,8 @@ def divide_weights(
     for path, module in network.named_modules():
         for attribute, value in _tensors(module):
             _set_tensor(network, path, attribute, value.to(device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of rank 0's whole weights
     return network
 
 

@@ -74,7 +74,7 @@ def adopt_resolved(config: Config, folder: Path) -> Config:
     file = folder / "config.yaml"
     if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
         return config
-    stored = flatten(yaml.safe_load(file.read_text(encoding="utf-8")).get("training", {}))
+    stored = flatten(_stored_config(file)["training"])
     current = flatten(config.training.model_dump(mode="json"))
     found = {
         f"training.{key}": stored[key]

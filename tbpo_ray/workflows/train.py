@@ -216,7 +216,8 @@ def _train(
     write_atomic(folder / "config.yaml", to_yaml(plan.config))
     with Tracker.from_note(plan.config, folder / RUN_NOTE, kind=kind, parent_run_id=parent_run_id) as tracker:
         _log_inputs(plan, inputs, tracker)
-        tracker.log_params({f"gpu/{name}": value for name, value in describe_defaults(plan.config).items()})
+        if defaults := describe_defaults(plan.config):
+            tracker.log_params({f"gpu/{name}": value for name, value in defaults.items()})
         began = time.monotonic()
         columns = score_inputs(plan, inputs)
         if columns.train:
