@@ -86,16 +86,17 @@ def _resolve_layout(plan: RunPlan, facts: ModelFacts, lengths: np.ndarray) -> tu
     limit = usable_memory(plan, available)
     for sized in _sizes(plan, lengths):
         for layout, memory in _layouts(sized, facts, lengths):
-            if memory.failure is None and required_memory(sized, memory) <= limit:
+            # Half is left for activations that are not known.
+            if required_memory(sized, memory) <= (limit if memory.failure is None else limit // 2):
                 return layout.apply(plan), _chosen(plan, layout, memory, available)
             last = layout, sized, memory
     layout, sized, memory = last
     if memory.failure is None:
         check_fits(layout.apply(sized), memory, limit=limit)
     return layout.apply(plan), (
-        f"the memory of a step cannot be computed ({memory.failure}); "
+        f"the activations of a step cannot be computed ({memory.failure}); "
         f"training.deepspeed.stage={layout.stage} and "
-        f"training.activation_checkpointing={str(layout.recompute).lower()} need the least",
+        f"training.activation_checkpointing={str(layout.recompute).lower()} need the least memory",
     )
 
 
@@ -136,6 +137,8 @@ def _chosen(plan: RunPlan, layout: Layout, memory: MemoryPlan, available: int) -
         f"a worker needs {required_memory(plan, memory) / GIB:.1f} GiB of {available / GIB:.1f} GiB by the "
         "memory plan"
     )
+    if memory.failure is not None:
+        why += f", which does not know the activations ({memory.failure})"
     notes = []
     if training.leaves_stage_open:
         notes.append(f"training.deepspeed.stage=auto: {layout.stage}; {why}")

@@ -25,6 +25,8 @@ from tbpo_ray.training.distributed import barrier, broadcast_object, rank, world
 
 _DONTNEED = 4
 """Linux's MADV_DONTNEED."""
+TRIM_BYTES = 8 * 2**20
+"""Freed bytes after which the C library is told to return free memory to the system."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,18 @@ class _InTurn(nn.Module):
         self.found = dict(network.named_parameters())
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        files = _mapped_files()
+        files, freed = _mapped_files(), 0
         for name in self.names:
             parameter = self.found[name]
             _allocate(parameter, self.contents.weights[name], self.device)
             whole = parameter.data
             yield parameter
             _give_back(whole, files)
+            freed += whole.numel() * whole.element_size() if whole.device.type == "cpu" else 0
+            del whole
+            if freed >= TRIM_BYTES:
+                freed = 0
+                _trim_heap()
 
 
 def find_difference(network: Any) -> str | None:
@@ -314,3 +321,9 @@ def _give_back(whole: Tensor, files: list[tuple[int, int]]) -> None:
     if first < last and any(low <= first and last <= high for low, high in files):
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
+
+
+def _trim_heap() -> None:
+    """Return what has been freed to the system; glibc keeps it, in each of its arenas."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from tbpo_ray.models.preflight import ModelFacts
 from tbpo_ray.training import memory_plan
 from tbpo_ray.training.automatic import STAGES, describe_defaults, resolve_automatic
 from tbpo_ray.training.memory_plan import GIB, plan_memory
+from tbpo_ray.training.memory_trace import trace_step
 from tbpo_ray.training.resume_checks import adopt_resolved, refuse_changes
 from tbpo_ray.workflows.trainer import ALLOCATOR_NAMES, KEEP_MEMORY, worker_environment
 from tests.training.test_memory_plan import LENGTHS, SIZES, plan
@@ -96,6 +98,19 @@ def test_a_budget_of_tokens_is_chosen_for_the_stage(facts):
     assert small.config.training.zero_stage > 1
     assert small.config.training.token_budget <= large.config.training.token_budget
     assert plan_memory(small, facts, LENGTHS).total <= available
+
+
+def test_half_is_left_for_activations_that_cannot_be_computed(facts, monkeypatch):
+    def failing(*arguments):
+        return replace(trace_step(*arguments), activations=0, failure="planted")
+
+    monkeypatch.setattr(memory_plan, "trace_step", failing)
+    states = needs(facts, 2, False)
+    found, notes = resolved(facts, 2 * states)
+    assert found.config.training.zero_stage == 2 and "planted" in notes[0]
+    found, notes = resolved(facts, states)
+    assert found.config.training.zero_stage == 3 and found.config.training.recomputes
+    assert "need the least memory" in notes[0]
 
 
 def test_without_a_known_memory_nothing_changes(facts):
