@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig
 
 from tbpo_ray.config.loading import to_yaml
 from tbpo_ray.errors import InputError
 from tbpo_ray.models.preflight import ModelFacts
 from tbpo_ray.training import memory_plan
 from tbpo_ray.training.automatic import STAGES, describe_defaults, resolve_automatic
+from tbpo_ray.training.batch import PairBatch
 from tbpo_ray.training.memory_plan import GIB, plan_memory
-from tbpo_ray.training.memory_trace import trace_step
+from tbpo_ray.training.memory_trace import StepMemory
 from tbpo_ray.training.resume_checks import adopt_resolved, refuse_changes
+from tbpo_ray.training.run_plan import RunPlan
 from tbpo_ray.workflows.trainer import ALLOCATOR_NAMES, KEEP_MEMORY, worker_environment
-from tests.training.test_memory_plan import LENGTHS, SIZES, plan
+from tests.training.test_memory_plan import LENGTHS, plan
 
 WORKERS = 4
 FIXED = (
@@ -31,36 +33,54 @@ FIXED = (
 )
 
 
-@pytest.fixture
-def facts(tmp_path, monkeypatch) -> ModelFacts:
-    """A model that is small, but not beside what stage 3 gathers at a time."""
+WEIGHTS = 100_000
+FACTS = ModelFacts("nowhere")
+
+
+def planted_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch]) -> StepMemory:
+    """A step whose activations are known without running it."""
+    per_token = 500 if plan.config.training.recomputes else 2000
+    return StepMemory(
+        weights=4 * WEIGHTS,
+        trained=4 * WEIGHTS,
+        parameters=WEIGHTS,
+        trained_parameters=WEIGHTS,
+        largest_layer=WEIGHTS // 5,
+        reference=0,
+        head=0,
+        activations=per_token * batch().input_ids.numel(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "trace_step", planted_step)
+    # The model is large beside what stage 3 gathers at a time.
     monkeypatch.setattr(memory_plan, "LIVE_ELEMENTS", 0)
-    LlamaConfig(**SIZES | {"vocab_size": 128, "num_hidden_layers": 6}).save_pretrained(tmp_path / "llama")
-    return ModelFacts(str(tmp_path / "llama"))
 
 
-def needs(facts: ModelFacts, stage: int, recompute: bool) -> int:
+def needs(stage: int, recompute: bool) -> int:
     chosen = plan(
         *FIXED,
         f"training.deepspeed={{stage: {stage}}}",
         f"training.activation_checkpointing={str(recompute).lower()}",
     )
-    return plan_memory(chosen, facts, LENGTHS).total
+    return plan_memory(chosen, FACTS, LENGTHS).total
 
 
-def resolved(facts: ModelFacts, available: int, *overrides: str) -> Any:
+def resolved(available: int, *overrides: str) -> Any:
     limit = f"cluster.device_memory_gib={available / GIB!r}"
-    return resolve_automatic(plan(*FIXED, limit, *overrides), facts, LENGTHS)
+    return resolve_automatic(plan(*FIXED, limit, *overrides), FACTS, LENGTHS)
 
 
-def test_the_lowest_stage_that_fits_is_chosen_and_recomputing_comes_last(facts):
+def test_the_lowest_stage_that_fits_is_chosen_and_recomputing_comes_last():
     sizes = {
-        (recompute, stage): needs(facts, stage, recompute)
+        (recompute, stage): needs(stage, recompute)
         for recompute, stage in itertools.product((False, True), STAGES)
     }
     assert len({*sizes.values()}) == 6
     for available in sizes.values():
-        found, notes = resolved(facts, available)
+        found, notes = resolved(available)
         expected = next(key for key, size in sizes.items() if size <= available)
         training = found.config.training
         assert (training.activation_checkpointing, training.deepspeed) == (
@@ -74,55 +94,55 @@ def test_the_lowest_stage_that_fits_is_chosen_and_recomputing_comes_last(facts):
         assert "GiB by the memory plan" in notes[0]
     least = min(sizes.values())
     with pytest.raises(InputError, match=r"a worker needs .* offload_optimizer") as refusal:
-        resolved(facts, least // 2)
+        resolved(least // 2)
     assert "stage: 3}, which divides" not in str(refusal.value)
 
 
-def test_a_value_that_is_set_is_kept(facts):
-    found, notes = resolved(facts, needs(facts, 2, True), "training.activation_checkpointing=true")
+def test_a_value_that_is_set_is_kept():
+    found, notes = resolved(needs(2, True), "training.activation_checkpointing=true")
     assert (found.config.training.zero_stage, len(notes)) == (2, 1)
-    found, notes = resolved(facts, needs(facts, 3, True), "training.deepspeed={stage: 3}")
+    found, notes = resolved(needs(3, True), "training.deepspeed={stage: 3}")
     assert found.config.training.deepspeed == {"stage": 3}
     assert found.config.training.recomputes and len(notes) == 1
     both = ("training.deepspeed={stage: 0}", "training.activation_checkpointing=false")
     chosen = plan(*both)
-    assert resolve_automatic(chosen, facts, LENGTHS) == (chosen, ())
+    assert resolve_automatic(chosen, FACTS, LENGTHS) == (chosen, ())
 
 
-def test_a_budget_of_tokens_is_chosen_for_the_stage(facts):
+def test_a_budget_of_tokens_is_chosen_for_the_stage():
     automatic = ("training.micro_batch_pairs=null", "training.micro_batch_tokens=auto")
-    large, notes = resolved(facts, 10 * needs(facts, 1, False), *automatic)
+    large, notes = resolved(10 * needs(1, False), *automatic)
     assert large.config.training.zero_stage == 1 and len(notes) == 3
-    available = needs(facts, 3, False)
-    small, _ = resolved(facts, available, *automatic)
+    available = needs(3, False)
+    small, _ = resolved(available, *automatic)
     assert small.config.training.zero_stage > 1
     assert small.config.training.token_budget <= large.config.training.token_budget
-    assert plan_memory(small, facts, LENGTHS).total <= available
+    assert plan_memory(small, FACTS, LENGTHS).total <= available
 
 
-def test_half_is_left_for_activations_that_cannot_be_computed(facts, monkeypatch):
+def test_half_is_left_for_activations_that_cannot_be_computed(monkeypatch):
     def failing(*arguments):
-        return replace(trace_step(*arguments), activations=0, failure="planted")
+        return replace(planted_step(*arguments), activations=0, failure="planted")
 
     monkeypatch.setattr(memory_plan, "trace_step", failing)
-    states = needs(facts, 2, False)
-    found, notes = resolved(facts, 2 * states)
+    states = needs(2, False)
+    found, notes = resolved(2 * states)
     assert found.config.training.zero_stage == 2 and "planted" in notes[0]
-    found, notes = resolved(facts, states)
+    found, notes = resolved(states)
     assert found.config.training.zero_stage == 3 and found.config.training.recomputes
     assert "need the least memory" in notes[0]
 
 
-def test_without_a_known_memory_nothing_changes(facts):
-    found, notes = resolve_automatic(plan(), facts, LENGTHS)
+def test_without_a_known_memory_nothing_changes():
+    found, notes = resolve_automatic(plan(), FACTS, LENGTHS)
     assert found.config.training.deepspeed == {"stage": 1}
     assert found.config.training.activation_checkpointing is False and notes == ()
-    _, notes = resolve_automatic(plan("cluster.use_gpu=true"), facts, LENGTHS)
+    _, notes = resolve_automatic(plan("cluster.use_gpu=true"), FACTS, LENGTHS)
     assert "cluster.device_memory_gib" in notes[0]
 
 
-def test_a_resumed_run_keeps_what_was_chosen_on_another_device(facts, tmp_path: Path):
-    found, _ = resolved(facts, needs(facts, 3, True))
+def test_a_resumed_run_keeps_what_was_chosen_on_another_device(tmp_path: Path):
+    found, _ = resolved(needs(3, True))
     (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
     (tmp_path / "config.yaml").write_text(to_yaml(found.config))
     again = adopt_resolved(plan(*FIXED, "cluster.device_memory_gib=100").config, tmp_path)
