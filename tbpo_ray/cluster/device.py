@@ -42,8 +42,9 @@ def _probe(config: Config) -> int | None:
 
     if not ray.available_resources().get("GPU"):  # type: ignore[no-untyped-call]
         return None
-    labels = config.cluster.labels.train
-    task = ray.remote(num_cpus=0, num_gpus=1, label_selector=labels or None)(_total_memory).remote()
+    task = ray.remote(num_cpus=0, num_gpus=1, label_selector=config.cluster.labels.train)(
+        _total_memory
+    ).remote()
     try:
         found: int | None = ray.get(task, timeout=PROBE_SECONDS)
     except ray.exceptions.GetTimeoutError:

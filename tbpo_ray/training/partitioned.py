@@ -299,13 +299,17 @@ def _allocate(parameter: nn.Parameter, weight: _Weight, device: torch.device) ->
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """Address ranges that are mappings of safetensors files."""
+    """Address ranges that are mapped from files."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return []
-    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
-    ranges = (line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors"))
-    return [(int(start, 16), int(end, 16)) for start, end in ranges]
+    found = []
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            start, end = addresses.split("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
 
 
 def _give_back(whole: Tensor, files: list[tuple[int, int]]) -> None:

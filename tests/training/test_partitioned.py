@@ -223,7 +223,7 @@ def test_a_node_holds_one_copy_of_the_model_while_it_is_loaded(tmp_path, tiny_mo
     warm_up = save_model(tmp_path / "small", tiny_model, LLAMA)
     shape = {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "head_dim": 64, "dtype": dtype,
+        "num_key_value_heads": 8, "head_dim": 64, "dtype": dtype, "initializer_range": 0.02,
     }  # fmt: skip
     model = save_model(tmp_path / "large", tiny_model, LLAMA, **shape)
     peak = [0]
