@@ -33,7 +33,7 @@ def peak_of(payload: dict[str, Any]) -> int:
 
     def train(batch: Any) -> None:
         network: Any = load_model(payload["model"], dtype=plan.dtype)
-        if plan.config.training.activation_checkpointing:
+        if plan.config.training.recomputes:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         if plan.config.model.lora is not None:
             network = add_lora(network, plan.config.model.lora)

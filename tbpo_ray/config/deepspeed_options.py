@@ -11,6 +11,8 @@ from typing import Any
 from tbpo_ray.config.open_values import type_faults
 
 KEY = "training.deepspeed"
+AUTO, DEFAULT_STAGE = "auto", 1
+"""The value of `stage` that leaves it to the memory plan, and the stage where the plan knows no limit."""
 OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 """Keys of DeepSpeed's `zero_optimization` that offload, and the ZeRO stages in which they have an effect."""
 OFFLOAD_DEVICES = ("none", "cpu", "nvme")
@@ -74,14 +76,24 @@ OPEN_TYPES: dict[str, Any] = {
 
 
 def zero_stage(options: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed configuration that has been checked."""
+    """ZeRO stage of a DeepSpeed configuration that has been checked; `auto` counts as the default stage."""
     zero = options.get("zero_optimization", {})
-    return int(options.get("stage", zero.get("stage", 0)))
+    stage = options.get("stage", zero.get("stage", 0))
+    return DEFAULT_STAGE if stage == AUTO else int(stage)
 
 
 def offloads(options: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed keeps the optimizer state or the weights off the device."""
     return any(_is_offloaded(options.get("zero_optimization", {}), part) for part in OFFLOAD_STAGES)
+
+
+def offloads_to_nvme(options: Mapping[str, Any]) -> str | None:
+    """The dotted key of a part that DeepSpeed keeps on a local disk, if there is one."""
+    zero = options.get("zero_optimization", {})
+    for part in OFFLOAD_STAGES:
+        if (zero.get(part) or {}).get("device") == "nvme":
+            return f"{KEY}.zero_optimization.{part}.device"
+    return None
 
 
 def check_deepspeed(options: Mapping[str, Any]) -> None:
@@ -130,10 +142,14 @@ def _misplaced_faults(options: Mapping[str, Any]) -> Iterator[str]:
 def _type_faults(options: Mapping[str, Any]) -> Iterator[str]:
     yield from _misplaced_faults(options)
     # Integers may be written as 5e8 elsewhere, but not a stage.
-    for key, part in (("stage", options), ("zero_optimization.stage", options.get("zero_optimization"))):
-        if isinstance(part, Mapping) and isinstance(part.get("stage"), float):
-            yield f"{KEY}.{key}={part['stage']!r}: must be 0, 1, 2 or 3"
+    part = options.get("zero_optimization")
+    if isinstance(part, Mapping) and isinstance(part.get("stage"), float):
+        yield f"{KEY}.zero_optimization.stage={part['stage']!r}: must be 0, 1, 2 or 3"
     known = {name: value for name, value in options.items() if name not in _SET_ELSEWHERE}
+    if known.get("stage") == AUTO:
+        del known["stage"]
+    if "stage" in known and not _is_integer(known["stage"]):
+        yield f"{KEY}.stage={known.pop('stage')!r}: must be 0, 1, 2, 3 or {AUTO}"
     yield from type_faults(known, _TOP_KEYS, KEY)
     for name in ("bf16", "fp16"):
         part = options.get(name)
@@ -146,6 +162,10 @@ def _type_faults(options: Mapping[str, Any]) -> Iterator[str]:
         for part in OFFLOAD_STAGES:
             if isinstance(zero.get(part), Mapping):
                 yield from _offload_faults(zero[part], f"{KEY}.zero_optimization.{part}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _offload_faults(part: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -173,6 +193,36 @@ def _stage_faults(options: Mapping[str, Any]) -> Iterator[str]:
                 f"{KEY}.zero_optimization.{part}={zero[part]!r}: {part} does nothing with ZeRO stage "
                 f"{stage}; remove it, or use {use}"
             )
+    yield from _optimizer_faults(options, zero)
+    if stage == 3:
+        yield from _scaling_faults(options)
+
+
+def _optimizer_faults(options: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[str]:
+    """Options that need an optimizer of DeepSpeed's own; the job brings torch's (`training.optimizer`)."""
+    remedy = "needs DeepSpeed's own CPU Adam, and the job runs torch's training.optimizer"
+    if options.get("zero_force_ds_cpu_optimizer"):
+        yield f"{KEY}.zero_force_ds_cpu_optimizer=True: {remedy}; remove it"
+    if zero.get("zenflow"):
+        yield f"{KEY}.zero_optimization.zenflow={zero['zenflow']!r}: {remedy}; remove it"
+    part = zero.get("offload_optimizer") or {}
+    where = f"{KEY}.zero_optimization.offload_optimizer"
+    if part.get("super_offload"):
+        yield f"{where}.super_offload=True: {remedy}; remove it, and offload with device: cpu alone"
+    if part.get("ratio", 1.0) != 1.0:
+        yield f"{where}.ratio={part['ratio']!r}: {remedy}; must be 1.0, or remove it"
+
+
+def _scaling_faults(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options of the gradients' scale that DeepSpeed refuses at stage 3."""
+    if options.get("prescale_gradients"):
+        yield f"{KEY}.prescale_gradients=True: not possible with ZeRO stage 3; remove it, or use stage 1 or 2"
+    factor = options.get("gradient_predivide_factor", 1.0)
+    if factor != 1.0:
+        yield (
+            f"{KEY}.gradient_predivide_factor={factor!r}: not possible with ZeRO stage 3; must be 1.0, or "
+            "use stage 1 or 2"
+        )
 
 
 def _is_offloaded(zero: Mapping[str, Any], part: str) -> bool:

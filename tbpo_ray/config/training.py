@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Positive, Section, Share
-from tbpo_ray.config.deepspeed_options import check_deepspeed, check_precision, offloads, zero_stage
+from tbpo_ray.config.deepspeed_options import AUTO, check_deepspeed, check_precision, offloads, zero_stage
 
 DEFAULT_MICRO_BATCH_PAIRS = 8
 DEFAULT_CHECKPOINTS = 5
@@ -50,8 +50,10 @@ class TrainingConfig(Section):
     """Precision of the forward and backward pass; `bf16` keeps fp32 master weights."""
     tf32: bool = False
     """Allow TF32 matrix products on GPUs."""
-    activation_checkpointing: bool = False
-    """Recompute layer activations in the backward pass instead of storing them."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute layer activations in the backward pass instead of storing them. `auto`: only where a step
+    does not fit into a worker's memory without, at any ZeRO stage that may be chosen; false where the memory
+    is not known."""
     shared_prompt: bool | None = None
     """Compute the prompt once for both answers; default: true where the attention implementation
     allows it."""
@@ -90,9 +92,11 @@ class TrainingConfig(Section):
     reference model on the worker; default: `cached` where the objective allows it."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What all workers do with a step whose loss or gradient is not finite."""
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"stage": 1})
-    """`{stage: N}` for ZeRO stage N, or any DeepSpeed configuration, which is passed through. Example with
-    the optimizer state on the CPU: `{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}`."""
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"stage": AUTO})
+    """`{stage: N}` for ZeRO stage N; `{stage: auto}` for the lowest stage, from 1, with which a worker fits
+    into its memory by the memory plan, and stage 1 where that memory is not known; or any DeepSpeed
+    configuration, which is passed through. Example with the optimizer state on the CPU:
+    `{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}`."""
 
     @model_validator(mode="after")
     def _set_micro_batch_pairs(self) -> Self:
@@ -153,8 +157,18 @@ class TrainingConfig(Section):
         return self.checkpoint_every or max(1, total // DEFAULT_CHECKPOINTS)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether activations are recomputed; `auto` counts as no until it is resolved."""
+        return self.activation_checkpointing is True
+
+    @property
+    def leaves_stage_open(self) -> bool:
+        """Whether the ZeRO stage is still to be chosen."""
+        return self.deepspeed.get("stage") == AUTO
+
+    @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the DeepSpeed configuration."""
+        """ZeRO stage of the DeepSpeed configuration; `auto` counts as 1 until it is resolved."""
         return zero_stage(self.deepspeed)
 
     @property

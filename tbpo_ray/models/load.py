@@ -170,11 +170,14 @@ def load_model(
     dtype: torch.dtype,
     attention: str = "sdpa",
     gguf_file: str | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A causal model in `dtype` and eval mode, on the default device.
+    """A causal model in `dtype` and eval mode.
 
     Args:
         attention: the requested implementation; `eager` replaces it where it would drop a feature.
+        device: where each weight goes as soon as it is read, so that the host never holds the whole model;
+            default: the CPU, where weights of the same dtype are mapped from the files until they change.
 
     Raises:
         InputError: the folder cannot be loaded, or lacks some of the model's weights.
@@ -185,6 +188,8 @@ def load_model(
         from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    if device is not None and device.type == "cuda":
+        extra["device_map"] = {"": device}
     config = model_config(path, ModelConfig(gguf_file=gguf_file))
     try:
         # `output_loading_info` turns the result into a tuple, which transformers' annotation does not say.
@@ -216,6 +221,26 @@ def load_model(
         log_progress(
             f"model.name_or_path={path}: {len(unused)} weights of the safetensors are not used by "
             f"{type(model).__name__} ({', '.join(unused[:3])}, ...); check that config.json belongs to them"
+        )
+    model.config.use_cache = False
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def empty_model(path: str, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """The modules that `load_model` returns, with weights and buffers that have no values (device `meta`)."""
+    import torch
+
+    with hide_modules("sklearn"):
+        from transformers import AutoModelForCausalLM
+
+    config = model_config(path, ModelConfig())
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config,
+            dtype=dtype,
+            attn_implementation=choose_attention(config, attention).implementation,
+            trust_remote_code=False,
         )
     model.config.use_cache = False
     model.eval()  # type: ignore[no-untyped-call]

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from tbpo_ray.config.deepspeed_options import offloads_to_nvme
 from tbpo_ray.config.schema import Config
+from tbpo_ray.errors import InputError
 from tbpo_ray.models.hidden_modules import hide_modules
 from tbpo_ray.training.distributed import world_size
 from tbpo_ray.training.optim import FiniteGuard, build_optimizer, set_learning_rate
@@ -26,13 +29,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed configuration: this project's settings, overridden by `training.deepspeed`."""
     training = config.training
     overrides = dict(training.deepspeed)
-    stage = overrides.pop("stage", None)
+    overrides.pop("stage", None)
     zero = dict(overrides.pop("zero_optimization", None) or {})
-    if stage is not None:
-        zero["stage"] = stage
-    zero.setdefault("stage", 0)
-    # Reductions run in the order of the backward pass, which makes a run reproducible.
-    zero.setdefault("overlap_comm", False)
+    zero["stage"] = training.zero_stage
+    # Buckets are filled and reduced in the order of the backward pass either way; on a GPU, the reduction
+    # runs on a stream of its own while the next bucket is filled.
+    zero.setdefault("overlap_comm", config.cluster.gpus)
     zero.setdefault("round_robin_gradients", False)
     base: dict[str, Any] = {
         # Micro-batches differ in size and number between steps: the loop sets the boundary itself.
@@ -61,19 +63,52 @@ def without_partitions(config: Config, world: int) -> Config:
     return config.model_copy(update={"training": training})
 
 
+def partitions_weights(config: Config) -> bool:
+    """Whether the workers divide the weights themselves among them: ZeRO stage 3, in a process group."""
+    if not dist.is_initialized():
+        return False
+    zero = deepspeed_config(without_partitions(config, world_size()))["zero_optimization"]
+    return bool(zero["stage"] == 3)
+
+
+def check_offload_library(config: Config) -> None:
+    """Refuse to offload to a disk where DeepSpeed cannot build what reads and writes there.
+
+    Raises:
+        InputError: libaio or its headers are not installed.
+    """
+    key = offloads_to_nvme(config.training.deepspeed)
+    if key is None:
+        return
+    import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise InputError(
+            f"{key}=nvme: DeepSpeed needs libaio and its headers (the package libaio-dev), which are not "
+            "installed here; install them on all nodes, or use device: cpu"
+        )
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The module `deepspeed`, set up for the kind of device."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed compiles a small op on first use. The cache belongs to this Python environment: two
+    # environments that share one cache would rebuild it for each other every time.
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    with hide_modules("mlflow"):
+        import deepspeed
+
+    return deepspeed
+
+
 class Engine:
     """A DeepSpeed engine around a module whose forward returns token scores."""
 
     def __init__(self, module: nn.Module, config: Config, device: torch.device):
-        if device.type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        # DeepSpeed compiles a small op on first use. The cache belongs to this Python environment: two
-        # environments that share one cache would rebuild it for each other every time.
-        if os.access(sys.prefix, os.W_OK):
-            os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-        with hide_modules("mlflow"):
-            import deepspeed
-
+        deepspeed = import_deepspeed(device)
         self.device = device
         optimizer = build_optimizer(module.parameters(), config.training)
         self.client_optimizer = optimizer

@@ -20,13 +20,14 @@ from tbpo_ray.generation.vllm_engine import round_length
 from tbpo_ray.models.load import load_tokenizer, resolve_model
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.progress import log_progress
+from tbpo_ray.training.automatic import describe_defaults, resolve_automatic
+from tbpo_ray.training.deepspeed_engine import check_offload_library
 from tbpo_ray.training.memory_plan import (
     MemoryPlan,
     check_fits,
     fewest_workers,
     kv_cache_bytes,
     plan_memory,
-    resolve_budget,
 )
 from tbpo_ray.training.run_plan import (
     RunPlan,
@@ -75,12 +76,13 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
     for note in notes + check_model(config, facts):
         log_progress(note)
     check_token_weights(plan, planned=planned)
+    check_offload_library(config)
     data = estimate_data(config, model)
     check_token_ids(facts, data.largest_token, "data.train")
     prompt, chosen, rejected = data.lengths[:, :TOKEN_COUNTS].mean(axis=0)
     per_pair = _tokens_per_pair(plan, data.lengths)
     lengths = np.resize(data.lengths, (max(1, data.pairs), data.lengths.shape[1]))
-    plan = resolve_budget(plan, facts, lengths)
+    plan, choices = resolve_automatic(plan, facts, lengths)
     schedule = make_schedule(plan, lengths)
     tokens = int(per_pair * schedule.pairs_before(schedule.steps_total))
     memory = plan_memory(plan, facts, lengths)
@@ -98,6 +100,8 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
         f"shared prompt: {plan.shared_prompt}; truncated to shorter answer: {plan.truncate_to_shorter}",
         f"# workers          {config.cluster.num_workers}, each {config.cluster.worker_resources}",
         f"# micro-batches    {_format_micro_batches(plan, memory)}",
+        f"# layout           {_format_layout(plan)}",
+        *(f"#   {choice}" for choice in choices),
         f"# busy             {_format_busy(schedule, config.cluster.max_workers)}",
         "# memory per worker, at the largest micro-batch of a sample",
         *(_format_bytes(part, size) for part, size in memory.parts.items() if size),
@@ -118,6 +122,14 @@ def plan_text(config: Config, *, planned: Collection[str] = ()) -> str:
 
 def _format_bytes(part: str, size: float) -> str:
     return f"#   {part:<26} {int(size):>16} bytes ({size / 2**30:.2f} GiB)"
+
+
+def _format_layout(plan: RunPlan) -> str:
+    training = plan.config.training
+    facts = [f"ZeRO stage {training.zero_stage}"]
+    facts.append(f"activations {'recomputed' if training.recomputes else 'stored'}")
+    facts += [f"on GPUs: {name} {value}" for name, value in describe_defaults(plan.config).items()]
+    return "; ".join(facts)
 
 
 def _format_micro_batches(plan: RunPlan, memory: MemoryPlan) -> str:

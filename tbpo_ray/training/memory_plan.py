@@ -150,7 +150,7 @@ def _with_states(plan: RunPlan, traced: StepMemory, world: int) -> MemoryPlan:
         parts={
             "weights": 0 if weights_on_host else weights,
             "gathered weights": gathered if world > 1 or weights_on_host else 0,
-            "reference": traced.reference,
+            "reference": traced.reference if stage < 3 else _divided_reference(traced, world),
             "state baseline": traced.head,
             "gradients": trained * _gradient_width(fp32, stage) // (world if stage >= 2 else 1),
             "communication buckets": bucket * 4 * (2 if zero.get("overlap_comm") else 1),
@@ -159,7 +159,8 @@ def _with_states(plan: RunPlan, traced: StepMemory, world: int) -> MemoryPlan:
         },
         update=0 if optimizer_on_host else 4 * UPDATE_COPIES[training.optimizer] * updated,
         host={
-            "while loading": traced.weights + traced.reference,
+            # Otherwise weights are mapped from their files, or go to the device one by one.
+            "loading (rank 0's node)": max(traced.weights, traced.reference) if stage == 3 else 0,
             "offloaded": (master if optimizer_on_host else 0) + (weights if weights_on_host else 0),
             "checkpoint being written": checkpoint // share if _is_copied(config) else 0,
         },
@@ -174,6 +175,18 @@ def _is_copied(config: Config) -> bool:
     """Whether a checkpoint is written from a copy in host memory."""
     gpus = config.cluster.use_gpu is not False
     return gpus or config.training.writes_in_background(gpus=gpus)
+
+
+def _divided_reference(traced: StepMemory, world: int) -> int:
+    """What `partitioned.gather_blocks` leaves of a live reference on a rank, with one block gathered."""
+    inside = traced.reference - traced.reference_outside
+    return traced.reference_outside + inside // world + traced.reference_block
+
+
+def in_layout(plan: RunPlan, memory: MemoryPlan, world: int) -> MemoryPlan:
+    """The memory of the same step with the ZeRO stage of `plan` and this number of workers."""
+    assert memory.traced is not None
+    return replace(_with_states(plan, memory.traced, world), tokens=memory.tokens)
 
 
 def _gradient_width(fp32: bool, stage: int) -> int:
@@ -212,37 +225,60 @@ def resolve_budget(plan: RunPlan, facts: ModelFacts, lengths: np.ndarray) -> Run
             "training.micro_batch_tokens=auto: the memory of a worker's device is not known here; set "
             "cluster.device_memory_gib, or a number of tokens"
         )
-    rows = row_tokens(lengths, truncate_to_shorter=plan.truncate_to_shorter, rows=plan.rows, sides=plan.sides)
-    longest = -(-int(rows.max()) // ALIGN) * ALIGN
+    longest = longest_row(plan, lengths)
     small, large = (plan_memory(with_budget(plan, factor * longest), facts, lengths) for factor in (1, 4))
     if small.failure:
         raise InputError(
             "training.micro_batch_tokens=auto: the memory of a step cannot be computed for "
             f"{facts.key}={facts.folder} ({small.failure}); must be a number of tokens"
         )
-    usable = MARGIN * available - _context(plan.config)
+    usable = usable_memory(plan, available) - _context(plan.config)
     slope = (large.parts["activations"] - small.parts["activations"]) / max(1, large.tokens - small.tokens)
     room = usable - small.total
     if room < 0:
         raise InputError(_too_large(plan, small, available))
     tokens = small.tokens + int(room / max(slope, 1.0)) // 64 * 64
     # More than a step's share of a rank cannot be used.
+    rows = _rows(plan, lengths)
     share = int(rows.mean() * plan.config.training.pairs_per_step / plan.config.cluster.max_workers * 1.25)
     return with_budget(plan, max(longest, min(tokens, share)))
+
+
+def longest_row(plan: RunPlan, lengths: np.ndarray) -> int:
+    """Tokens of the longest pair in a micro-batch, padding included. `lengths`: [N, 3]"""
+    return -(-int(_rows(plan, lengths).max()) // ALIGN) * ALIGN
+
+
+def _rows(plan: RunPlan, lengths: np.ndarray) -> np.ndarray:
+    return row_tokens(lengths, truncate_to_shorter=plan.truncate_to_shorter, rows=plan.rows, sides=plan.sides)
+
+
+def required_memory(plan: RunPlan, memory: MemoryPlan) -> int:
+    """Bytes of the device that a worker takes, with what is not the step's own."""
+    return memory.total + _context(plan.config)
+
+
+def usable_memory(plan: RunPlan, available: int) -> int:
+    """Bytes of the device that may be planned: not all where the micro-batches are made to fit."""
+    automatic = plan.config.training.micro_batch_tokens == "auto"
+    return int(MARGIN * available) if automatic else available
 
 
 def _context(config: Config) -> int:
     return 0 if config.cluster.use_gpu is False else CUDA_CONTEXT
 
 
-def check_fits(plan: RunPlan, memory: MemoryPlan) -> None:
+def check_fits(plan: RunPlan, memory: MemoryPlan, *, limit: int | None = None) -> None:
     """Refuse a run whose workers do not fit into their devices, where their size is known.
+
+    Args:
+        limit: bytes that the workers may take; default: all.
 
     Raises:
         InputError: with the calculation, and what would fit.
     """
     available = device_memory(plan.config)
-    if available is not None and memory.total + _context(plan.config) > available:
+    if available is not None and required_memory(plan, memory) > (limit or available):
         raise InputError(_too_large(plan, memory, available))
 
 
@@ -265,7 +301,7 @@ def _too_large(plan: RunPlan, memory: MemoryPlan, available: int) -> str:
     key = "micro_batch_pairs" if training.micro_batch_tokens is None else "micro_batch_tokens"
     parts = memory.parts | {"CUDA context and allocator": _context(plan.config)}
     sum_of = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= GIB / 20)
-    needed = (memory.total + _context(plan.config)) / GIB
+    needed = required_memory(plan, memory) / GIB
     return (
         f"training.{key}={getattr(training, key)}: a worker needs {needed:.1f} GiB ({sum_of}), more than the "
         f"{available / GIB:.1f} GiB of its device (cluster.device_memory_gib); "
@@ -281,14 +317,17 @@ def _remedy(plan: RunPlan, memory: MemoryPlan, available: int) -> str:
     if room > memory.update:
         fitting = int(memory.tokens * room / max(1, memory.parts["activations"]))
         changes.append(f"lower it so that a micro-batch has at most about {fitting // 8 * 8} tokens")
-    if not training.activation_checkpointing:
+    if not training.recomputes:
         changes.append("set training.activation_checkpointing=true")
     if training.zero_stage < 3 and room <= memory.update:
         changes.append("set training.deepspeed={stage: 3}, which divides all of it by the workers")
     if room <= memory.update:
         changes += ["raise cluster.num_workers", "use model.lora"]
         if not training.offloads:
-            changes.append("keep the optimizer state on the host (offload_optimizer in training.deepspeed)")
+            changes.append(
+                "keep the optimizer state on the host (training.deepspeed={zero_optimization: {stage: 3, "
+                "offload_optimizer: {device: cpu}}}, and offload_param: {device: cpu} for the weights)"
+            )
     return ", or ".join(changes)
 
 

@@ -25,6 +25,7 @@ from tbpo_ray.models.load import add_lora
 from tbpo_ray.models.preflight import ModelFacts
 from tbpo_ray.objectives import build_state_baseline
 from tbpo_ray.training.batch import PairBatch
+from tbpo_ray.training.partitioned import block_weights
 from tbpo_ray.training.run_plan import RunPlan
 from tbpo_ray.training.scorer import PairScorer
 from tbpo_ray.training.step import PreferenceStep
@@ -48,6 +49,10 @@ class StepMemory:
     """What is alive at the peak beside weights, gradients and the reference; 0 if it could not be traced."""
     failure: str | None = None
     """Why the step could not be traced."""
+    reference_outside: int = 0
+    """Bytes of the reference outside of its blocks, which ZeRO stage 3 leaves whole."""
+    reference_block: int = 0
+    """Bytes of its largest block."""
 
 
 class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,13 +109,14 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
         trained = [p for p in network.parameters() if p.requires_grad]
         scorer = PairScorer(network).train()
         reference: Any = None
-        reference_bytes = 0
+        reference_bytes, blocks = 0, [0]
         if plan.reference_mode == "live":
             reference = "adapter_off"
             if not plan.adapter_off_reference:
                 other = _with_fake_weights(_build(facts, plan.config, plan.dtype))
                 reference = PairScorer(other.requires_grad_(False)).eval()
                 reference_bytes = sum(p.numel() * p.element_size() for p in other.parameters())
+                blocks = _block_bytes(other)
         head = build_head(plan, scorer)
         step = PreferenceStep(plan.objective, head, reference)
         head_weights = list(head.parameters()) if head is not None else []
@@ -139,6 +145,8 @@ def trace_step(plan: RunPlan, facts: ModelFacts, batch: Callable[[], PairBatch])
         head=4 * sum(p.numel() * p.element_size() for p in head_weights),
         activations=0 if failure else counter.peak,
         failure=failure,
+        reference_outside=reference_bytes - sum(blocks),
+        reference_block=max(blocks),
     )
 
 
@@ -161,7 +169,7 @@ def _build(facts: ModelFacts, config: Config, dtype: torch.dtype) -> Any:
 
 def _network(config: Config, facts: ModelFacts, dtype: torch.dtype) -> Any:
     network = _build(facts, config, dtype)
-    if config.training.activation_checkpointing:
+    if config.training.recomputes:
         network.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.lora is not None:
             network.enable_input_require_grads()
@@ -193,6 +201,15 @@ def build_head(plan: RunPlan, scorer: PairScorer) -> nn.Module | None:
     section = settings.state_baseline.model_dump(exclude_none=True) | {"kind": settings.baseline_kind}
     weight: Any = getattr(layer, "base_layer", layer).weight
     return build_state_baseline(section, int(weight.shape[-1]))
+
+
+def _block_bytes(network: nn.Module) -> list[int]:
+    """Bytes of each block of a model."""
+    weights = dict(network.named_parameters())
+    return [
+        sum(weights[name].numel() * weights[name].element_size() for name in names)
+        for names in block_weights(network).values()
+    ] or [0]
 
 
 def _largest_layer(network: nn.Module) -> int:

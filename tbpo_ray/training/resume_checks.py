@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tbpo_ray.config.comparison import changed_values
-from tbpo_ray.config.loading import stage_config, to_yaml
+from tbpo_ray.config.loading import flatten, stage_config, to_yaml
 from tbpo_ray.config.objective import GENERATORS, READ_BY
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.pair_sizes import TOKEN_COUNTS
@@ -27,10 +27,20 @@ NO_EFFECT = (
     "training.keep_best", "training.best_metric", "training.best_mode", "training.export",
     "training.async_checkpoints", "training.validate_every", "training.validation_prompts",
     "training.on_nonfinite",
+    "training.deepspeed.stage", "training.deepspeed.zero_optimization", "training.activation_checkpointing",
 )  # fmt: skip
-"""Keys and sections that do not affect what a run computes."""
-AUTOMATIC = {"micro_batch_tokens": "auto", "packing": None, "shared_prompt": None}
-"""Keys of `training` whose value a run resolves when it starts, and the value that leaves it open."""
+"""Keys and sections that do not affect what a run computes, but for rounding: as with another number of
+workers, sums are formed in another order with another ZeRO stage, and on another kind of device."""
+AUTOMATIC = {
+    "micro_batch_tokens": "auto",
+    "packing": None,
+    "shared_prompt": None,
+    "activation_checkpointing": "auto",
+    "deepspeed.stage": "auto",
+}
+"""Keys of `training` whose value a run resolves when it starts, and the value that leaves it open. A resumed
+run keeps the value that the first call has chosen, on any device."""
+UNSET = object()
 EXTENDS = ("training.max_steps", "training.epochs")
 
 
@@ -66,11 +76,12 @@ def adopt_resolved(config: Config, folder: Path) -> Config:
     file = folder / "config.yaml"
     if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
         return config
-    stored = yaml.safe_load(file.read_text(encoding="utf-8")).get("training", {})
+    stored = flatten(_stored_config(file)["training"])
+    current = flatten(config.training.model_dump(mode="json"))
     found = {
         f"training.{key}": stored[key]
         for key, unresolved in AUTOMATIC.items()
-        if getattr(config.training, key) == unresolved and stored.get(key) is not None
+        if current.get(key, UNSET) == unresolved and stored.get(key) is not None
     }
     return stage_config(config, found) if found else config
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tbpo_ray.cluster.device import detect_device_memory
 from tbpo_ray.cluster.error_summary import error_summary
 from tbpo_ray.cluster.fit import fit_to_cluster
 from tbpo_ray.cluster.placement import wait_for_resources
@@ -29,8 +30,10 @@ from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
 from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
+from tbpo_ray.training.automatic import describe_defaults, resolve_automatic
 from tbpo_ray.training.cost import measure_cost
-from tbpo_ray.training.memory_plan import check_fits, fewest_workers, plan_memory, resolve_budget
+from tbpo_ray.training.deepspeed_engine import check_offload_library
+from tbpo_ray.training.memory_plan import check_fits, fewest_workers, plan_memory
 from tbpo_ray.training.metrics_file import read_metrics
 from tbpo_ray.training.resume_checks import (
     adopt_resolved,
@@ -206,12 +209,13 @@ def _train(
     folder = plan.run_dir
     check_store(plan.config)
     _check_sources(plan.config)
+    check_offload_library(plan.config)
     models = resolve_models(plan)
     plan, notes = settle_rows(plan, dict(zip(_MODEL_KEYS, models, strict=True)))
     for note in notes:
         log_progress(note)
     start_ray()
-    plan = replace(plan, config=fit_to_cluster(plan.config))
+    plan = replace(plan, config=detect_device_memory(fit_to_cluster(plan.config)))
     inputs = prepare_inputs(plan, models)
     plan = _plan_memory(plan, inputs)
     lengths = inputs.data.lengths()
@@ -219,6 +223,8 @@ def _train(
     write_atomic(folder / "config.yaml", to_yaml(plan.config))
     with Tracker.from_note(plan.config, folder / RUN_NOTE, kind=kind, parent_run_id=parent_run_id) as tracker:
         _log_inputs(plan, inputs, tracker)
+        if defaults := describe_defaults(plan.config):
+            tracker.log_params({f"gpu/{name}": value for name, value in defaults.items()})
         began = time.monotonic()
         columns = score_inputs(plan, inputs)
         if columns.train:
@@ -253,15 +259,15 @@ def _run_workers(
 
 
 def _plan_memory(plan: RunPlan, inputs: Inputs) -> RunPlan:
-    """Resolve `training.micro_batch_tokens: auto`, and check that the workers fit into their devices.
+    """Choose what depends on the memory plan, and check that the workers fit into their devices.
 
     Raises:
         InputError: with the calculation.
     """
     facts, lengths = ModelFacts(inputs.model), inputs.data.lengths()
-    if plan.config.training.micro_batch_tokens == "auto":
-        plan = resolve_budget(plan, facts, lengths)
-        log_progress(f"training.micro_batch_tokens=auto: {plan.config.training.micro_batch_tokens} tokens")
+    plan, choices = resolve_automatic(plan, facts, lengths)
+    for choice in choices:
+        log_progress(choice)
     if plan.config.cluster.device_memory_gib is not None:
         memory = plan_memory(plan, facts, lengths)
         check_fits(plan, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -38,6 +39,23 @@ KEEP_MEMORY = {
 """glibc settings for CPU workers: memory that a step frees is kept for the next one. Ray Train runs the loop
 in a thread, where glibc would otherwise return large blocks to the system and page-fault them in again in
 every step. Peak memory is the same."""
+
+
+ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""What torch reads the settings of its allocator from, in this order."""
+EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Settings for GPU workers: micro-batches differ in size, and blocks of fixed size would fragment."""
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment variables of the training workers, beyond those of the cluster."""
+    if not config.cluster.gpus:
+        return KEEP_MEMORY
+    import ray
+
+    job = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    own = {name: os.environ[name] for name in ALLOCATOR_NAMES if name in os.environ}
+    return own or ({} if any(name in job for name in ALLOCATOR_NAMES) else EXPANDABLE)
 
 
 def run_workers(
@@ -132,7 +150,7 @@ def _build_trainer(plan: RunPlan, run_paths: RunPaths, data: PreparedPairs) -> A
         run_config=RunConfig(
             name=checkpoints.name,
             storage_path=str(checkpoints.parent),
-            worker_runtime_env={} if cluster.gpus else {"env_vars": KEEP_MEMORY},
+            worker_runtime_env={"env_vars": worker_environment(config)},
             callbacks=[FailureLog(run_paths.lease)],  # type: ignore[list-item]
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=cluster.max_failures, max_preemption_failures=cluster.max_preemption_failures

@@ -77,7 +77,8 @@ def test_alternatives_replace_each_other_in_both_directions(tmp_path):
         ("{zero_optimization: {stage: 2, reduce_bucket_size: auto}}", f"{ZERO}.reduce_bucket_size='auto'"),
         ("{zero_optimization: {stage: 2, overlap_comm: 1}}", f"{ZERO}.overlap_comm=1"),
         ("{zero_optimisation: {stage: 3}}", ZERO),
-        ("{stage: auto}", "training.deepspeed.stage='auto'"),
+        ("{stage: automatic}", "training.deepspeed.stage='automatic'"),
+        ("{stage: 2.0}", "training.deepspeed.stage=2.0"),
         ("{stage: true}", "training.deepspeed.stage=True"),
         ("{stage: null}", "training.deepspeed.stage=None"),
         ("{stage: 4}", "training.deepspeed.stage=4"),
@@ -89,6 +90,18 @@ def test_alternatives_replace_each_other_in_both_directions(tmp_path):
         ("{train_batch_size: 8}", "training.pairs_per_step"),
         ("{gradient_accumulation_steps: 4}", "training.deepspeed.gradient_accumulation_steps=4"),
         ("{optimizer: {type: Adam}}", "training.optimizer"),
+        ("{zero_force_ds_cpu_optimizer: true}", "training.deepspeed.zero_force_ds_cpu_optimizer=True"),
+        ("{zero_optimization: {stage: 2, zenflow: {topk_ratio: 0.1}}}", f"{ZERO}.zenflow="),
+        (
+            "{zero_optimization: {stage: 3, offload_optimizer: {device: cpu, super_offload: true}}}",
+            f"{ZERO}.offload_optimizer.super_offload=True",
+        ),
+        (
+            "{zero_optimization: {stage: 3, offload_optimizer: {device: cpu, ratio: 0.5}}}",
+            f"{ZERO}.offload_optimizer.ratio=0.5",
+        ),
+        ("{stage: 3, prescale_gradients: true}", "training.deepspeed.prescale_gradients=True"),
+        ("{stage: 3, gradient_predivide_factor: 2}", "training.deepspeed.gradient_predivide_factor=2"),
         ("stage", "training.deepspeed='stage'"),
         ("[2]", "training.deepspeed=[2]"),
     ],
@@ -103,6 +116,8 @@ def test_a_malformed_deepspeed_mapping(value, key):
     "value",
     [
         "{stage: 0}",
+        "{stage: auto}",
+        "{stage: 2, prescale_gradients: true, gradient_predivide_factor: 2}",
         "{zero_optimization: {stage: 3, reduce_bucket_size: 5e8, stage3_max_live_parameters: 1e9}}",
         "{zero_optimization: {stage: 2, offload_optimizer: null, overlap_comm: true}}",
         "{zero_optimization: {stage: 2, offload_optimizer: {device: none}}}",
@@ -111,6 +126,13 @@ def test_a_malformed_deepspeed_mapping(value, key):
 )
 def test_a_valid_deepspeed_mapping(value):
     assert load_config(None, [f"training.deepspeed={value}"])
+
+
+def test_the_stage_may_be_left_to_the_memory_plan():
+    training = load_config(None, ["training.deepspeed.stage=auto"]).training
+    assert training.deepspeed == load_config(None, []).training.deepspeed == {"stage": "auto"}
+    assert training.leaves_stage_open and training.zero_stage == 1
+    assert not load_config(None, ["training.deepspeed.stage=2"]).training.leaves_stage_open
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_traced_step_creates_what_the_real_step_creates(facts, overrides):
     from transformers import AutoModelForCausalLM
 
     network: Any = AutoModelForCausalLM.from_config(facts.config, attn_implementation="sdpa")
-    if chosen.config.training.activation_checkpointing:
+    if chosen.config.training.recomputes:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = PairScorer(network).train()
     for p in network.parameters():
