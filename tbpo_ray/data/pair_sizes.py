@@ -12,7 +12,8 @@ truncation, each of chosen and rejected. Imports NumPy only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,9 @@ _ANSWERS, _TRAINED, _SPANS, _CUT_SPANS = slice(1, 3), slice(3, 5), slice(5, 7), 
 
 
 def measure_pairs(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[Sequence[int]]],
-    masks: Sequence[Sequence[Sequence[bool] | None]],
+    prompts: Sequence[Sized],
+    answers: Sequence[Sequence[Sized]],
+    masks: Sequence[Sequence[Any]],
 ) -> np.ndarray:
     """The sizes of pairs: [N, 9] int32.
 

@@ -87,7 +87,7 @@ def split_pair(prompt: Any, system: Any, chosen: Any, rejected: Any) -> SplitPai
         raise RecordError("prompts_differ", _first_difference(*answers))
     if [_stripped(turn) for turn in answers[0]] == [_stripped(turn) for turn in answers[1]]:
         raise RecordError("answers_identical", content_text(answers[0][-1])[:80])
-    return SplitPair(start, *answers, repeats_prompt=repeats)
+    return SplitPair(start, answers[0], answers[1], repeats_prompt=repeats)
 
 
 def prompt_before(prompt: Any, answer: Any) -> Turns:

@@ -146,12 +146,20 @@ def parse_records(
         for name, turns in (("chosen", split.chosen), ("rejected", split.rejected)):
             check_unicode(turns, name)
             check_trained(turns, name)
-        sides = (split.prompt, split.chosen, split.rejected)
-        inputs = template_inputs(columns, [turn for side in sides for turn in side])
+        turns = [*split.prompt, *split.chosen, *split.rejected]
         if counts is not None and split.repeats_prompt:
             counts["prompt_repeated"] += 1
-        marks = {"tie": pair.tie, "repeats_prompt": split.repeats_prompt}
-        record = Record(*sides, **inputs, metadata=metadata, source=source, row=row, **marks)
+        record = Record(
+            split.prompt,
+            split.chosen,
+            split.rejected,
+            **template_inputs(columns, turns),
+            metadata=metadata,
+            source=source,
+            row=row,
+            tie=pair.tie,
+            repeats_prompt=split.repeats_prompt,
+        )
         records.append(swap_answers(record) if options.swap_answers else record)
     return records
 

@@ -214,8 +214,12 @@ def estimate_data(config: Config, model: str) -> DataEstimate:
     Raises:
         InputError: a source cannot be read, or contains no pair.
     """
-    options = {"revision": config.model.revision, "gguf_file": config.model.gguf_file}
-    tokenizer = load_tokenizer(model, chat_template=config.model.chat_template, **options)
+    tokenizer = load_tokenizer(
+        model,
+        chat_template=config.model.chat_template,
+        revision=config.model.revision,
+        gguf_file=config.model.gguf_file,
+    )
     spec = TokenizerSpec.of(tokenizer, config.data.template_kwargs)
     pairs = PairTokenizer(spec, config.data.max_length, config.data.prompt_limit)
     sources = config.data.train

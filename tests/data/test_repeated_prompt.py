@@ -13,7 +13,7 @@ from tbpo_ray.data.preparation import PairsSpec, prepare
 from tbpo_ray.data.records import parse_prompt, parse_records
 from tbpo_ray.data.rejection_reasons import RecordError
 from tbpo_ray.data.repeated_prompt import remove_prompt
-from tbpo_ray.data.tokenize import PairTokenizer, TokenizerSpec
+from tbpo_ray.data.tokenize import PairTokenizer, TokenizedPair, TokenizerSpec
 from tests.data.conftest import CHAT, decode_answer, make_tokenizer
 
 Q = "What is the capital of France?"
@@ -157,7 +157,7 @@ def test_the_tokens_are_those_of_a_row_that_does_not_repeat_the_prompt(template)
          "rejected": "Rome." if template else " Rome."},
     ]  # fmt: skip
     repeated, plain = tokenizer.pairs([record for row in rows for record in parse_records(row)])
-    assert repeated == plain
+    assert repeated == plain and isinstance(repeated, TokenizedPair)
     assert decode_answer(tokenizer, repeated.chosen_ids).strip() == "<s> Paris."
 
 

@@ -128,6 +128,6 @@ def test_scores_that_are_not_finite_are_refused(classifier, make_sample, tmp_pat
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    judge = RewardModelJudge.from_settings({"model": str(folder)}, use_gpu=False, cache=tmp_path)
+    judge = RewardModelJudge.from_settings({"model": str(folder)}, cache=tmp_path)
     with pytest.raises(InputError, match=rf"evaluation\.judge\.model={folder}: 2 of 2 scores are not finite"):
         judge.scores([make_sample(i, "tree") for i in range(2)])

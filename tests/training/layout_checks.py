@@ -64,7 +64,7 @@ def check_plain_scores(model: Any, *, shared: bool, packed: bool = False, sides:
 
 
 def check_gradients_agree(
-    make: Callable[[], Any], layouts: Sequence[Mapping[str, bool]], *, checkpointed: bool
+    make: Callable[[], Any], layouts: Sequence[Mapping[str, Any]], *, checkpointed: bool
 ) -> None:
     """Compare the gradients of two layouts, given as arguments of `collate`."""
     prompts, answers = pairs()

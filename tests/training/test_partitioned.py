@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def settings_of(model: str, *overrides: str) -> list[str]:
 def build(settings, prepared, *, divided, reference=None):
     """The components, loaded as now or as a plain loader would: all of the model on each rank."""
     from tbpo_ray.config.loading import load_config
-    from tbpo_ray.training import components
+    from tbpo_ray.training import components as module
+
+    components: Any = module
     from tbpo_ray.training.run_paths import RunPaths
     from tbpo_ray.training.run_plan import resolve_run
 
@@ -75,7 +78,7 @@ def trained(rank, world, settings, prepared, reference, divided):
     from tbpo_ray.training.deepspeed_engine import Engine
     from tbpo_ray.training.optim import HeadOptimizer
     from tbpo_ray.training.readback import Readback
-    from tbpo_ray.training.state import copy_fragments
+    from tbpo_ray.training.state import fragment_tensors
 
     plan, found = build(settings, prepared, divided=divided, reference=reference)
     is_divided = [hasattr(p, "ds_id") for p in found.scorer.parameters()]
@@ -99,7 +102,7 @@ def trained(rank, world, settings, prepared, reference, divided):
         if head is not None:
             head.step(readback)
         losses.append([float(loss), norm])
-    state = copy_fragments(engine) | (head.state_dict() if head is not None else {})
+    state = fragment_tensors(engine) | (head.state_dict() if head is not None else {})
     digests = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in state.items()}
     dist.barrier()
     return [losses, digests, list(found.sentences)]
@@ -145,7 +148,9 @@ def digests(scorer) -> list[str]:
 def loaded_otherwise(rank, world, model, incomplete, prepared):
     """What a model looks like that is checked from the host's memory, or cannot be built without weights."""
     from tbpo_ray.errors import InputError
-    from tbpo_ray.training import components
+    from tbpo_ray.training import components as module
+
+    components: Any = module
 
     settings = settings_of(model, "objective.name=dpo")
     _, usual = build(settings, prepared, divided=True)
