@@ -38,7 +38,7 @@ def _mask(rng, size, whole):
 
 
 def test_sizes_of_a_pair():
-    masks = [[np.array([True, False, False, True, False])], [None]]
+    masks: list[list[np.ndarray | None]] = [[np.array([True, False, False, True, False])], [None]]
     sizes = measure_pairs([[1, 2]], [[[1, 2, 3, 4, 5]], [[1]]], masks)
     assert sizes.dtype == np.int32 and sizes.tolist() == [[2, 5, 1, 2, 1, 4, 1, 1, 1]]
     assert trained_tokens(sizes).tolist() == [[2, 1]] and compact(sizes) is sizes
