@@ -126,7 +126,7 @@ def evaluate_policies(
     )
     verdict.save(folder)
     write_atomic(folder / "verdict.txt", verdict.table() + "\n")
-    if judgments.compared:
+    if judgments.compared and not has_second_turn(prompts):  # answers to two questions are not one answer
         write_records(folder, prompts, judgments.compared, inputs.baseline.name)
     if tracker is not None:
         _track(tracker, verdict, samples, prompts, folder)
