@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tbpo_ray.errors import InputError
+from tbpo_ray.errors import InputError, first_line
 from tbpo_ray.progress import log_progress
+from tbpo_ray.storage.json_lines import read_object
 
 BINARY = "model"
 """Folder of the weights and the tokenizer in an MLflow model of transformers."""
@@ -68,8 +69,7 @@ def write_mlflow_model(export: Path, target: Path, description: ModelDescription
     from mlflow.models import Model
 
     export = export.resolve()
-    if not (export / "config.json").is_file():
-        raise InputError(f"{export}: not an exported model (config.json is missing)")
+    _check_export(export)
     template = prompt_template(export, description.template_kwargs)
     model = Model(artifact_path=str(target), model_uuid=model_id, model_id=model_id)
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -98,6 +98,17 @@ def write_mlflow_model(export: Path, target: Path, description: ModelDescription
     _correct_description(target, export)
 
 
+def _check_export(export: Path) -> None:
+    """Check that the folder has what a pipeline needs: an architecture, weights and a tokenizer."""
+    config = read_object(export / "config.json", "export the model again")
+    if not config.get("architectures"):
+        raise InputError(f"{export}: not an exported model (config.json names no architecture)")
+    if not any(export.glob(f"*{WEIGHTS}")):
+        raise InputError(f"{export}: not an exported model (it has no safetensors)")
+    if not (export / "tokenizer_config.json").is_file():
+        raise InputError(f"{export}: not an exported model (tokenizer_config.json is missing)")
+
+
 def requirements() -> list[str]:
     """Pinned packages that loading and serving the model needs; without the local part of a version."""
     return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _LIBRARIES]
@@ -108,11 +119,17 @@ def prompt_template(export: Path, template_kwargs: Mapping[str, Any]) -> str | N
 
     Returns:
         None if the tokenizer has no chat template, or one that changes the user's text.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     auto: Any = AutoTokenizer
-    tokenizer = auto.from_pretrained(str(export), trust_remote_code=False)
+    try:
+        tokenizer = auto.from_pretrained(str(export), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{export}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.chat_template:
         return None
     text: str = tokenizer.apply_chat_template(

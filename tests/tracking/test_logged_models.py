@@ -316,3 +316,25 @@ def wait_until_up(url: str, process: subprocess.Popen, log: Path, seconds: float
         except OSError:
             time.sleep(0.5)
     raise AssertionError(log.read_text())
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("config.json", "no architecture"),
+        ("model.safetensors", "no safetensors"),
+        ("tokenizer_config.json", "tokenizer_config.json is missing"),
+    ],
+)
+def test_an_incomplete_export_is_one_sentence_and_leaves_nothing(tmp_path, export, file, words):
+    folder = tmp_path / "run" / "export"
+    folder.mkdir(parents=True)
+    for name in {"config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json"} - {file}:
+        (folder / name).symlink_to(export / name)
+    if file == "config.json":
+        (folder / file).write_text("{}")
+    with start(tmp_path) as tracker:
+        with pytest.raises(InputError, match=words):
+            tracker.register_model(folder, "partial", "champion")
+        assert not tracker._client.search_registered_models()
+        assert not tracker._client.search_logged_models([tracker.experiment_id])
