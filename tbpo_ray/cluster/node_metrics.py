@@ -103,7 +103,7 @@ def read_gauges(text: str) -> dict[str, dict[str, float]]:
     from prometheus_client.parser import text_string_to_metric_families
 
     found: dict[str, dict[str, float]] = {}
-    families: Iterable[Any] = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+    families: Iterable[Any] = text_string_to_metric_families(text)
     for family in families:
         if family.name in _GAUGES:
             for sample in family.samples:
@@ -127,5 +127,6 @@ def _alive_nodes() -> list[dict[str, Any]]:
     """The nodes of the cluster, the head node first."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node.get("Alive")]
+    all_nodes: Any = ray.nodes
+    nodes = [node for node in all_nodes() if node.get("Alive")]
     return sorted(nodes, key=lambda node: "node:__internal_head__" not in node.get("Resources", {}))

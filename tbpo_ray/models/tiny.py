@@ -72,7 +72,9 @@ def _save(folder: Path, seed: int) -> None:
 
     with hide_modules("sklearn"):
         from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = load_tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from tbpo_ray.redaction import redact_text
 from tbpo_ray.tracking.store import Store
 
 POLICY_TAG = "tbpo.policy"
+_ASYNCHRONOUS = "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,18 @@ def _log_trace(store: Store, run_id: str, answer: JudgedAnswer, judge_is_model: 
 def _global_uri(uri: str) -> Iterator[None]:
     """Point MLflow's global client at a store: traces have no client of their own. Exports are awaited."""
     import mlflow
-    from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
 
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    was_asynchronous = MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get_raw()
-    MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.set("false")
+    is_set: Any = mlflow.is_tracking_uri_set
     set_uri: Any = mlflow.set_tracking_uri  # None unsets it, in the environment too
+    before = mlflow.get_tracking_uri() if is_set() else None
+    was_asynchronous = os.environ.get(_ASYNCHRONOUS)
+    os.environ[_ASYNCHRONOUS] = "false"
     set_uri(uri)
     try:
         yield
     finally:
         set_uri(before)
         if was_asynchronous is None:
-            MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.unset()
+            del os.environ[_ASYNCHRONOUS]
         else:
-            MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.set(was_asynchronous)
+            os.environ[_ASYNCHRONOUS] = was_asynchronous
