@@ -23,8 +23,9 @@ from tbpo_ray.tracking.reachability import SERVER_SCHEMES, check_reachable, is_s
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# MLflow reads this variable on import.
+# MLflow reads the first variable on import.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
