@@ -7,7 +7,11 @@ PIP_FLAGS ?=
 EXTRAS ?= cpu,dev
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: install quickstart test test-fast test-slow coverage check format lint types docs bench clean
+# TBPO-A with the exact KL, at the learning rate that was best for it (benchmarks/RESULTS.md).
+QUICKSTART := run.name=quickstart objective.name=tbpo_a objective.state_baseline.kind=exact_kl \
+  training.learning_rate=4.0e-5 compare.promote.model_name=quickstart
+
+.PHONY: install quickstart report test test-fast test-slow coverage check format lint types docs bench clean
 
 install: $(STAMP)
 
@@ -22,7 +26,13 @@ $(STAMP): pyproject.toml
 	touch $@
 
 quickstart: $(STAMP)
-	$(BIN)/python jobs/pipeline.py --config jobs/configs/tiny.yaml run.name=quickstart
+	$(BIN)/python jobs/pipeline.py --config jobs/configs/tiny.yaml $(QUICKSTART)
+
+# Opens the report in the browser; on a machine without one, the path is printed.
+report:
+	@test -f runs/quickstart/report/report.html || { echo "no report yet: run make quickstart"; exit 1; }
+	@echo runs/quickstart/report/report.html
+	@$(BIN)/python -m webbrowser -t "file://$(CURDIR)/runs/quickstart/report/report.html" || true
 
 # The tests without Ray share both cores; those with Ray share one session, so they run one after the other.
 test: $(STAMP)

@@ -16,6 +16,7 @@ from tbpo_ray.cluster.session import stop_ray
 from tbpo_ray.config.loading import load_config, to_yaml
 from tbpo_ray.config.schema import Config
 from tbpo_ray.errors import InputError, TbpoError
+from tbpo_ray.progress import close_bar
 from tbpo_ray.signals import interruptible
 from tbpo_ray.tracking.environment import with_environment
 
@@ -89,10 +90,12 @@ def _run(arguments: argparse.Namespace, job: Job) -> int:
             job.work(config)
         return 0
     except InputError as error:
+        close_bar()
         for fault in error.faults:
             print(f"error: {one_line(fault)}", file=sys.stderr)
         return 2
     except TbpoError as error:
+        close_bar()
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
@@ -103,8 +106,11 @@ def _run(arguments: argparse.Namespace, job: Job) -> int:
         return 1
     except Exception:
         # Anything else is a bug, which is found by its traceback.
+        close_bar()
         traceback.print_exc()
         return 1
+    finally:
+        close_bar()
 
 
 def one_line(text: str) -> str:

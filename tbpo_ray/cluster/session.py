@@ -36,6 +36,8 @@ def start_ray(**options: Any) -> None:
     import ray
     from ray.data import DataContext
 
+    # Before the connection, which announces that tokens are in use.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if not ray.is_initialized():
         with keep_handlers():
             _connect(options)

@@ -32,14 +32,18 @@ _WHOLE_TREE = re.compile(r"(?:sft|objective\.helpers\.[^.]+)\.")
 """What the dotted keys below an override of the whole tree begin with."""
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `dotted.key=value` overrides and validate the result.
+def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Read a YAML file, apply overrides and validate the result.
+
+    Args:
+        path: the file; None: all defaults.
+        overrides: `dotted.key=value` as on a command line, or a mapping of dotted keys to values.
 
     Raises:
         InputError: the file is missing or unreadable, or its content is invalid; one sentence per fault.
     """
     tree = read_yaml(path) if path is not None else {}
-    over = overrides_to_tree(overrides)
+    over = expand_dotted(overrides) if isinstance(overrides, Mapping) else overrides_to_tree(overrides)
     for stage in STAGES:
         # Keys below a stage may be dotted in the file, and are nested in an override: one form, so that the
         # override replaces the value and the resolved configuration names each key once.

@@ -7,6 +7,7 @@ dotted key, the value and what is accepted.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StrictBool, field_validator, model_validator
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "ExportConfig",
     "GenerationConfig",
     "LoraConfig",
     "ModelConfig",
@@ -194,6 +196,12 @@ class TrackingConfig(Section):
     """MLflow tracking address; default: MLFLOW_TRACKING_URI, else SQLite in `<run.output_dir>/mlflow.db`."""
     experiment: str = "tbpo"
     """MLflow experiment; if it is not set, MLFLOW_EXPERIMENT_NAME is used where the environment has it."""
+    log_models: Literal["weights", "metadata"] = "weights"
+    """What MLflow gets of every exported policy: a model with its `weights` (hard links where the artifacts
+    are local, otherwise an upload), or its `metadata` only, so that a promotion uploads the weights."""
+    system_metrics_seconds: NonNegative = 15
+    """Seconds between two samples of the nodes' CPU, memory, GPU, disk and network; 0: none. If it is not
+    set, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL and MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING count."""
 
 
 class GenerationConfig(Section):
@@ -266,7 +274,7 @@ class EvaluationConfig(Section):
     suite the suite's own."""
     suite: str | None = None
     """A ready evaluation that sets how prompts are read, how many, and the judge's rubric: `helpful`,
-    `harmless`, `tldr`, `alpaca_eval`, `arena_hard_v2`, or the path of a YAML file with one's own."""
+    `harmless`, `tldr`, `alpaca_eval`, `arena_hard_v2`, `mt_bench`, or the path of one's own YAML file."""
     max_prompts: Count | Literal["auto"] | None = "auto"
     """Use at most this many prompts, from the beginning; null: all; `auto`: as many as the suite says, 400
     without a suite."""
@@ -286,6 +294,8 @@ class EvaluationConfig(Section):
     """lm-eval tasks (needs the extra `harness`): `{tasks: [...], shots: {...}, include_path: ...}`."""
     credit_pairs: CountOrZero = 0
     """Number of pairs that the token credit map shows; 0: no map."""
+    traces: CountOrZero = 0
+    """Number of prompts whose answers are also logged as MLflow traces, with the judge's assessments."""
 
     @field_validator("benchmarks")
     @classmethod
@@ -353,6 +363,26 @@ class TuneConfig(Section):
         return self
 
 
+class ExportConfig(Section):
+    """Where the exported policy is published."""
+
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub, `OWNER/NAME`, that gets the export of `jobs/train.py` and
+    `jobs/pipeline.py` with a model card; null: none."""
+    token_file: str | None = None
+    """File with an access token of the hub that may write; default: HF_TOKEN, or the hub's own login."""
+    private: StrictBool = True
+    """Whether a repository that is created is private."""
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _check_repository(cls, value: str | None) -> str | None:
+        parts = (value or "a/b").split("/")
+        if len(parts) != 2 or not all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in parts):
+            raise ValueError("not the name of a repository; must be OWNER/NAME")
+        return value
+
+
 class PromotionConfig(Section):
     """When the best run of a comparison is promoted in the model registry."""
 
@@ -362,6 +392,13 @@ class PromotionConfig(Section):
     """Metric that decides the promotion."""
     at_least: float = 0.5
     """Minimum of the lower end of the metric's 95 % interval."""
+
+    @field_validator("model_name")
+    @classmethod
+    def _check_model_name(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or set("/:") & set(value)):
+            raise ValueError("not a name for MLflow's registry; must not be empty or contain / or :")
+        return value
 
 
 class CompareConfig(Section):
@@ -394,6 +431,8 @@ class Config(Section):
     """Sampling with vLLM."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Prompts, judge and policies."""
+    export: ExportConfig = ExportConfig()
+    """Publication of the exported policy."""
     tune: TuneConfig = TuneConfig()
     """Hyperparameter search."""
     compare: CompareConfig = CompareConfig()

@@ -8,8 +8,10 @@ from tbpo_ray.evaluation.win_rates import (
     ControlledRate,
     Rate,
     Strength,
+    StyleControlledRate,
     bradley_terry,
     length_controlled_win_rate,
+    style_controlled_win_rate,
     win_rate,
 )
 
@@ -17,10 +19,12 @@ __all__ = [
     "ControlledRate",
     "Rate",
     "Strength",
+    "StyleControlledRate",
     "bradley_terry",
     "distinct_n",
     "length_controlled_win_rate",
     "predictive_entropy",
     "self_bleu",
+    "style_controlled_win_rate",
     "win_rate",
 ]

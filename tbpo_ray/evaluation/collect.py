@@ -16,7 +16,9 @@ from tbpo_ray.storage.json_lines import loads_numbers
 from tbpo_ray.storage.paths import output_dir
 from tbpo_ray.tracking.run_note import RUN_NOTE, read_run_note
 
-IGNORED_KEYS = ("run.name", "evaluation.", "compare.", "runs", "tune.", "tracking.", "sft.", "run.output_dir")
+IGNORED_KEYS = (
+    "run.name", "run.output_dir", "evaluation.", "compare.", "runs", "tune.", "tracking.", "sft.", "export.",
+)  # fmt: skip
 """Prefixes of keys that do not count as configuration differences: they do not change the policy."""
 
 

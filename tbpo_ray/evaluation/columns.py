@@ -30,6 +30,7 @@ COLUMNS = (
     Column("score", "score", 1, 1),
     Column("win_rate", "win rate", 100, 1),
     Column("lc_win_rate", "win rate, length-controlled", 100, 1),
+    Column("style_win_rate", "win rate, style-controlled", 100, 1),
     Column("length_tokens", "tokens per answer"),
     Column("rouge_l", "ROUGE-L", 1, 1),
     Column("implicit_accuracy", "implicit reward accuracy", 100, 1),

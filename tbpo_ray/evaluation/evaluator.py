@@ -29,16 +29,19 @@ from tbpo_ray.evaluation.held_out_pairs import (
 from tbpo_ray.evaluation.judge import Judge
 from tbpo_ray.evaluation.judges import make_judge
 from tbpo_ray.evaluation.judgments import Judgments, flatten
+from tbpo_ray.evaluation.logged_models import DATASET, log_evaluated_models
 from tbpo_ray.evaluation.measures import Estimate, Groups, describe, mean_estimate, per_prompt
 from tbpo_ray.evaluation.preference_records import write_records
 from tbpo_ray.evaluation.prompts import Policy, PromptSet, read_prompts, resolve_policy, tokenize_prompts
 from tbpo_ray.evaluation.reference_kl import kl_k1, reference_logprobs
 from tbpo_ray.evaluation.rouge import rouge_metrics
+from tbpo_ray.evaluation.sample_table import log_samples
 from tbpo_ray.evaluation.suites import reference_column, slice_columns
+from tbpo_ray.evaluation.two_turns import has_second_turn, join_turns, second_questions
 from tbpo_ray.evaluation.verdict import PolicyVerdict, Verdict
 from tbpo_ray.generation.engine_count import EngineNodes, engine_count
 from tbpo_ray.generation.pool import generate, sampling_fingerprint
-from tbpo_ray.generation.samples import Samples
+from tbpo_ray.generation.samples import Sample, Samples
 from tbpo_ray.generation.vllm_engine import check_length, check_model, engine_resources
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import write_atomic
@@ -100,8 +103,9 @@ def evaluate_policies(
     log_progress(f"evaluating {', '.join(policies)} on {len(prompts.prompts)} prompts from {prompts.source}")
 
     _wait_for_engines(config, inputs.policies, len(prompts.prompts), folder)
-    samples = {policy.name: _sample(policy, prompts, config, folder) for policy in inputs.policies}
-    groups = {name: answers.by_prompt() for name, answers in samples.items()}
+    sampled = {policy.name: _sample_turns(policy, prompts, config, folder) for policy in inputs.policies}
+    samples = {name: answers for name, (answers, _) in sampled.items()}
+    groups = {name: by_prompt for name, (_, by_prompt) in sampled.items()}
     model_metrics = _model_metrics(inputs, config, folder)
     for name, kl in _kl_estimates(groups, inputs.reference, config).items():
         model_metrics.setdefault(name, {})["kl_k1"] = kl
@@ -122,10 +126,11 @@ def evaluate_policies(
     )
     verdict.save(folder)
     write_atomic(folder / "verdict.txt", verdict.table() + "\n")
-    if judgments.compared:
+    if judgments.compared and not has_second_turn(prompts):  # answers to two questions are not one answer
         write_records(folder, prompts, judgments.compared, inputs.baseline.name)
     if tracker is not None:
         _track(tracker, verdict, samples, prompts, folder)
+        log_samples(tracker, verdict, judgments, config.evaluation.traces)
     return verdict
 
 
@@ -193,6 +198,18 @@ def _resolve_gpus(config: Config) -> Config:
     return stage_config(
         config, {}, cluster__use_gpu=any(size.has("GPU", labels) for size in capacities(config))
     )
+
+
+def _sample_turns(
+    policy: Policy, prompts: PromptSet, config: Config, folder: Path
+) -> tuple[Samples, dict[str, list[Sample]]]:
+    """The policy's answers, of the second turn where there are two, and all of them by prompt for judges."""
+    first = _sample(policy, prompts, config, folder)
+    if not has_second_turn(prompts):
+        return first, first.by_prompt()
+    log_progress(f"{policy.name}: sampling the answers to the second questions")
+    second = _sample(policy, second_questions(prompts, first), config, folder)
+    return second, join_turns(first, second)
 
 
 def _sample(policy: Policy, prompts: PromptSet, config: Config, folder: Path) -> Samples:
@@ -335,7 +352,7 @@ def _track(
     tracker: Tracker, verdict: Verdict, samples: Mapping[str, Samples], prompts: PromptSet, folder: Path
 ) -> None:
     tracker.log_dataset(
-        "held-out prompts",
+        DATASET,
         digest=prompts.digest,
         source=prompts.source,
         rows=len(prompts.prompts),
@@ -351,6 +368,7 @@ def _track(
         numbers |= {f"{policy.name}/generation/{name}": manifest.get(name) for name in TRACKED}
         tracker.log_metrics(numbers)
     tracker.flush()
+    log_evaluated_models(tracker, verdict, prompts)
     for name in ("verdict.json", "verdict.txt", "credit.html"):
         if (folder / name).is_file():
             tracker.log_artifact(folder / name)

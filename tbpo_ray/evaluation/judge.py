@@ -30,6 +30,10 @@ class Judge(ABC):
         1 means that the candidate wins, 0.5 a tie, 0 that it loses, and None that there is no verdict.
         """
 
+    def rationale(self, candidate: Sample, baseline: Sample) -> str:
+        """Return what the judge has written about a judged pair; empty for judges that write nothing."""
+        return ""
+
     def report(self) -> dict[str, Any]:
         """Return the judge's identity, cost and error counts, for the verdict."""
         return {"kind": self.kind}

@@ -91,6 +91,10 @@ class Judgments:
         self.compared[policy] = ComparedAnswers(pairs, self._preferences(pairs, policy))
         return self.compared[policy]
 
+    def scores(self, policy: str) -> Scores:
+        """The scores of a policy's answers; empty for a judge that only compares."""
+        return self._scores.get(policy, {})
+
     def _preferences(self, pairs: Sequence[tuple[Sample, Sample]], policy: str) -> list[float | None]:
         if not isinstance(self.judge, ScoringJudge):
             log_progress(f"judging {len(pairs)} pairs of {policy} and {self.baseline} with {self.judge.kind}")

@@ -29,7 +29,7 @@ from tbpo_ray.evaluation.judge_endpoint import ChatEndpoint, clean_text
 from tbpo_ray.evaluation.rubrics import DEFAULT_RUBRIC, load_rubric
 from tbpo_ray.evaluation.win_rates import win_rate
 from tbpo_ray.generation.samples import Sample
-from tbpo_ray.progress import log_progress
+from tbpo_ray.progress import is_live, log_progress, show_bar
 from tbpo_ray.redaction import strip_credentials
 from tbpo_ray.storage.files import write_atomic
 
@@ -151,19 +151,24 @@ class LlmJudge(Judge):
         """
         pairs = list(zip(candidate, baseline, strict=True))
         orders = (1, -1) if self.settings.both_orders else (1,)
-        replies = self.complete(
-            [
-                fill_template(
-                    self.template, pair[0].prompt_text, *(sample.answer for sample in pair[::order])
-                )
-                for pair in pairs
-                for order in orders
-            ]
-        )
+        replies = self.complete([self._question(pair, order) for pair in pairs for order in orders])
         return [
             self._combine([parse_verdict(reply) for reply in replies[i : i + len(orders)]])
             for i in range(0, len(replies), len(orders))
         ]
+
+    def rationale(self, candidate: Sample, baseline: Sample) -> str:
+        """The judge's replies on this pair; empty if it gave no verdict."""
+        replies = []
+        for order, first in ((1, "candidate"), (-1, "baseline")):
+            question = clean_text(self._question((candidate, baseline), order))
+            reply = self._cache.get(self._request(question)[0])
+            replies += [f"With the {first}'s answer as A: {reply}"] if reply else []
+        return "\n\n".join(replies)
+
+    def _question(self, pair: tuple[Sample, Sample], order: int) -> str:
+        """What the judge is asked about a pair; with order -1, the baseline's answer comes first."""
+        return fill_template(self.template, pair[0].prompt_text, *(sample.answer for sample in pair[::order]))
 
     def complete(self, prompts: Sequence[str]) -> list[str]:
         """Send the filled-in prompts and return the replies, in the same order; empty where there is none.
@@ -224,7 +229,9 @@ class LlmJudge(Judge):
             try:
                 for done, task in enumerate(asyncio.as_completed(tasks), start=1):
                     await task  # in the order of their ends, so that the first failure stops the others
-                    if done % 200 == 0:
+                    if is_live():
+                        show_bar("judge", done, len(prompts))
+                    elif done % 200 == 0:
                         log_progress(f"judge: {done} of {len(prompts)} replies")
                 replies = [task.result() for task in tasks]
             finally:
@@ -239,14 +246,20 @@ class LlmJudge(Judge):
             )
         return replies
 
-    async def _complete(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, prompt: str) -> str:
+    def _request(self, prompt: str) -> tuple[str, dict[str, Any]]:
+        """The body of a request, and its key in the cache."""
         body = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
         }
-        key = hashlib.sha256(json.dumps([self.settings.url, body], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.settings.url, body], sort_keys=True).encode()
+        ).hexdigest(), body
+
+    async def _complete(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, prompt: str) -> str:
+        key, body = self._request(prompt)
         async with gate:
             if key in self._cache:
                 self.counts["cached"] += 1

@@ -11,7 +11,14 @@ import numpy as np
 
 from tbpo_ray.errors import RunFailedError
 from tbpo_ray.evaluation.diversity import distinct_n, predictive_entropy, self_bleu
-from tbpo_ray.evaluation.win_rates import Rate, length_controlled_win_rate, t_interval, win_rate
+from tbpo_ray.evaluation.style import FEATURES, style_features
+from tbpo_ray.evaluation.win_rates import (
+    Rate,
+    length_controlled_win_rate,
+    style_controlled_win_rate,
+    t_interval,
+    win_rate,
+)
 from tbpo_ray.generation.samples import Sample
 
 Groups = Mapping[str, Sequence[Sample]]
@@ -89,26 +96,34 @@ def paired(candidate: Groups, baseline: Groups) -> list[tuple[Sample, Sample]]:
 def compare(
     pairs: Sequence[tuple[Sample, Sample]], preferences: Sequence[float | None]
 ) -> dict[str, Estimate]:
-    """Raw and length-controlled win rate of judged pairs; length is in characters.
+    """Raw, length-controlled and, with Markdown, style-controlled win rate; length is in characters.
 
     Preferences are averaged within each prompt first, so that the intervals are over prompts.
 
     Raises:
         RunFailedError: no pair has a verdict.
     """
-    judged: dict[str, list[tuple[float, int, int]]] = {}
+    judged: dict[str, list[list[float]]] = {}
     for (a, b), preference in zip(pairs, preferences, strict=True):
         if preference is not None:
-            judged.setdefault(a.prompt_id, []).append((preference, len(a.answer), len(b.answer)))
+            row = [preference, *style_features(a.answer), *style_features(b.answer)]
+            judged.setdefault(a.prompt_id, []).append(row)
     if not judged:
         raise RunFailedError(f"the judge gave no verdict on any of {len(pairs)} pairs of answers")
-    means = np.asarray([np.mean(rows, axis=0) for rows in judged.values()])  # [prompts, 3]
-    controlled = length_controlled_win_rate(means[:, 0], means[:, 1], means[:, 2])
-    return {
+    means = np.asarray([np.mean(rows, axis=0) for rows in judged.values()])  # [prompts, 1 + 2 F]
+    preferred, own, other = means[:, 0], means[:, 1 : 1 + len(FEATURES)], means[:, 1 + len(FEATURES) :]
+    controlled = length_controlled_win_rate(preferred, own[:, 0], other[:, 0])
+    metrics = {
         "win_rate": Estimate.of_rate(win_rate(means[:, 0])),
         "lc_win_rate": Estimate.of_rate(controlled),
         "length_effect": Estimate(controlled.length_effect),
     }
+    if own[:, 1:].any() or other[:, 1:].any():  # without Markdown, style is length
+        style = style_controlled_win_rate(preferred, own, other)
+        metrics["style_win_rate"] = Estimate.of_rate(style)
+        effects = zip(FEATURES, style.effects, strict=True)
+        metrics |= {f"style_effect/{name}": Estimate(value) for name, value in effects}
+    return metrics
 
 
 def slices(groups: Groups, columns: Sequence[str]) -> dict[str, dict[str, list[str]]]:

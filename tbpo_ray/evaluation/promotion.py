@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tbpo_ray.config.schema import PromotionConfig
 from tbpo_ray.evaluation.collect import Entry
+from tbpo_ray.tracking.mlflow_model import ModelDescription
 from tbpo_ray.tracking.tracker import Tracker
 
 ALIAS = "champion"
@@ -30,6 +31,7 @@ def check_gate(promote: PromotionConfig, entries: Sequence[Entry], tracker: Trac
 
     Raises:
         InputError: MLflow rejects the name, or the best policy's folder no longer exists.
+        RunFailedError: the store does not accept the model.
     """
     if promote.model_name is None:
         return None
@@ -47,7 +49,8 @@ def check_gate(promote: PromotionConfig, entries: Sequence[Entry], tracker: Trac
         return Gate(
             False, f"No policy is promoted: {result}, below compare.promote.at_least={promote.at_least}."
         )
-    version = tracker.register_model(best.policy.model, promote.model_name, ALIAS)
+    description = ModelDescription(best.label, params=best.settings)
+    version = tracker.register_model(best.policy.model, promote.model_name, ALIAS, description)
     tracker.set_tags({"promoted": f"{promote.model_name} version {version}"})
     return Gate(
         True,

@@ -24,6 +24,7 @@ from tbpo_ray.models.resolve import local_model
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.json_lines import read_object
 from tbpo_ray.storage.paths import cache_dir, output_dir
+from tbpo_ray.tracking.model_uris import is_model_uri, model_folder
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -190,12 +191,14 @@ def resolve_policy(name: str, where: str, config: Config) -> Policy:
 
     Args:
         name: its name in `evaluation.policies`.
-        where: a model folder, an adapter folder, the name of a run with an export, a built-in model or a hub
-            name, with or without `@REVISION`.
+        where: a model folder, an adapter folder, the name of a run with an export, a built-in model, a hub
+            name, with or without `@REVISION`, or an address of MLflow (`models:/NAME@ALIAS`, `runs:/ID`).
 
     Raises:
         InputError: `where` is none of these.
     """
+    if is_model_uri(where):
+        return Policy(name, model_folder(config, where, f"evaluation.policies.{name}"))
     runs = output_dir(config)
     for folder in (Path(where).expanduser(), runs / where / "export", runs / where):
         if (folder / "config.json").is_file():
@@ -212,6 +215,6 @@ def resolve_policy(name: str, where: str, config: Config) -> Policy:
         key = f"evaluation.policies.{name}"
         return Policy(name, local_model(where, cache_dir(config), seed=config.run.seed, key=key))
     raise InputError(
-        f"evaluation.policies.{name}={where}: must be a model folder, an adapter folder, or a run in {runs} "
-        "that has an export"
+        f"evaluation.policies.{name}={where}: must be a model folder, an adapter folder, a run in {runs} "
+        "that has an export, models:/NAME@ALIAS or runs:/ID"
     )

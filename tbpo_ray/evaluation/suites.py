@@ -27,6 +27,8 @@ DEFAULT_MAX_PROMPTS = 400
 """`evaluation.max_prompts: auto` without a suite."""
 REFERENCE = "reference"
 """The metadata column in which summarization stores the reference summary."""
+SECOND_TURN = "second_turn"
+"""The metadata column with the second question of a conversation."""
 _REFERENCE_COLUMNS = ("reference", "reference_summary", "summary", "highlights", "completion", "label")
 _POST_METADATA = ("id", "subreddit", "site")
 
@@ -42,8 +44,9 @@ class Suite(Section):
     """Number of different prompts, from the beginning; null: all."""
     rubric: str = "general"
     """Rubric of a language model as judge, as `evaluation.judge.rubric`."""
-    reading: Literal["prompts", "summarization"] = "prompts"
-    """`prompts`: as any source of prompts. `summarization`: posts and articles (`post`, `article`, OpenAI's
+    reading: Literal["prompts", "summarization", "turns"] = "prompts"
+    """`prompts`: as any source of prompts. `turns`: two questions in `turns`, of which the second one follows
+    the policy's own answer. `summarization`: posts and articles (`post`, `article`, OpenAI's
     `info`) become requests for a summary, and a reference summary the metadata column `reference`."""
     reference_column: str | None = None
     """Metadata column with a reference answer, for ROUGE-L."""
@@ -151,6 +154,8 @@ def iter_suite_prompts(
             row = raw.load()
             if suite.reading == "summarization" and isinstance(row, Mapping):
                 row = summarization_row(row)
+            elif suite.reading == "turns" and isinstance(row, Mapping):
+                row = two_turn_row(row)
             prompt = parse_prompt(row, raw.source, raw.row)
         except RecordError as error:
             on_bad(BadRecord(raw.source, raw.row, error.reason, error.detail, raw.as_read()))
@@ -179,6 +184,19 @@ def summarization_row(row: Mapping[str, Any]) -> dict[str, Any]:
         out = {"prompt": post_prompt(post)} | {n: post[n] for n in _POST_METADATA if post.get(n) is not None}
     reference = _reference_summary(row)
     return out | ({REFERENCE: reference} if reference else {})
+
+
+def two_turn_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of MT-Bench as its first question, with the other one in the column `second_turn`.
+
+    Raises:
+        RecordError: `turns` is not a list of two texts.
+    """
+    turns = row.get("turns")
+    if not isinstance(turns, list | tuple) or len(turns) != 2 or not all(is_filled(turn) for turn in turns):
+        raise RecordError("prompt_missing", "turns: must be a list of two questions")
+    kept = {name: row[name] for name in ("question_id", "category") if row.get(name) is not None}
+    return {"prompt": str(turns[0]), SECOND_TURN: str(turns[1]), **kept}
 
 
 def _reference_summary(row: Mapping[str, Any]) -> str | None:

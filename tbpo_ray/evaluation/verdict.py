@@ -92,22 +92,31 @@ class Verdict:
 
     def table(self) -> str:
         """Format a text table with one line per policy and intervals in brackets."""
-        columns = [
-            column
-            for column in COLUMNS
-            if column.in_verdict and any(column.metric in policy.metrics for policy in self.policies)
-        ]
-        rows = [["policy", *(column.heading for column in columns)]]
-        rows += [
-            [policy.name, *(self._cell(policy, column) for column in columns)] for policy in self.policies
-        ]
-        head, *body = _align_columns(rows)
+        head, *body = _align_columns(self._rows())
         rule = "-" * max(map(len, (head, *body)))
         note = (
             f"{self.prompts['rows']} prompts from {self.prompts['source']}; judge: {self.judge_name}; "
             f"win rates against {self.baseline}; 95 % intervals; KL: k1 estimate in nats per answer"
         )
         return "\n".join([head, rule, *body, rule, note, *self.judge_notes(), *self._costs()])
+
+    def markdown(self) -> str:
+        """The same table in Markdown."""
+        head, *body = self._rows()
+        lines = [head, ["---"] * len(head), *body]
+        return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+    def _rows(self) -> list[list[str]]:
+        """The cells of the table, with its headings."""
+        columns = [
+            column
+            for column in COLUMNS
+            if column.in_verdict and any(column.metric in policy.metrics for policy in self.policies)
+        ]
+        rows = [["policy", *(column.heading for column in columns)]]
+        return rows + [
+            [policy.name, *(self._cell(policy, column) for column in columns)] for policy in self.policies
+        ]
 
     @property
     def judge_name(self) -> str:

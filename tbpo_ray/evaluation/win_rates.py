@@ -46,6 +46,14 @@ class ControlledRate(Rate):
 
 
 @dataclass(frozen=True)
+class StyleControlledRate(Rate):
+    """A style-controlled rate."""
+
+    effects: tuple[float, ...]
+    """Coefficient of each feature, in log-odds per standard deviation of its difference."""
+
+
+@dataclass(frozen=True)
 class Strength:
     """A policy's Bradley-Terry strength in log-odds; the strengths of a ranking sum to zero."""
 
@@ -124,17 +132,69 @@ def length_controlled_win_rate(
     penalty = np.full(design.shape[1], RIDGE)
     if controlled:
         penalty[1] = LENGTH_RIDGE
+    fit = _neutral_rate(design, y, penalty, slice(1, 2) if controlled else slice(0, 0))
+    effect = float(fit.coefficients[1]) if controlled else 0.0
+    return ControlledRate(fit.rate, fit.low, fit.high, len(y), effect)
+
+
+def style_controlled_win_rate(
+    preferences: ArrayLike, candidate_styles: ArrayLike, baseline_styles: ArrayLike
+) -> StyleControlledRate:
+    """The win rate that is expected for answers of the same style, as in Chatbot Arena's style control.
+
+    The preference is regressed, by logistic regression, on a constant and, for each feature, on
+    (a - b) / (a + b), candidate minus baseline (0 where both are 0), divided by its standard deviation. The
+    rate is the prediction with all of these terms set to zero. Each has a standard normal prior
+    (:data:`LENGTH_RIDGE`); the interval is that of :func:`length_controlled_win_rate`. A feature that does
+    not vary has the effect 0.
+
+    Args:
+        preferences: [N] in [0, 1], as in :func:`win_rate`.
+        candidate_styles, baseline_styles: [N, F] counts, not negative, such as those of
+            :func:`tbpo_ray.evaluation.style.style_features`.
+
+    Raises:
+        InputError: styles that do not match the preferences or each other, or invalid preferences.
+    """
+    y = _shares(preferences)
+    a, b = (np.asarray(x, dtype=np.float64) for x in (candidate_styles, baseline_styles))
+    if a.shape != b.shape or a.ndim != 2 or len(a) != len(y) or not ((a >= 0) & (b >= 0)).all():
+        raise InputError(
+            f"candidate_styles, baseline_styles: must both be {len(y)} rows of the same counts, none of them "
+            f"negative, got shapes {a.shape} and {b.shape}"
+        )
+    total = a + b
+    delta = np.divide(a - b, total, out=np.zeros_like(total), where=total > 0)
+    spread = delta.std(axis=0, ddof=1) if len(y) > 1 else np.zeros(a.shape[1])
+    varies = spread > 0
+    design = np.concatenate([np.ones((len(y), 1)), delta[:, varies] / spread[varies]], axis=1)
+    penalty = np.concatenate([[RIDGE], np.full(int(varies.sum()), LENGTH_RIDGE)])
+    fit = _neutral_rate(design, y, penalty, slice(1, None))
+    effects = np.zeros(a.shape[1])
+    effects[varies] = fit.coefficients[1:]
+    return StyleControlledRate(fit.rate, fit.low, fit.high, len(y), tuple(effects.tolist()))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    coefficients: Floats
+    rate: float
+    low: float
+    high: float
+
+
+def _neutral_rate(design: Floats, y: Floats, penalty: Floats, controlled: slice) -> _Fit:
+    """Fit the preferences, and predict their mean with the controlled columns set to zero."""
     theta, covariance = _logistic_fit(design, y, penalty)
     neutral = design.copy()
-    if controlled:
-        neutral[:, 1] = 0.0
+    neutral[:, controlled] = 0.0
     predicted = _sigmoid(neutral @ theta)
     rate = float(predicted.mean())
     gradient = (neutral * (predicted * (1 - predicted))[:, None]).mean(axis=0)
     error = float(np.sqrt(gradient @ covariance @ gradient)) / max(rate * (1 - rate), 1e-300)
     center = float(np.log(rate) - np.log1p(-rate))
     low, high = (float(_sigmoid(np.asarray(center + sign * Z * error))) for sign in (-1, 1))
-    return ControlledRate(rate, low, high, len(y), float(theta[1]) if controlled else 0.0)
+    return _Fit(theta, rate, low, high)
 
 
 def bradley_terry(names: Sequence[str], comparisons: Sequence[tuple[int, int, float]]) -> list[Strength]:

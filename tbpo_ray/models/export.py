@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from tbpo_ray.models.baseline_head import save_state_baseline
 from tbpo_ray.storage.files import atomic_folder
@@ -22,6 +25,7 @@ def export_policy(
     card: Mapping[str, Any],
     baseline: tuple[Mapping[str, Any], str, int] | None = None,
     stop_ids: Sequence[int] = (),
+    base: str | Path | None = None,
 ) -> Path:
     """Save weights (safetensors), tokenizer, chat template and a model card, replacing `folder` atomically.
 
@@ -32,8 +36,12 @@ def export_policy(
         card: entries of the model card, name to value.
         baseline: weights, kind and width of a learned state baseline, saved under `state_baseline/`.
         stop_ids: the token ids that end an answer, for `generation_config.json`; default: those it has.
+        base: folder of the model that was trained; its license is stated and copied.
     """
     target = Path(folder)
+    facts = dict(card)
+    if base is not None and (declared := model_license(base)) is not None:
+        facts["license"] = declared
     with atomic_folder(target, replace=True) as partial:
         if hasattr(model, "merge_and_unload"):
             # The adapter first: merging removes it from the model.
@@ -47,7 +55,9 @@ def export_policy(
         tokenizer.save_pretrained(partial)
         if baseline is not None:
             save_state_baseline(partial, *baseline)
-        (partial / "README.md").write_text(_card(card), encoding="utf-8")
+        if base is not None:
+            copy_license(base, partial)
+        (partial / "README.md").write_text(_card(facts), encoding="utf-8")
     return target
 
 
@@ -99,11 +109,35 @@ def _complete_generation_config(model: Any, stop_ids: Sequence[int]) -> None:
         settings.do_sample = True
 
 
+def model_license(folder: str | Path) -> str | None:
+    """The license that the model card of a folder declares, as an identifier of the Hugging Face hub."""
+    file = Path(folder) / "README.md"
+    parts = file.read_text(encoding="utf-8").split("---\n", 2) if file.is_file() else []
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        facts = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    declared = facts.get("license") if isinstance(facts, dict) else None
+    return str(declared) if declared else None
+
+
+def copy_license(base: str | Path, folder: Path) -> None:
+    """Copy the license files of the base model, whose terms apply to what is trained from it."""
+    for file in sorted(Path(base).glob("LICENSE*")) if Path(base).is_dir() else []:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
 def _card(facts: Mapping[str, Any]) -> str:
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if facts.get("license"):
+        header["license"] = facts["license"]
+    header["tags"] = ["tbpo", "preference-optimization"]
     lines = [
         "---",
-        "library_name: transformers",
-        "tags: [tbpo, preference-optimization]",
+        yaml.safe_dump(header, sort_keys=False).rstrip(),
         "---",
         "",
         f"# {facts.get('name', 'policy')}",

@@ -19,7 +19,10 @@ from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.files import atomic_folder, file_lock
 from tbpo_ray.storage.paths import cache_dir
 
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_PATTERNS = (
+    "*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt",
+    "README.md", "LICENSE*",
+)  # fmt: skip
 """The files of a hub repository that are downloaded; they exclude pickled weights and code."""
 
 

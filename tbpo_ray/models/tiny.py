@@ -72,7 +72,9 @@ def _save(folder: Path, seed: int) -> None:
 
     with hide_modules("sklearn"):
         from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = load_tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -94,3 +96,4 @@ def _save(folder: Path, seed: int) -> None:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -12,20 +13,27 @@ from urllib.parse import urlsplit
 
 from tbpo_ray.config.schema import Config, TrackingConfig
 from tbpo_ray.errors import InputError, first_line
+from tbpo_ray.progress import log_progress
 from tbpo_ray.redaction import redact_text, strip_credentials
 from tbpo_ray.storage import paths
 from tbpo_ray.storage.files import file_lock
-from tbpo_ray.tracking.environment import from_environment
+from tbpo_ray.tracking.environment import RUN_ID, credentials_source, from_environment
 from tbpo_ray.tracking.reachability import SERVER_SCHEMES, check_reachable, is_server
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# MLflow reads this variable on import.
+# MLflow reads the first variable on import.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Without this tag MLflow's UI opens an experiment as one of prompts and agents, without metrics."""
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "eval/rewards/accuracy",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+}
+"""Without the first one MLflow's UI opens an experiment as one of prompts and agents, without metrics; the
+others make it a column of the table of runs and what the charts show first."""
 
 _NOISY_LOGGERS = ("alembic", "mlflow.store", "mlflow.store.db.utils")
 
@@ -81,12 +89,39 @@ def store_uri(tracking: TrackingConfig, output_dir: str | Path) -> str:
 
 
 def check_store(config: Config) -> None:
-    """Check that the MLflow server of a configuration, if it has one, answers.
+    """Check that the MLflow server of a configuration answers, and that it has the run of MLFLOW_RUN_ID.
 
     Raises:
-        InputError: it does not, within half a minute.
+        InputError: the server does not answer within half a minute, or it does not have the run.
     """
-    check_reachable(store_uri(config.tracking, paths.output_dir(config)))
+    uri = store_uri(config.tracking, paths.output_dir(config))
+    _report_credentials(uri)
+    check_reachable(uri)
+    run_id = os.environ.get(RUN_ID)
+    if run_id:
+        _check_run(uri, run_id)
+
+
+@functools.lru_cache
+def _report_credentials(uri: str) -> None:
+    source = credentials_source(uri) if is_server(uri) else None
+    if source is not None:
+        log_progress(f"MLflow credentials from {source}")
+
+
+def _check_run(uri: str, run_id: str) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        stage = MlflowClient(tracking_uri=uri).get_run(run_id).info.lifecycle_stage
+    except MlflowException as error:
+        raise InputError(
+            f"{RUN_ID}={run_id}: {redact_text(uri)} does not contain this run; unset it, or give the id of a "
+            "run there"
+        ) from error
+    if stage == "deleted":
+        raise InputError(f"{RUN_ID}={run_id}: was deleted in MLflow; restore it, or unset the variable")
 
 
 def open_store(tracking: TrackingConfig, output_dir: str | Path) -> Store:

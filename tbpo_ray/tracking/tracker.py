@@ -11,10 +11,9 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -23,9 +22,11 @@ from tbpo_ray.config.schema import Config, TrackingConfig
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.redaction import redact, redact_text, redact_tree
 from tbpo_ray.storage.paths import output_dir
+from tbpo_ray.tracking import description
+from tbpo_ray.tracking.datasets import dataset_input
+from tbpo_ray.tracking.description import DIGEST_TAG, NOTE_TAG, command_line
+from tbpo_ray.tracking.environment import take_run_id
 from tbpo_ray.tracking.limits import (
-    MAX_DATASET_NAME,
-    MAX_DIGEST,
     MAX_ENTITIES_PER_CALL,
     MAX_METRICS_PER_CALL,
     MAX_PARAM,
@@ -33,16 +34,18 @@ from tbpo_ray.tracking.limits import (
     metric_name,
     truncate,
 )
+from tbpo_ray.tracking.model_log import ModelLog
 from tbpo_ray.tracking.provenance import provenance
 from tbpo_ray.tracking.run_note import read_run_note, write_run_note
 from tbpo_ray.tracking.store import Store, open_store
+from tbpo_ray.tracking.traces import JudgedAnswer, log_traces
 
 log = logging.getLogger(__name__)
 
 _BUFFER_SIZE, _FLUSH_SECONDS = 500, 10.0
 
 
-class Tracker:
+class Tracker(ModelLog):
     """One MLflow run. Made by :meth:`start`, :meth:`from_note` or :meth:`attach`; also a context manager.
 
     Metrics are buffered, so that logging one takes microseconds: they are sent to the store every ten
@@ -56,6 +59,8 @@ class Tracker:
         self._last_step: dict[str, int] | None = {} if resumed else None
         self._warned = False
         self.run_id = run_id
+        self.kind = ""
+        """The tag `tbpo.kind` of a run that this process owns."""
 
     @classmethod
     def start(
@@ -97,6 +102,8 @@ class Tracker:
             tracker.set_tags(tags)
         if config is not None:
             tracker._log_config(config)
+        tracker.kind = kind
+        tracker.describe(links={"parent": parent_run_id} if parent_run_id else {})
         return tracker
 
     @classmethod
@@ -111,12 +118,17 @@ class Tracker:
     ) -> Tracker:
         """Resume the run whose id is in the file `note`, or start a run and write its id there.
 
+        A run without a parent is the one that the environment variable MLFLOW_RUN_ID names, if it is set.
+
         Args:
             name: the run's display name, by default `run.name`.
 
         Raises:
             InputError: as :meth:`start`.
         """
+        run_id = read_run_note(note)
+        if run_id is None and parent_run_id is None:
+            run_id = take_run_id()
         tracker = cls.start(
             config.tracking,
             output_dir(config),
@@ -124,7 +136,7 @@ class Tracker:
             kind=kind,
             config=config,
             parent_run_id=parent_run_id,
-            run_id=read_run_note(note),
+            run_id=run_id,
         )
         write_run_note(note, tracker.run_id)
         return tracker
@@ -157,6 +169,29 @@ class Tracker:
     @property
     def experiment_id(self) -> str:
         return self._store.experiment_id
+
+    @property
+    def started_at(self) -> float:
+        """When the run began, in seconds since the epoch; a resumed run began when it was first started."""
+        return float(self._client.get_run(self.run_id).info.start_time) / 1000
+
+    def describe(self, result: str = "", links: Mapping[str, str] | None = None) -> None:
+        """Write the run's description: what it does, its command, the result, links to related runs.
+
+        A description that somebody has edited in MLflow is left alone.
+
+        Args:
+            result: Markdown.
+            links: text to run id.
+        """
+        tags = self._client.get_run(self.run_id).data.tags
+        present = tags.get(NOTE_TAG, "")
+        if present and description.digest(present) != tags.get(DIGEST_TAG):
+            return
+        pages = {text: self._store.run_page(run_id) for text, run_id in (links or {}).items()}
+        note = description.describe(self.kind, command=command_line(), result=result, links=pages)
+        note = truncate(note, MAX_TAG)
+        self.set_tags({NOTE_TAG: note, DIGEST_TAG: description.digest(note)})
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Buffer metrics.
@@ -234,7 +269,15 @@ class Tracker:
         self.log_text(yaml.safe_dump(redact_tree(tree), sort_keys=False, allow_unicode=True), "config.yaml")
 
     def log_dataset(
-        self, name: str, *, digest: str, source: str, rows: int, context: str, columns: Mapping[str, str] = {}
+        self,
+        name: str,
+        *,
+        digest: str,
+        source: str,
+        rows: int,
+        context: str,
+        columns: Mapping[str, str] = {},
+        profile: Mapping[str, Any] = {},
     ) -> None:
         """Log a dataset as an input of the run.
 
@@ -244,20 +287,12 @@ class Tracker:
             rows: number of records.
             context: `training`, `evaluation` ...
             columns: column name to type, for the schema.
+            profile: further facts about the data.
         """
-        from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
 
-        schema = {"mlflow_colspec": [{"type": kind, "name": key} for key, kind in columns.items()]}
-        dataset = Dataset(
-            name=name[:MAX_DATASET_NAME],
-            digest=digest[:MAX_DIGEST],
-            source_type="local" if "://" not in source else urlsplit(source).scheme,
-            source=json.dumps({"uri": redact_text(source)}),
-            schema=json.dumps(schema) if columns else None,
-            profile=json.dumps({"num_rows": rows}),
-        )
-        inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])]
+        facts = {"num_rows": rows, **profile}
+        inputs = [dataset_input(name, digest, source, context, columns=columns, profile=facts)]
         try:
             self._client.log_inputs(self.run_id, datasets=inputs)
         except MlflowException as error:
@@ -281,6 +316,21 @@ class Tracker:
             parent = str(Path(name).parent)
             self.log_artifact(file, None if parent == "." else parent)
 
+    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+        """Store rows with the same keys as a table that MLflow's evaluation page shows; replaces `name`."""
+        columns = list(rows[0]) if rows else []
+        table = {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
+        self.log_text(json.dumps(table, ensure_ascii=False), name)
+        self.set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])})
+
+    def log_traces(self, answers: Sequence[JudgedAnswer], *, judge_is_model: bool) -> None:
+        """Log judged answers as traces with assessments, once per run.
+
+        Raises:
+            RunFailedError: the store does not accept traces.
+        """
+        log_traces(self._store, self.run_id, answers, judge_is_model)
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, with secrets redacted and long values truncated."""
         from mlflow.entities import RunTag
@@ -288,47 +338,6 @@ class Tracker:
         batch = [RunTag(key, truncate(redact(key, value), MAX_TAG)) for key, value in tags.items()]
         for start in range(0, len(batch), MAX_ENTITIES_PER_CALL):
             self._client.log_batch(self.run_id, tags=batch[start : start + MAX_ENTITIES_PER_CALL])
-
-    def register_model(self, folder: str | Path, name: str, alias: str | None = None) -> str:
-        """Register an exported model folder as a new version of the registered model `name`.
-
-        With a local store or a database the version refers to the folder; a tracking server gets a copy as
-        the run's artifact `model`.
-
-        Args:
-            alias: an alias that is moved to the new version.
-
-        Returns:
-            The version.
-
-        Raises:
-            InputError: MLflow rejects the name or the alias, or the folder does not contain a model.
-        """
-        from mlflow.exceptions import MlflowException
-
-        if not (Path(folder) / "config.json").is_file():
-            raise InputError(f"{folder}: not an exported model (config.json is missing)")
-        try:
-            self._create_registered_model(name)
-            source = Path(folder).resolve().as_uri()
-            if self._store.is_server:
-                self.log_artifact(folder, "model")
-                source = f"runs:/{self.run_id}/model"
-            version = self._client.create_model_version(name, source, run_id=self.run_id).version
-            if alias:
-                self._client.set_registered_model_alias(name, alias, version)
-        except MlflowException as error:
-            raise InputError(f"registered model {name!r}, alias {alias!r}: {error.message}") from error
-        return str(version)
-
-    def _create_registered_model(self, name: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
 
     def finish(self, status: str = "FINISHED") -> None:
         """Send what is buffered and end the run: `FINISHED`, `FAILED` or `KILLED`."""
@@ -348,6 +357,15 @@ class Tracker:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED")
         except Exception as tracking_error:  # must not replace the error that ended the run
             log.warning("the MLflow run could not be ended (%s)", type(tracking_error).__name__)
+
+    def children(self) -> dict[str, str]:
+        """Name to id of the runs that are nested under this one, in the order in which they began."""
+        found = self._client.search_runs(
+            [self.experiment_id],
+            f"tags.`mlflow.parentRunId` = '{self.run_id}'",
+            order_by=["attributes.start_time ASC"],
+        )
+        return {run.info.run_name: run.info.run_id for run in found}
 
     def run_link(self, run_id: str) -> str:
         """URL of another run of this experiment; empty if the store is not an MLflow server."""

@@ -58,6 +58,7 @@ def export_checkpoint(
         card=card,
         baseline=_saved_baseline(config, source),
         stop_ids=stop_token_ids(at.model, chat_template=config.model.chat_template),
+        base=at.model,
     )
     return str(out)
 

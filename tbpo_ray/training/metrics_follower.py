@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
+from tbpo_ray.progress import close_bar, is_live, log_progress, show_bar
 from tbpo_ray.storage.json_lines import loads_numbers
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training.metrics_file import VALIDATION
@@ -92,8 +93,12 @@ class Follower:
             self._handle_row(row)
         for row in self.validations.rows(json.loads):
             self._handle_validation(row)
-        if self.last_row and (final or time.monotonic() - self.last_print > self.every_seconds):
+        if self.last_row and is_live(self.stream):
+            self._show_bar()
+        elif self.last_row and (final or time.monotonic() - self.last_print > self.every_seconds):
             self._print_progress(final)
+        if final:
+            close_bar()
 
     def _handle_row(self, row: dict[str, Any]) -> None:
         step = int(row["step"])
@@ -101,7 +106,8 @@ class Follower:
             return  # a resumed run writes some steps again, with the same values
         timing = self.timing_rows.pop(step, {})
         if self.tracker is not None:
-            self.tracker.log_metrics(_numbers(row) | {k: timing[k] for k in TIMINGS if k in timing}, step)
+            timings = {f"speed/{k}": timing[k] for k in TIMINGS if k in timing}
+            self.tracker.log_metrics(_numbers(row) | timings, step)
         drift = row.get("logps/chosen_drift", row.get("logps/chosen"))
         if drift is not None and self.alarm.falls(drift):
             self._raise_alarm(step)
@@ -129,17 +135,16 @@ class Follower:
         if self.tracker is not None:
             self.tracker.set_tags({FALLING_TAG: message})
 
+    def _show_bar(self) -> None:
+        """Update the live bar; the time left is its own."""
+        row, self.last_row = self.last_row, {}
+        show_bar(self.label, int(row["step"]), int(row.get("total", 0)), _note(row), self.stream)
+
     def _print_progress(self, final: bool) -> None:
         row = self.last_row
         self.last_print = time.monotonic()
         self.last_row = {} if not final else row
-        fields = [
-            f"{self.label} step {int(row['step'])}/{int(row.get('total', 0))}",
-            f"loss {row.get('loss', 0):.4f}",
-            *(f"{name} {row[key]:.3f}" for name, key in PROGRESS_METRICS.items() if key in row),
-        ]
-        if "tokens_per_second" in row:
-            fields.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        fields = [f"{self.label} step {int(row['step'])}/{int(row.get('total', 0))}", _note(row)]
         left = int(row.get("total", 0)) - int(row["step"])
         if left > 0 and self.first_step is not None and row["step"] > self.first_step:
             pace = (time.monotonic() - self.started) / max(1, row["step"] - self.first_step + 1)
@@ -148,7 +153,7 @@ class Follower:
         self._print("  ".join(fields))
 
     def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        log_progress(text, self.stream)
 
 
 class FallingAlarm:
@@ -209,6 +214,15 @@ class _Tail:
             # The file shrank and grew past the old position in between, so that reading began within a line.
             self.at = 0
             return []
+
+
+def _note(row: dict[str, Any]) -> str:
+    """Loss, metrics and speed of a step for a line of progress."""
+    fields = [f"loss {row.get('loss', 0):.4f}"]
+    fields += [f"{name} {row[key]:.3f}" for name, key in PROGRESS_METRICS.items() if key in row]
+    if "tokens_per_second" in row:
+        fields.append(f"{row['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(fields)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

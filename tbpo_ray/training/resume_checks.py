@@ -21,7 +21,7 @@ from tbpo_ray.training.checkpoint import last_state
 
 NO_EFFECT = (
     "run.output_dir", "tracking.", "cluster.", "evaluation.", "generation.", "compare.", "tune.", "sft",
-    "runs",
+    "runs", "export.",
     "data.cache_dir", "data.quarantine_limit", "data.card_column", "data.eval", "data.max_eval_pairs",
     "training.log_every", "training.checkpoint_every", "training.keep_checkpoints", "training.eval_every",
     "training.keep_best", "training.best_metric", "training.best_mode", "training.export",

@@ -21,7 +21,7 @@ PROBES = 64
 """Random proposals that are validated before a study starts."""
 MAX_FAULTS = 5
 MAY_CHANGE = (
-    "tracking", "cluster", "compare", "sft.cluster", "sft.tracking", "runs", "tune.trials",
+    "tracking", "cluster", "compare", "export", "sft.cluster", "sft.tracking", "runs", "tune.trials",
     "tune.max_concurrent", "tune.num_workers", "tune.confirm", "tune.resume_errored",
 )  # fmt: skip
 """Keys and sections that may differ when a study resumes."""

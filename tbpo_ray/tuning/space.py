@@ -27,7 +27,7 @@ from tbpo_ray.config.schema import RENAMED_KEYS, Config
 from tbpo_ray.errors import InputError
 from tbpo_ray.tuning.parameter import DISCRETE, RANGES, Parameter, Suggester, parse_parameter
 
-NOT_SEARCHED = ("run", "tracking", "tune", "sft", "runs", "compare")
+NOT_SEARCHED = ("run", "tracking", "tune", "sft", "runs", "compare", "export")
 """Sections that a trial cannot set. Seeds are excluded too: `tune.repeats` varies them."""
 CHANGEABLE = (
     "objective.beta", "objective.label_smoothing", "objective.alpha", "objective.gamma",

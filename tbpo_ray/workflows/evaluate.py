@@ -20,6 +20,7 @@ from tbpo_ray.storage.paths import run_dir
 from tbpo_ray.tracking.run_note import RUN_NOTE
 from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
+from tbpo_ray.workflows.system_metrics import system_metrics
 
 
 def configured_policies(config: Config) -> dict[str, str]:
@@ -85,8 +86,10 @@ def evaluate(
             parent_run_id=parent_run_id,
         ) as tracker:
             start_ray()
-            verdict = evaluate_policies(
-                fit_to_cluster(config), policies, output=folder, tracker=tracker, costs=costs
-            )
+            with system_metrics(config, tracker.run_id):
+                verdict = evaluate_policies(
+                    fit_to_cluster(config), policies, output=folder, tracker=tracker, costs=costs
+                )
+            tracker.describe(verdict.markdown(), {"parent": parent_run_id} if parent_run_id else {})
         log_progress(f"MLflow: {tracker.url_hint()}")
     return verdict

@@ -11,6 +11,7 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.evaluation.evaluator import check_settings
 from tbpo_ray.evaluation.report import compare_runs
 from tbpo_ray.evaluation.verdict import Verdict
+from tbpo_ray.models.hub import check_hub
 from tbpo_ray.models.resolve import policy_folder
 from tbpo_ray.progress import log_progress
 from tbpo_ray.storage.paths import run_dir
@@ -27,6 +28,7 @@ from tbpo_ray.workflows.helpers import (
     train_helper,
     with_helpers,
 )
+from tbpo_ray.workflows.publish import publish
 from tbpo_ray.workflows.train import train
 
 PIPELINE_NOTE = "pipeline.json"
@@ -88,6 +90,7 @@ def run_pipeline(config: Config) -> Verdict:
     """
     sft, start = stages(config)
     check_settings(start)  # the evaluation may start only days from now
+    check_hub(config.export)
     helpers = plan_helpers(start)
     check_helpers(start, helpers, config)
     preference = with_helpers(start, helpers)
@@ -121,6 +124,8 @@ def run_pipeline(config: Config) -> Verdict:
         tracker.log_metrics(_cost_metrics(costs))
         tracker.log_artifact(folder / "evaluation" / "verdict.txt")
         tracker.log_artifact(report)
+        tracker.describe(verdict.markdown(), tracker.children())
+        publish(config, result.export, tracker, verdict.markdown())
     print(verdict.table())
     print(f"\nreport: {report}\nMLflow: {tracker.url_hint()}")
     return verdict

@@ -120,9 +120,17 @@ def log_prepared(
         The data card.
     """
     name = source if isinstance(source, str) else ", ".join(item.source for item in source)
-    tracker.log_dataset(role, digest=prepared.fingerprint, source=name, rows=prepared.pairs, context=role)
     card, card_file, figure_file = write_card(prepared, training=config.training)
-    tracker.log_metrics({f"data/{role}/{k}": v for k, v in {**prepared.counts, **card_metrics(card)}.items()})
+    tracker.log_dataset(
+        role,
+        digest=prepared.fingerprint,
+        source=name,
+        rows=prepared.pairs,
+        context=role,
+        profile={**prepared.counts, **card_metrics(card)},
+    )
+    counts = {name: prepared.counts[name] for name in ("records", "pairs", "quarantined")}
+    tracker.set_tags({f"data.{role}.{name}": int(count) for name, count in counts.items()})
     for file in (card_file, figure_file):
         shutil.copyfile(file, folder / f"{file.stem}_{role}{file.suffix}")
         tracker.log_artifact(file, f"data/{role}")

@@ -19,6 +19,7 @@ from tbpo_ray.config.schema import Config
 from tbpo_ray.data.preparation import find_sources
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError, RunFailedError
+from tbpo_ray.models.hub import check_hub
 from tbpo_ray.models.load import check_same_tokenizer, load_tokenizer
 from tbpo_ray.models.preflight import ModelFacts, check_model, check_token_ids
 from tbpo_ray.models.resolve import local_model, policy_folder
@@ -54,7 +55,10 @@ from tbpo_ray.training.run_plan import (
 )
 from tbpo_ray.training.run_result import RunResult
 from tbpo_ray.training.token_weight_cache import check_token_weights, token_weights
+from tbpo_ray.workflows.model_logging import log_policies, result_table
 from tbpo_ray.workflows.prepare import log_prepared, prepare_role
+from tbpo_ray.workflows.publish import publish
+from tbpo_ray.workflows.system_metrics import system_metrics
 from tbpo_ray.workflows.trainer import OnRow, run_workers
 
 _MODEL_KEYS = ("model.name_or_path", "model.reference")
@@ -208,6 +212,9 @@ def _train(
     """Everything that a run needs once its folder is ours."""
     folder = plan.run_dir
     check_store(plan.config)
+    publishes = kind == "train" and parent_run_id is None
+    if publishes:
+        check_hub(plan.config.export)
     _check_sources(plan.config)
     check_offload_library(plan.config)
     models = resolve_models(plan)
@@ -228,19 +235,24 @@ def _train(
         began = time.monotonic()
         columns = score_inputs(plan, inputs)
         if columns.train:
-            tracker.log_metrics({"reference_seconds": time.monotonic() - began})
+            tracker.log_metrics({"cost/reference_seconds": time.monotonic() - began})
         run_paths = _run_paths(plan, inputs, columns, lease)
         _await_workers(plan.config, inputs.model)
         result = _reached_end(plan, run_paths, inputs.data)
         if result is None:
-            result = _run_workers(plan, run_paths, inputs.data, tracker, on_row)
+            with system_metrics(plan.config, tracker.run_id):
+                result = _run_workers(plan, run_paths, inputs.data, tracker, on_row)
         if export:
             _export(plan.config, run_paths, tracker, result)
         last_row = _last_row(folder)
         lease.check()
+        log_policies(plan.config, tracker, result["step"], inputs.held_out, export=export)
         _store_cost(plan, columns, result, tracker)
+        if publishes and export:
+            publish(plan.config, folder / "export", tracker, result_table(last_row))
         write_atomic(folder / DONE, json.dumps({"step": result["step"]}))
         tracker.log_artifact(folder / "metrics.jsonl")
+        tracker.describe(result_table(last_row), {"parent": parent_run_id} if parent_run_id else {})
     return RunResult(folder, folder / "export", tracker.run_id, last_row)
 
 

@@ -413,7 +413,9 @@ class _Study:
         files = write_report(self.config, self.space, self.state, front, note, self.folder, self.tracker)
         for file in (*files, self.folder / "best.yaml", self.folder / STUDY_STATE):
             self.tracker.log_artifact(file)
-        self.tracker.log_artifact(result.export, "model")
+        best_model = self.tracker.find_model(result.export)
+        if best_model is not None:
+            self.tracker.log_model_inputs([best_model])
         self._log_best(best, result.mlflow_run_id, note)
         write_atomic(self.folder / "DONE", f"{best.name}\n")
         print((self.folder / "trials.txt").read_text(encoding="utf-8"), end="")

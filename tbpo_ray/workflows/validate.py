@@ -70,6 +70,7 @@ def _validate(
     changes = {
         "evaluation.max_prompts": config.training.validation_prompts,
         "evaluation.credit_pairs": 0,
+        "evaluation.traces": 0,
         "evaluation.benchmarks": {},
     }
     verdict = evaluate_policies(

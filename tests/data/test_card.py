@@ -80,4 +80,6 @@ def test_the_prepare_job_writes_cards_quarantine_and_an_mlflow_run(write_rows, t
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert [run.data.metrics["data/train/quarantined"] for run in runs] == [1]
+    assert [run.data.tags["data.train.quarantined"] for run in runs] == ["1"] and not runs[0].data.metrics
+    profile = json.loads(runs[0].inputs.dataset_inputs[0].dataset.profile)
+    assert profile["num_rows"] == 30 and profile["quarantined"] == 1 and "tail_share" in profile

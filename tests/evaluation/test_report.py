@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -124,10 +126,12 @@ def test_markdown_has_the_same_table(runs):
     assert "| training.learning_rate | 1e-06 | 2e-05 |" in text
 
 
-def test_a_policy_is_promoted_only_if_it_passes_the_gate(runs):
+def test_a_policy_is_promoted_only_if_it_passes_the_gate(runs, small_model):
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    export = runs / "tbpo" / "export"
+    shutil.copytree(small_model, export, dirs_exist_ok=True)
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     closed = config_for(runs, "compare.promote.model_name=best", "compare.promote.at_least=0.56")
     kept = compare_runs(closed).read_text()
@@ -138,7 +142,8 @@ def test_a_policy_is_promoted_only_if_it_passes_the_gate(runs):
     assert "registered as best version 1" in compare_runs(opened).read_text()
     version = client.get_model_version_by_alias("best", "champion")
     assert version.source is not None and version.run_id is not None
-    assert version.source.endswith("/tbpo/export")
+    weights = Path(version.source.removeprefix("file://")) / "model" / "model.safetensors"
+    assert weights.samefile(export / "model.safetensors")
     tags = client.get_run(version.run_id).data.tags
     assert tags["compared.tbpo"] == "id-of-tbpo" and tags["promoted"] == "best version 1"
 

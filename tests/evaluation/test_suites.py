@@ -50,6 +50,7 @@ def write(folder: Path, rows, name="prompts.jsonl") -> Path:
         ("tldr", "summary", 200, "reference", []),
         ("alpaca_eval", "helpful", 805, None, ["dataset"]),
         ("arena_hard_v2", "general", 750, None, ["category"]),
+        ("mt_bench", "general", 80, None, ["category"]),
     ],
 )
 def test_what_a_suite_sets_and_what_overrules_it(suite, rubric, limit, reference, columns):
@@ -69,7 +70,7 @@ def test_what_a_suite_sets_and_what_overrules_it(suite, rubric, limit, reference
 
 
 def test_every_packaged_suite_is_tested_and_without_one_nothing_changes():
-    assert suite_names() == ["alpaca_eval", "arena_hard_v2", "harmless", "helpful", "tldr"]
+    assert suite_names() == ["alpaca_eval", "arena_hard_v2", "harmless", "helpful", "mt_bench", "tldr"]
     plain = config()
     assert load_suite(plain) is None and prompt_limit(plain) == 400
     assert "rubric" not in judge_settings(plain) and reference_column(plain) is None
@@ -187,7 +188,7 @@ def test_a_suite_of_the_user(tmp_path):
 @pytest.mark.parametrize(
     ("suite", "content", "message"),
     [
-        ("mt_bench", None, r"evaluation\.suite=mt_bench: unknown; must be one of alpaca_eval, .*, tldr, or"),
+        ("mt_bank", None, r"evaluation\.suite=mt_bank: unknown; must be one of alpaca_eval, .*, tldr, or"),
         ("x.jsonl", "{}", "a file of prompts goes to evaluation.prompts"),
         ("x.yaml", "prompt: x", r"evaluation\.suite\.prompt: unknown key.*prompts"),
         ("x.yaml", "max_prompts: 0", r"evaluation\.suite\.max_prompts=0"),

@@ -20,6 +20,7 @@ from tbpo_ray.config.schema import Config, TrackingConfig
 from tbpo_ray.errors import InputError
 from tbpo_ray.redaction import REDACTED, redact, redact_tree
 from tbpo_ray.tracking.limits import metric_name
+from tbpo_ray.tracking.model_uris import model_folder
 from tbpo_ray.tracking.tracker import Tracker
 
 
@@ -176,17 +177,16 @@ def test_metric_names_are_sanitized():
     assert metric_name("/a//../b") == "_/a/_/_/b"
 
 
-def test_an_alias_points_to_the_latest_version(store, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+def test_an_alias_points_to_the_latest_version(store, tmp_path, small_model):
     with start(store) as tracker:
-        assert tracker.register_model(tmp_path, "tbpo", "champion") == "1"
-        assert tracker.register_model(tmp_path, "tbpo", "champion") == "2"
+        assert tracker.register_model(small_model, "tbpo", "champion") == "1"
+        assert tracker.register_model(small_model, "tbpo", "champion") == "2"
         champion = tracker._client.get_model_version_by_alias("tbpo", "champion")
         assert (str(champion.version), champion.run_id) == ("2", tracker.run_id)
         with pytest.raises(InputError, match=r"config\.json"):
             tracker.register_model(tmp_path / "none", "tbpo")
         with pytest.raises(InputError, match="a/b"):
-            tracker.register_model(tmp_path, "a/b")
+            tracker.register_model(small_model, "a/b")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_processes_that_start_at_the_same_time_share_a_new_store(tmp_path):
 
 
 @pytest.mark.e2e
-def test_a_tracking_server(tmp_path):
+def test_a_tracking_server(tmp_path, small_model):
     port = free_port()
     mlflow = Path(sys.executable).with_name("mlflow")
     address = f"http://127.0.0.1:{port}"
@@ -251,12 +251,15 @@ def test_a_tracking_server(tmp_path):
     )
     try:
         wait_for(f"{address}/health", server)
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "config.json").write_text("{}")
         tracking = TrackingConfig(uri=address, experiment="served")
         with Tracker.start(tracking, tmp_path, name="a", kind="train", config=Config()) as tracker:
             tracker.log_metrics({"rewards/margin": math.nan}, step=1)
-            assert tracker.register_model(tmp_path / "model", "served", "champion") == "1"
+            assert tracker.register_model(small_model, "served", "champion") == "1"
+        config = Config(run={"output_dir": str(tmp_path)}, tracking=tracking)
+        folder = Path(model_folder(config, "models:/served@champion", "evaluation.policies.a"))
+        weights = (folder / "model.safetensors").read_bytes()
+        assert weights == (Path(small_model) / "model.safetensors").read_bytes()
+        assert not list(Path(small_model).parent.glob(".mlflow-*"))  # the staged upload is gone
         assert math.isnan(data(tracker).data.metrics["rewards/margin"])
         assert tracker.url_hint().startswith(f"{address}/#/experiments/")
     finally:
