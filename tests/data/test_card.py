@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_the_prepare_job_writes_cards_quarantine_and_an_mlflow_run(write_rows, t
     assert prepare_all(config) == done
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client: Any = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert [run.data.tags["data.train.quarantined"] for run in runs] == ["1"] and not runs[0].data.metrics
     profile = json.loads(runs[0].inputs.dataset_inputs[0].dataset.profile)

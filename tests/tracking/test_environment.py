@@ -207,6 +207,6 @@ def test_dataset_profiles(tmp_path: Path):
         tracker.log_dataset(
             "train", digest="d", source="x.jsonl", rows=3, context="train", profile={"quarantined": 1.0}
         )
-    run = tracker._client.get_run(tracker.run_id)
+    run: Any = tracker._client.get_run(tracker.run_id)
     profile = run.inputs.dataset_inputs[0].dataset.profile
     assert json.loads(profile) == {"num_rows": 3, "quarantined": 1.0}

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,14 +68,14 @@ def export(tmp_path_factory, small_model) -> Path:
 
 
 def greedy(folder: Path, prompt: str) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
     out = model.generate(ids, do_sample=False, max_new_tokens=TOKENS, pad_token_id=0)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def start(store: Path, name: str = "run", uri: str | None = None) -> Tracker:
@@ -82,7 +83,11 @@ def start(store: Path, name: str = "run", uri: str | None = None) -> Tracker:
 
 
 def describe(name: str = "policy", **changes) -> ModelDescription:
-    values = {"params": {"objective.name": "tbpo_q"}, "example": PROMPTS[0], "max_tokens": TOKENS} | changes
+    values: dict[str, Any] = {
+        "params": {"objective.name": "tbpo_q"},
+        "example": PROMPTS[0],
+        "max_tokens": TOKENS,
+    } | changes
     return ModelDescription(name, **values)
 
 
@@ -142,7 +147,7 @@ def test_an_export_is_logged_once_and_linked_to_its_run(tmp_path, export):
         tracker.log_metrics({"eval/loss": 0.5}, step=7)
         tracker.flush()
         tracker.log_model_metrics(model, {"eval/loss": 0.5}, dataset=("eval", "d" * 64), step=7)
-    client = tracker._client
+    client: Any = tracker._client
     found = client.get_logged_model(model.model_id)
     assert (found.name, found.source_run_id, found.model_type) == ("a-b-c", tracker.run_id, "policy")
     assert found.params == {"objective.name": "tbpo_q"} and str(found.status) == "READY"
@@ -186,7 +191,7 @@ def test_a_replaced_export_leaves_the_registered_weights(tmp_path, export):
 @pytest.mark.parametrize("form", ["alias", "version", "model", "run", "artifact"])
 def test_an_evaluation_reads_models_by_their_address(champion, form):
     config = load_config(None, [f"run.output_dir={champion}"])
-    client = MlflowClient(f"sqlite:///{champion}/mlflow.db")
+    client: Any = MlflowClient(f"sqlite:///{champion}/mlflow.db")
     version = client.get_model_version_by_alias("policy", "champion")
     (model,) = client.search_logged_models([client.get_experiment_by_name("tbpo").experiment_id])
     if form == "artifact":

@@ -255,7 +255,7 @@ def test_a_tracking_server(tmp_path, small_model):
         with Tracker.start(tracking, tmp_path, name="a", kind="train", config=Config()) as tracker:
             tracker.log_metrics({"rewards/margin": math.nan}, step=1)
             assert tracker.register_model(small_model, "served", "champion") == "1"
-        config = Config(run={"output_dir": str(tmp_path)}, tracking=tracking)
+        config = Config.model_validate({"run": {"output_dir": str(tmp_path)}, "tracking": tracking})
         folder = Path(model_folder(config, "models:/served@champion", "evaluation.policies.a"))
         weights = (folder / "model.safetensors").read_bytes()
         assert weights == (Path(small_model) / "model.safetensors").read_bytes()

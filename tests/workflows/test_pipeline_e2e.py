@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -135,7 +136,7 @@ def test_mlflow_has_models_metrics_samples_and_links(done):
     from mlflow import MlflowClient
 
     out, verdict = done
-    client = MlflowClient(f"sqlite:///{out}/mlflow.db")
+    client: Any = MlflowClient(f"sqlite:///{out}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tbpo"]
     runs = {run.data.tags["tbpo.kind"]: run for run in client.search_runs([experiment.experiment_id])}
     trained, evaluated, pipeline = (runs[kind] for kind in ("train", "evaluate", "pipeline"))
