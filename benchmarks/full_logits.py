@@ -23,7 +23,7 @@ class FullLogitsScorer(PairScorer):
     def forward(self, batch: PairBatch, *_: Any, reference: Any = None, **__: Any) -> ScorerOutputs:
         logp = self.label_logps(batch)
         zeros = torch.zeros_like(logp)
-        return logp, zeros, zeros, reference[0] if reference is not None else zeros, zeros[..., None]
+        return logp, zeros, zeros, reference[0] if reference is not None else zeros, zeros, zeros[..., None]
 
     @torch.no_grad()
     def output_layer_inputs(self, batch: PairBatch, **_: Any) -> Any:

@@ -146,7 +146,7 @@ def llama(
 
 
 def pair_columns(lengths: np.ndarray, vocabulary: int, seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """Columns of prepared pairs with random tokens, reference log-probs and weights. lengths [N, 3]"""
+    """Columns of prepared pairs with random tokens, and all further columns of tokens. lengths [N, 3]"""
     rng = np.random.default_rng(seed)
     columns: dict[str, list[np.ndarray]] = {}
     for at, name in enumerate(("prompt", "chosen", "rejected")):
@@ -155,6 +155,7 @@ def pair_columns(lengths: np.ndarray, vocabulary: int, seed: int = 0) -> dict[st
         sizes = [len(ids) for ids in columns[f"{name}_ids"]]
         columns[f"{name}_ref_logps"] = [rng.normal(-3, 1, n).astype(np.float32) for n in sizes]
         columns[f"{name}_weights"] = [rng.uniform(0.5, 1.5, n).astype(np.float32) for n in sizes]
+        columns[f"{name}_chunks"] = [np.arange(n) // 16 for n in sizes]
     return columns
 
 

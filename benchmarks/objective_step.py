@@ -33,6 +33,10 @@ VARIANTS: dict[str, dict] = {
     "tis_dpo alpha 0.5": {"name": "tis_dpo", "alpha": 0.5},
     "sepo": {"name": "sepo"},
     "t_reg": {"name": "t_reg"},
+    "confpo": {"name": "confpo"},
+    "tgdpo": {"name": "tgdpo"},
+    "arc_bpo": {"name": "arc_bpo"},
+    "dpo wpo": {"name": "dpo", "pair_weights": "wpo"},
     "tbpo_q": {"name": "tbpo_q"},
     "tbpo_a k3": {"name": "tbpo_a", "state_baseline": {"kind": "k3"}},
     "tbpo_a exact_kl": {"name": "tbpo_a"},
@@ -92,6 +96,7 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
     lengths = torch.randint(size.answer // 2, size.answer + 1, (2 * size.pairs, 1), device=size.device)
     mask = torch.arange(size.answer, device=size.device) < lengths
     weights = torch.rand(mask.shape, device=size.device) if objective.needs_weights else None
+    chunks = (torch.arange(size.answer, device=size.device) // 16).expand(mask.shape)
     answer = slice(size.prompt - 1, None)
     with torch.no_grad():
         ref_hidden = reference(inputs)[:, answer]
@@ -112,7 +117,7 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
             mask,
             live,
             reference.out.weight,
-            want=("logp", *divergence),
+            want=("logp", *divergence, *(["log_collision"] * objective.needs_collision)),
         )
         kl = stats.kl if objective.needs_kl else stats.reverse_kl
         c = head(hidden, kl) if head is not None else kl
@@ -123,6 +128,8 @@ def make_step(config: dict, size: Size) -> Callable[[], None]:
             "mask": mask,
             "baseline": c,
             "weights": weights,
+            "log_collision": stats.log_collision,
+            "chunks": chunks if objective.needs_chunks else None,
         }
         halves = {name: (None, None) if v is None else v.chunk(2) for name, v in columns.items()}
         sides: dict[str, Any] = {

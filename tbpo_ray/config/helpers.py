@@ -16,11 +16,18 @@ class HelperTraits:
     """One model that an objective needs beside the policy."""
 
     side: Literal["positive", "negative"]
-    """The key of `objective.token_weights` that its export becomes."""
+    """Which of the two models that are compared it is."""
     purpose: str
     """What the model is, for messages."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Dotted keys in which its run differs from the policy's by default."""
+    own_key: str = ""
+    """The key that its export becomes, if it is not one of `objective.token_weights`."""
+
+    @property
+    def model_key(self) -> str:
+        """The key that its export becomes."""
+        return self.own_key or f"objective.token_weights.{self.side}"
 
 
 HELPERS: Mapping[str, Mapping[str, HelperTraits]] = {
@@ -28,6 +35,17 @@ HELPERS: Mapping[str, Mapping[str, HelperTraits]] = {
     "sepo": {
         "oracle": HelperTraits(
             "positive", "the oracle, a model trained with DPO", {"objective.name": "dpo", "data.share": 0.3}
+        )
+    },
+    "arc_bpo": {
+        "oracle": HelperTraits("positive", "the oracle, a model trained with DPO", {"objective.name": "dpo"})
+    },
+    "tgdpo": {
+        "guide": HelperTraits(
+            "positive",
+            "the guide, a model trained with DPO",
+            {"objective.name": "dpo"},
+            "objective.guide.model",
         )
     },
     # The released TIS-DPO trains both models on all pairs (arXiv 2410.04350).

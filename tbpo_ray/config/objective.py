@@ -7,94 +7,41 @@ losses from these classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, StrictBool, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Field, StrictBool, field_validator, model_validator
 
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Number, Positive, Section
 from tbpo_ray.config.helpers import check_helpers
-
-ObjectiveName = Literal[
-    "tbpo_q", "tbpo_a", "dpo", "ipo", "simpo", "bpo", "tdpo1", "tdpo2", "tis_dpo", "sepo", "t_reg", "sft"
-]
-GeneratorName = Literal["logistic", "kliep", "lsif", "ba", "sba", "beta_family"]
-BaselineKind = Literal["none", "learned", "exact_kl", "k3", "k3_sampled", "mixed"]
-
-Normalization = Literal["sum", "token_mean"]
-TieModel = Literal["rao_kupper", "davidson", "drop"]
-WeightTransform = Literal["exp", "rank", "scaled"]
-
-OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
-GENERATORS: tuple[GeneratorName, ...] = get_args(GeneratorName)
-BASELINE_KINDS: tuple[BaselineKind, ...] = get_args(BaselineKind)
-
-Input = Literal["reference", "kl", "reverse_kl", "weights"]
-
-
-@dataclass(frozen=True)
-class ObjectiveTraits:
-    """What one objective reads and its own defaults.
-
-    Attributes:
-        inputs: per-token inputs beyond the policy's log-probs: the reference's log-probs, the exact KL from
-            both distributions in either direction, token weights. Settings may add to them, see
-            `ObjectiveConfig.inputs`.
-        settings: keys of `objective` that only some objectives read and this one does.
-        beta, alpha, normalization: the defaults of its source.
-        baseline: the default kind of state baseline.
-        definition: number of its formula, raised when the formula changes; a run resumes only with the
-            definition that it was started with.
-    """
-
-    inputs: tuple[Input, ...] = ("reference",)
-    settings: tuple[str, ...] = ()
-    beta: float = 0.1
-    alpha: float = 0.5
-    normalization: Normalization = "sum"
-    baseline: BaselineKind = "none"
-    definition: int = 1
-
-
-_TIES = ("ties", "tie_strength")
-
-TRAITS: Mapping[ObjectiveName, ObjectiveTraits] = {
-    "tbpo_q": ObjectiveTraits(settings=("bregman", "state_baseline"), baseline="learned"),
-    "tbpo_a": ObjectiveTraits(settings=("bregman", "state_baseline"), baseline="exact_kl"),
-    "dpo": ObjectiveTraits(settings=("normalization", *_TIES)),
-    "ipo": ObjectiveTraits(settings=("normalization",), normalization="token_mean", definition=2),
-    "simpo": ObjectiveTraits(inputs=(), settings=("gamma", *_TIES), beta=2.0),
-    "bpo": ObjectiveTraits(settings=("bregman", "normalization")),
-    "tdpo1": ObjectiveTraits(inputs=("reference", "kl"), settings=_TIES),
-    "tdpo2": ObjectiveTraits(inputs=("reference", "kl"), settings=("alpha", *_TIES)),
-    "tis_dpo": ObjectiveTraits(
-        inputs=("reference", "weights"),
-        settings=("alpha", "token_weights", "helpers", *_TIES),
-        alpha=0.0,
-        definition=2,
-    ),
-    "sepo": ObjectiveTraits(
-        inputs=("weights",),
-        settings=("select_ratio", "token_weights", "helpers", *_TIES),
-        beta=1.0,
-        definition=2,
-    ),
-    "t_reg": ObjectiveTraits(
-        inputs=("reference", "weights"),
-        settings=("base", "alpha", "gamma", "token_weights"),
-        alpha=0.25,
-        definition=2,
-    ),
-    "sft": ObjectiveTraits(inputs=()),
-}
-
-READ_BY: Mapping[str, tuple[ObjectiveName, ...]] = {
-    f"objective.{setting}": tuple(name for name, traits in TRAITS.items() if setting in traits.settings)
-    for setting in dict.fromkeys(setting for traits in TRAITS.values() for setting in traits.settings)
-}
-"""Keys and sections that only some objectives read, and the objectives that do."""
-
+from tbpo_ray.config.objective_options import (
+    ArcConfig,
+    ChunksConfig,
+    FDivergenceConfig,
+    GuideConfig,
+    LdReference,
+    NllNormalization,
+    PairColumn,
+    PairMargins,
+    PairWeights,
+    SelectRatio,
+    SelectRatioConfig,
+    TokenWeightsConfig,
+    WpoAlignment,
+)
+from tbpo_ray.config.objective_traits import BASELINE_KINDS as BASELINE_KINDS
+from tbpo_ray.config.objective_traits import GENERATORS as GENERATORS
+from tbpo_ray.config.objective_traits import OBJECTIVES as OBJECTIVES
+from tbpo_ray.config.objective_traits import READ_BY as READ_BY
+from tbpo_ray.config.objective_traits import TRAITS as TRAITS
+from tbpo_ray.config.objective_traits import (
+    BaselineKind,
+    GeneratorName,
+    Input,
+    Normalization,
+    ObjectiveName,
+    ObjectiveTraits,
+    TieModel,
+)
 
 _FUNCTION = re.compile(r".+\.py:[A-Za-z_]\w*")
 
@@ -106,17 +53,16 @@ def _check_function(value: str) -> str:
 
 
 Coordinate = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False), Number]
-Ratio = Annotated[float, Field(gt=0, le=1), Number]
 
 
 class BregmanConfig(Section):
-    """The Bregman generator of `tbpo_q`, `tbpo_a` and `bpo`."""
+    """The Bregman generator of `tbpo_q`, `tbpo_a`, `bpo` and `arc_bpo`."""
 
     generator: GeneratorName | Annotated[str, AfterValidator(_check_function)] = "sba"
     """The Bregman generator h; or `path.py:NAME`, a function of u made of torch operations, which is checked
     at the start: increasing, with finite gradients on [-20, 20]."""
-    lam: Annotated[float, Field(gt=-1, allow_inf_nan=False), Number] = 0.0
-    """Order of `ba` and `sba`; the other generators ignore it."""
+    lam: Annotated[float, Field(gt=-1, allow_inf_nan=False), Number] | None = None
+    """Order of `ba` and `sba`; the other generators ignore it. Default: 1.0 for `arc_bpo`, otherwise 0.0."""
     scale: Positive = 4.0
     """Divisor of `sba`; 4 gives it the gradient of `logistic` at u = 0."""
     a: Coordinate = 0.0
@@ -181,63 +127,25 @@ class StateBaselineConfig(Section):
         return self.samples if self.kind == "k3_sampled" else 0
 
 
-class TokenWeightsConfig(Section):
-    """Where `tis_dpo`, `sepo` and `t_reg` get their token weights from."""
-
-    source: Literal["models", "columns"] = "models"
-    """`models`: computed by the models below; `columns`: read from the records' own `chosen_weights` and
-    `rejected_weights`, one number for each answer token."""
-    positive: str | None = None
-    """For `tis_dpo` a model trained toward chosen answers, for `sepo` the oracle; default:
-    `model.name_or_path`."""
-    negative: str | None = None
-    """For `tis_dpo` a model trained toward rejected answers, for `sepo` the oracle's own reference; default:
-    `model.name_or_path`."""
-    positive_instruction: str | None = None
-    """Text placed before the prompt for the positive side, or a template with `{prompt}` and, optionally,
-    `{answer}`; `t_reg` has a default, which asks for a better answer."""
-    negative_instruction: str | None = None
-    """The same for the negative side; the default of `t_reg` asks for a worse answer."""
-    transform: WeightTransform = "exp"
-    """How `tis_dpo` turns the difference d of two log-probs into a weight: `exp`, e^d with d clamped to
-    [-0.5, 1.5]; `rank`, from 0.7 to 1.3 by the rank of d within the answer; `scaled`, d clamped to
-    [-1.5, 1.5] and mapped to 0.7 to 1.3."""
-
-
-class SelectRatioConfig(Section):
-    """The shares of tokens that `sepo` selects, for each side of a pair."""
-
-    chosen: Ratio = 0.3
-    """Share of the chosen answer's tokens: those that the oracle scores highest."""
-    rejected: Ratio = 0.3
-    """Share of the rejected answer's tokens: those that the oracle scores lowest."""
-
-
-# Which of the two a value is meant to be decides whose fault is reported. The tags are hidden in messages.
-SelectRatio = Annotated[
-    Annotated[Ratio, Tag("float")] | Annotated[SelectRatioConfig, Tag("dict")],
-    Discriminator(lambda value: "dict" if isinstance(value, Mapping | SelectRatioConfig) else "float"),
-]
-
-
 class ObjectiveConfig(Section):
     """The loss that a run minimizes. A key that the named objective does not read has no effect."""
 
     name: ObjectiveName = "tbpo_q"
     """Name of the objective."""
     beta: Positive | None = None
-    """Strength of the pull toward the reference; default: 2.0 for `simpo` and for `t_reg` on `simpo`, 1.0
-    for `sepo`, otherwise 0.1."""
+    """Strength of the pull toward the reference; default: 2.0 for `simpo` and for `t_reg` on `simpo`, 1.5
+    for `confpo`, 1.0 for `sepo`, otherwise 0.1."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), Number] = 0.0
     """Assumed probability that a preference label is flipped; must be 0 for `sft`."""
     alpha: NonNegative | None = None
-    """For `tdpo2` the weight of the sequential KL difference (default 0.5), for `t_reg` the weight of the
+    """For `tdpo2` the weight of the sequential KL difference (default 0.5), for `tgdpo` that of the guide's
+    rewards (default 0.5), for `t_reg` the weight of the
     token rewards (default 0.25), for `tis_dpo` the weight of the KL from the reference (default 0: without
     it)."""
     base: Literal["dpo", "simpo"] = "dpo"
     """The objective that `t_reg` adds its token rewards to."""
-    gamma: NonNegative = 0.5
-    """Target reward margin of `simpo`, and of `t_reg` on `simpo`."""
+    gamma: NonNegative | None = None
+    """Target reward margin of `simpo`, of `t_reg` on `simpo` (default 0.5) and of `confpo` (default 1.6)."""
     normalization: Normalization | None = None
     """Whether `dpo`, `ipo` and `bpo` take the sum of an answer's token log-ratios or their mean
     (`token_mean`); default: `token_mean` for `ipo`, otherwise `sum`."""
@@ -250,16 +158,46 @@ class ObjectiveConfig(Section):
     tie_strength: Positive | None = None
     """How likely ties are: greater than 1 for `rao_kupper` (default 3), greater than 0 for `davidson`
     (default 1). With the defaults, equally good answers tie half the time."""
+    nll_weight: NonNegative = 0.0
+    """Weight of the chosen answer's negative log-likelihood, which is added to the loss of each pair; 0 for
+    `sft`."""
+    nll_normalization: NllNormalization = "token_mean"
+    """Whether this term is the mean over the answer's tokens or their sum."""
+    pair_margins: PairMargins = "none"
+    """`data`: the score difference of a pair has to exceed the number in its record's column `margin`
+    (ODPO), for objectives with one logistic loss per pair; for `arc_bpo` it replaces `arc.delta`."""
+    pair_weights: PairWeights = "none"
+    """`data`: the loss of a pair is multiplied by the number in its record's column `weight`. `wpo`: its
+    preference loss, without the NLL, is multiplied by how likely the policy is to write its answers (WPO).
+    The mean over the pairs is not divided by the sum of the weights."""
+    wpo_alignment: WpoAlignment = "sampled"
+    """`sampled`: `wpo` divides each token's probability by what the policy's own samples have on average, so
+    that they have a weight of about 1; `none`: without it, and without its statistic of the vocabulary."""
+    f_divergence: FDivergenceConfig = FDivergenceConfig()
+    """The f-divergence that `dpo` regularizes with."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1), Number] | None = None
+    """Weight in `dpo` of the tokens beyond the shorter answer's length (LD-DPO); 1, like null, is plain
+    DPO."""
+    ld_reference: LdReference = "weighted"
+    """Whether `ld_alpha` weighs the reference's log-probs too (`weighted`) or only the policy's (`full`),
+    which favors shorter answers."""
     bregman: BregmanConfig = BregmanConfig()
-    """Bregman generator of `tbpo_q`, `tbpo_a` and `bpo`."""
+    """Bregman generator of `tbpo_q`, `tbpo_a`, `bpo` and `arc_bpo`, for which it must be `sba`."""
+    arc: ArcConfig = ArcConfig()
+    """Targets of the chunks of `arc_bpo`."""
+    chunks: ChunksConfig = ChunksConfig()
+    """How `arc_bpo` cuts an answer into chunks."""
+    guide: GuideConfig = GuideConfig()
+    """The guide of `tgdpo`."""
     state_baseline: StateBaselineConfig = StateBaselineConfig()
     """State baseline of `tbpo_q` and `tbpo_a`."""
     helpers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Overrides, dotted or nested, for the runs of the models that an objective needs and that
-    `jobs/pipeline.py` and `jobs/tune.py` train: `oracle` for `sepo`, `positive` and `negative` for `tis_dpo`.
+    `jobs/pipeline.py` and `jobs/tune.py` train: `oracle` for `sepo` and for `arc_bpo` with
+    `arc.shape: advantage`, `positive` and `negative` for `tis_dpo`, `guide` for `tgdpo`.
     Example: `{oracle: {data.share: 0.5, training.max_steps: 200}}`."""
     token_weights: TokenWeightsConfig = TokenWeightsConfig()
-    """Token weights of `tis_dpo`, `sepo` and `t_reg`."""
+    """Token weights of `tis_dpo`, `sepo` and `t_reg`, and of `arc_bpo` with `arc.shape: advantage`."""
 
     @field_validator("helpers")
     @classmethod
@@ -277,6 +215,22 @@ class ObjectiveConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _chunks_have_one_loss(self) -> Self:
+        if self.name != "arc_bpo":
+            return self
+        if self.label_smoothing:
+            raise ValueError(
+                f"objective.label_smoothing={self.label_smoothing}: objective.name=arc_bpo has targets "
+                "instead of labels to smooth; use 0"
+            )
+        if self.bregman.generator != "sba":
+            raise ValueError(
+                f"objective.bregman.generator={self.bregman.generator}: objective.name=arc_bpo is defined "
+                "for sba only; use sba"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ties_can_be_read(self) -> Self:
         if self.ties != "drop" and "ties" not in self.traits.settings:
             readers = ", ".join(READ_BY["objective.ties"])
@@ -288,6 +242,40 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 f"objective.tie_strength={self.tie_strength}: must be greater than 1 for "
                 "objective.ties=rao_kupper"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_can_be_added(self) -> Self:
+        for key, off in (("nll_weight", 0.0), ("pair_margins", "none"), ("pair_weights", "none")):
+            value = getattr(self, key)
+            if value != off and key not in self.traits.settings:
+                readers = ", ".join(READ_BY[f"objective.{key}"])
+                raise ValueError(
+                    f"objective.{key}={value}: objective.name={self.name} has no use for it; use {off}, or "
+                    f"one of {readers}"
+                )
+        if self.pair_margins != "none" and self.ties != "drop":
+            raise ValueError(
+                f"objective.pair_margins={self.pair_margins}: objective.ties={self.ties} has a model of its "
+                "own of how far apart answers are; use none, or objective.ties=drop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_form_of_dpo(self) -> Self:
+        if self.name != "dpo":
+            return self
+        given = {
+            f"objective.f_divergence.kind={self.f_divergence.kind}": self.f_divergence.kind != "reverse_kl",
+            f"objective.ld_alpha={self.ld_alpha}": self.ld_alpha is not None,
+            f"objective.normalization={self.normalization}": self.normalization == "token_mean",
+        }
+        named = [text for text, is_given in given.items() if is_given]
+        if len(named) > 1:
+            raise ValueError(
+                f"{named[0]}: cannot be combined with {named[1]}; use objective.normalization=sum, "
+                "objective.ld_alpha=null or objective.f_divergence.kind=reverse_kl"
             )
         return self
 
@@ -308,10 +296,43 @@ class ObjectiveConfig(Section):
         return self.traits.alpha if self.alpha is None else self.alpha
 
     @property
+    def effective_gamma(self) -> float:
+        """`gamma`, or the objective's own default."""
+        return self.traits.gamma if self.gamma is None else self.gamma
+
+    @property
+    def effective_bregman(self) -> BregmanConfig:
+        """`bregman` with the order filled in."""
+        lam = self.traits.lam if self.bregman.lam is None else self.bregman.lam
+        return self.bregman.model_copy(update={"lam": lam})
+
+    @property
+    def guide_beta(self) -> float:
+        """`guide.beta`, or the run's own beta."""
+        return self.effective_beta if self.guide.beta is None else self.guide.beta
+
+    @property
     def effective_normalization(self) -> Normalization:
         """`normalization`, or the objective's own default; `sum` for an objective that does not read it."""
         read = self.normalization if "normalization" in self.traits.settings else None
         return read or self.traits.normalization
+
+    @property
+    def effective_f_divergence(self) -> FDivergenceConfig:
+        """`f_divergence`; the reverse KL for an objective that does not read it."""
+        return self.f_divergence if "f_divergence" in self.traits.settings else FDivergenceConfig()
+
+    @property
+    def effective_ld_alpha(self) -> float | None:
+        """`ld_alpha`; None for an objective that does not read it."""
+        return self.ld_alpha if "ld_alpha" in self.traits.settings else None
+
+    @property
+    def pair_columns(self) -> tuple[PairColumn, ...]:
+        """The columns of the records, one number per pair, that are read: `margin` and `weight`."""
+        margin: tuple[PairColumn, ...] = ("margin",) if self.pair_margins == "data" else ()
+        weight: tuple[PairColumn, ...] = ("weight",) if self.pair_weights == "data" else ()
+        return (*margin, *weight)
 
     @property
     def effective_tie_strength(self) -> float:
@@ -330,9 +351,19 @@ class ObjectiveConfig(Section):
     @property
     def inputs(self) -> tuple[Input, ...]:
         """The per-token inputs that the objective reads with its settings, without its state baseline."""
+        inputs = self._own_inputs
+        if self.pair_weights == "wpo" and self.wpo_alignment == "sampled":
+            return (*inputs, "collision")
+        return inputs
+
+    @property
+    def _own_inputs(self) -> tuple[Input, ...]:
+        """The inputs without those of the pair's weight."""
         inputs = self.traits.inputs
         if self.name == "t_reg" and self.base == "simpo":
             return tuple(name for name in inputs if name != "reference")
+        if self.name == "arc_bpo" and self.arc.shape == "advantage":
+            return (*inputs, "weights")
         if self.name == "tis_dpo" and self.effective_alpha > 0:
             return (*inputs, "reverse_kl")
         return inputs
@@ -358,6 +389,22 @@ class ObjectiveConfig(Section):
     def needs_weights(self) -> bool:
         """Whether token weights, oracle scores or self-given rewards are read."""
         return "weights" in self.inputs
+
+    @property
+    def weights_from_records(self) -> bool:
+        """Whether the token weights are columns of the records."""
+        reads_source = self.needs_weights and "token_weights" in self.traits.settings
+        return reads_source and self.token_weights.source == "columns"
+
+    @property
+    def needs_collision(self) -> bool:
+        """Whether the policy's log collision probability of each state is read."""
+        return "collision" in self.inputs
+
+    @property
+    def needs_chunks(self) -> bool:
+        """Whether the chunks of the answers are read."""
+        return "chunks" in self.inputs
 
     @property
     def needs_kl(self) -> bool:

@@ -5,6 +5,7 @@ q the reference's, y the label and v_i tokens drawn from q:
 
     logp    = z_y - lse(z)                          dlogp/dz    = onehot(y) - p
     entropy = -sum p log p                          dentropy/dz = -p (log p + entropy)
+    log_collision = log sum p^2                     without a gradient
     kl      = sum q (log q - log p)                 dkl/dz      = p - q
     reverse = sum p (log p - log q)                 dreverse/dz = p (log p - log q - reverse)
     k3      = mean_i (rho_i - 1 - log rho_i)        dk3/dz      = mean_i (rho_i - 1) (onehot(v_i) - p)

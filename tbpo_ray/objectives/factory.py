@@ -32,7 +32,7 @@ def build_objective(section: ObjectiveConfig | Mapping[str, Any]) -> Objective:
             stacklevel=2,
         )
     uses_generator = FAMILIES[config.name].link == "bregman"
-    return Objective(config, build_generator(config.bregman) if uses_generator else None)
+    return Objective(config, build_generator(config.effective_bregman) if uses_generator else None)
 
 
 def build_generator(config: BregmanConfig) -> Generator:

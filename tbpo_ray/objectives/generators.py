@@ -126,7 +126,7 @@ class Generator:
 def make_generator(
     name: str,
     *,
-    lam: float = _DEFAULTS.lam,
+    lam: float = 0.0,
     scale: float = _DEFAULTS.scale,
     a: float = _DEFAULTS.a,
     b: float = _DEFAULTS.b,
@@ -152,7 +152,7 @@ def generator_from_config(config: BregmanConfig) -> Generator:
     Raises:
         InputError: a function of the user's that is not a usable loss.
     """
-    name, lam, scale = config.generator, config.lam, config.scale
+    name, lam, scale = config.generator, config.lam or 0.0, config.scale
     if name not in GENERATORS:
         return Generator(name, lam, scale, CHECKED_RANGE, function=load_function(name))
     if name == "beta_family":

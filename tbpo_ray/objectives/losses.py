@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tbpo_ray.config.objective import Normalization, ObjectiveConfig, StateBaselineConfig
+from tbpo_ray.config.objective import ObjectiveConfig, StateBaselineConfig
+from tbpo_ray.config.objective_options import ArcConfig, FDivergenceConfig, LdReference, NllNormalization
+from tbpo_ray.config.objective_traits import Normalization
 from tbpo_ray.objectives.baseline import baseline_difference, side_baseline
 from tbpo_ray.objectives.types import Side, masked_mean
 
@@ -34,6 +36,15 @@ class Params:
     normalization: Normalization
     base: str
     baseline: StateBaselineConfig
+    nll_weight: float
+    nll_normalization: NllNormalization
+    f_divergence: FDivergenceConfig
+    ld_alpha: float | None
+    ld_reference: LdReference
+    guide_beta: float
+    arc: ArcConfig
+    lam: float
+    scale: float
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> Params:
@@ -42,11 +53,20 @@ class Params:
             beta=config.effective_beta,
             label_smoothing=config.label_smoothing,
             alpha=config.effective_alpha,
-            gamma=config.gamma,
+            gamma=config.effective_gamma,
             select_ratio=config.select_ratios,
             normalization=config.effective_normalization,
             base=config.base,
             baseline=config.effective_baseline,
+            nll_weight=config.nll_weight,
+            nll_normalization=config.nll_normalization,
+            f_divergence=config.effective_f_divergence,
+            ld_alpha=config.effective_ld_alpha,
+            ld_reference=config.ld_reference,
+            guide_beta=config.guide_beta,
+            arc=config.arc,
+            lam=config.effective_bregman.lam or 0.0,
+            scale=config.bregman.scale,
         )
 
 
@@ -63,8 +83,58 @@ def tbpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
 
 
 def dpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
-    """u = beta (S^l - S^w). [B]. Source: DPO, arXiv 2305.18290, eq. 7; BPO, arXiv 2505.19601."""
-    return p.beta * (answer_log_ratio(rejected, p) - answer_log_ratio(chosen, p))
+    """u = beta (g(S^l) - g(S^w)), g(S) = S unless `f_divergence` says otherwise. [B]
+
+    With `ld_alpha`, the tokens beyond the shorter answer count by that factor in S.
+
+    Sources: DPO, arXiv 2305.18290, eq. 7; BPO, arXiv 2505.19601; f-DPO, arXiv 2309.16240; LD-DPO,
+    arXiv 2409.06411.
+    """
+    if p.ld_alpha is not None:
+        # Masks start at index 0, so what both have is what the shorter one has.
+        both = chosen.mask & rejected.mask
+        return p.beta * (ld_log_ratio(rejected, both, p) - ld_log_ratio(chosen, both, p))
+    scores = [f_slope(answer_log_ratio(side, p), p.f_divergence) for side in (rejected, chosen)]
+    return p.beta * (scores[0] - scores[1])
+
+
+def ld_log_ratio(side: Side, both: Tensor, p: Params) -> Tensor:
+    """Sum of r_t up to the shorter answer's length + ld_alpha times the sum of the rest. [B]
+
+    With `ld_reference: full` the reference's log-probs all count in full, as in some implementations.
+    """
+    assert p.ld_alpha is not None and side.ref_logps is not None
+    weight = torch.ones_like(side.logps).masked_fill(~both, p.ld_alpha)
+    ref_weight = torch.ones_like(weight) if p.ld_reference == "full" else weight
+    return (weight * side.logps - ref_weight * side.ref_logps).sum(-1)
+
+
+MAX_EXPONENT = 30.0
+
+
+def f_exponent(s: Tensor, f: FDivergenceConfig) -> Tensor | None:
+    """The exponent of g(S) before it is clamped; None if g cannot overflow. Elementwise."""
+    if f.kind == "forward_kl":
+        return -s
+    return -f.alpha * s if f.kind == "alpha" else None
+
+
+def f_slope(s: Tensor, f: FDivergenceConfig) -> Tensor:
+    """g(S) = f'(e^S) of an f-divergence, up to a constant. Elementwise.
+
+    | reverse_kl | forward_kl | js             | alpha                        |
+    |------------|------------|----------------|------------------------------|
+    | S          | -e^-S      | -softplus(-S)  | (1 - e^(-alpha S)) / alpha   |
+
+    The exponent is clamped, with gradient 0 beyond. Source: f-DPO, arXiv 2309.16240, table 1.
+    """
+    if f.kind == "js":
+        return functional.logsigmoid(s)
+    exponent = f_exponent(s, f)
+    if exponent is None:
+        return s
+    exponent = exponent.clamp(max=MAX_EXPONENT)
+    return -exponent.exp() if f.kind == "forward_kl" else -torch.expm1(exponent) / f.alpha
 
 
 def answer_log_ratio(side: Side, p: Params) -> Tensor:
@@ -90,6 +160,39 @@ def simpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
     mean_chosen = masked_mean(chosen.logps, chosen.mask)
     mean_rejected = masked_mean(rejected.logps, rejected.mask)
     return p.beta * (mean_rejected - mean_chosen) + p.gamma
+
+
+def confpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
+    """u = beta (mean log pi^l - mean log pi^w) + gamma over the tokens that the policy is unsure of. [B]
+
+    SimPO on the tokens of `unsure_tokens`, normalized by their number, without a reference. The selection has
+    no gradient.
+
+    Source: ConfPO, arXiv 2506.08712, and its released code, from which "below the mean" is taken.
+    """
+    means = [masked_mean(side.logps, unsure_tokens(side)) for side in (rejected, chosen)]
+    # A NaN at a token that was not selected must not pass silently.
+    read = (chosen.logps + rejected.logps).detach().sum(-1)
+    return p.beta * (means[0] - means[1]) + p.gamma + 0 * read
+
+
+UNSURE = 1 - 1e-6  # so that rounding does not select one of several equal probabilities
+
+
+def unsure_tokens(side: Side) -> Tensor:
+    """Mask of the tokens whose probability is below the answer's mean probability. [B, T]"""
+    probability = side.logps.detach().exp()
+    mean = masked_mean(probability, side.mask)[:, None]
+    return side.mask & (probability < UNSURE * mean)
+
+
+def confpo_is_compared(chosen: Side, rejected: Side) -> Tensor:
+    """Pairs of which both answers have unsure tokens, or a NaN; the others have loss 0. [B] bool
+
+    An answer has none if it has one token, or equally likely ones.
+    """
+    unsure = unsure_tokens(chosen).any(-1) & unsure_tokens(rejected).any(-1)
+    return unsure | (chosen.logps + rejected.logps).detach().sum(-1).isnan()
 
 
 def tdpo1(chosen: Side, rejected: Side, p: Params) -> Tensor:
@@ -128,6 +231,25 @@ def tis_dpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
         divergence = (w_chosen * chosen.baseline).sum(-1) - (w_rejected * rejected.baseline).sum(-1)
         u = u + p.alpha * divergence
     return p.beta * u
+
+
+def tgdpo(chosen: Side, rejected: Side, p: Params) -> Tensor:
+    """u = beta (sum (1 - alpha b rho_t^l) r_t^l - sum (1 + alpha b rho_t^w) r_t^w), no gradient in rho. [B]
+
+    rho = log pi_guide - log pi_ref (`*_weights`), b = the guide's beta: a frozen guide stretches beta where
+    it prefers a chosen token or dislikes a rejected one.
+
+    Source: TGDPO, arXiv 2506.14574; the formula is that of the released code.
+    """
+    stretched = [(stretch(side, sign, p) * side.log_ratio).sum(-1)
+                 for side, sign in ((rejected, -1.0), (chosen, 1.0))]  # fmt: skip
+    return p.beta * (stretched[0] - stretched[1])
+
+
+def stretch(side: Side, sign: float, p: Params) -> Tensor:
+    """The factor 1 +- alpha b rho_t of each token. [B, T]"""
+    assert side.weights is not None
+    return 1 + sign * p.alpha * p.guide_beta * side.weights.detach()
 
 
 def sepo(chosen: Side, rejected: Side, p: Params) -> Tensor:

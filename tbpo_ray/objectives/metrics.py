@@ -20,13 +20,20 @@ number of pairs or tokens; this is exact for the means and approximate for the q
 | `baseline/std`                          | standard deviation of the same | A |
 | `kl/k3`                                 | K3 with rho = pi_ref/pi, an estimate of KL(pi || pi_ref) | A |
 | `loss/t_reg`                            | the token rewards' part of the loss (t_reg) | P |
+| `loss/nll`                              | -log pi of the chosen answer, as `nll_normalization` has it | P |
+| `pairs/margin`, `pairs/weight`          | the numbers of the records | P |
+| `tgdpo/negative_share`                  | 1 where the guide turns the token's weight negative | A |
+| `arc/clamped_share`                     | share of the pair's chunks with a clamped score or target | P |
+| `pairs/skipped_share`                   | 1 where no token was selected (confpo) | P |
+| `pairs/wpo_weight`                      | WPO's weight of the pair | P |
+| `f_divergence/clamped_share`            | 1 where an answer's exponent was clamped (forward_kl, alpha) | P |
 | `ties/share`                            | 1 where the pair is a tie | P |
 | `token_nll`                             | -log pi (sft) | A |
 | `entropy`, `kl/exact` [2]               | of the policy; KL(pi_ref || pi) | A |
 | `kl/exact_reverse` [2]                  | KL(pi || pi_ref) | A |
 | `baseline/gate`, `baseline/gate_std` [3] | the mixed baseline's gate; its standard deviation | A |
 
-[1] `simpo` and `sepo`, which have no reference, use log pi in place of r_t and normalize by length.
+[1] `simpo`, `sepo` and `confpo`, which have no reference, use log pi in place of r_t and normalize by length.
 [2] From `distribution_metrics`, from the outputs of `token_log_probs`. [3] From `MixedBaseline.metrics`.
 
 `sft` has `logps/chosen`, `token_nll` and, with a reference, `logps/chosen_drift`.

@@ -6,14 +6,15 @@ Shapes: B pairs, T answer tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tbpo_ray.config.objective import ObjectiveConfig, ObjectiveName, StateBaselineConfig
+from tbpo_ray.config.objective import ObjectiveConfig, StateBaselineConfig
+from tbpo_ray.config.objective_traits import ObjectiveName
 from tbpo_ray.errors import InputError
-from tbpo_ray.objectives import losses, metrics, ties
+from tbpo_ray.objectives import arc, losses, metrics, pair_terms, ties
 from tbpo_ray.objectives.baseline import side_baseline
 from tbpo_ray.objectives.generators import Generator
 from tbpo_ray.objectives.losses import Params
@@ -26,14 +27,18 @@ class Family:
 
     Attributes:
         u: the log model ratio (None for `sft`), from `losses`.
-        link: "bregman" for the configured generator, or the function that is applied to u.
+        link: "bregman" for the configured generator, "chunks" for the loss of `arc`, which u is only reported
+            beside, or the function that is applied to u.
         token_level: u is [B, T] and averaged over the tokens that both answers have; otherwise u is [B].
+        is_compared: which pairs have a preference loss, where an answer with tokens is not enough; the
+            others have 0 and still count in the mean.
         source: where the formula comes from.
     """
 
     u: Callable[[Side, Side, Params], Tensor] | None
     link: Callable[[Tensor, float], Tensor] | str = losses.softplus
     token_level: bool = False
+    is_compared: Callable[[Side, Side], Tensor] | None = None
     source: str = ""
 
 
@@ -49,6 +54,9 @@ FAMILIES: dict[ObjectiveName, Family] = {
     "tis_dpo": Family(losses.tis_dpo, source="arXiv 2410.04350"),
     "sepo": Family(losses.sepo, source="arXiv 2408.13518"),
     "t_reg": Family(losses.t_reg, source="arXiv 2412.02685"),
+    "confpo": Family(losses.confpo, is_compared=losses.confpo_is_compared, source="arXiv 2506.08712"),
+    "tgdpo": Family(losses.tgdpo, source="arXiv 2506.14574"),
+    "arc_bpo": Family(losses.dpo, "chunks", source="repository Thang1703hrsh/ARC-BPO"),
     "sft": Family(None),
 }
 FIELD_OF_INPUT = {
@@ -56,6 +64,8 @@ FIELD_OF_INPUT = {
     "kl": "baseline",
     "reverse_kl": "baseline",
     "weights": "weights",
+    "collision": "log_collision",
+    "chunks": "chunks",
 }
 """Which field of a side carries each input of an objective."""
 
@@ -73,9 +83,12 @@ class Objective:
         needs_reverse_kl: reads the exact KL(policy || ref).
         needs_samples: number of reference tokens to draw per state (`k3_sampled`), otherwise 0.
         needs_weights: reads `*_weights`: token weights, oracle scores or self-assigned rewards.
+        needs_collision: reads the policy's log collision probability of each state.
+        needs_chunks: reads which chunk of its answer each token belongs to.
         needs_rejected: reads the rejected answer (all but `sft`).
+        pair_columns: which of `margin` and `weight` it reads, one number for each pair.
         compares_to_shorter: reads tokens only up to the shorter answer's length, so that the rest can be
-            truncated.
+            truncated. Every term of the loss decides: the NLL reads the chosen answer to its end.
         learned_baseline: a head from `build_state_baseline` must be trained with the policy.
     """
 
@@ -91,9 +104,19 @@ class Objective:
         self.needs_reverse_kl: bool = config.needs_reverse_kl
         self.needs_samples: int = config.needed_samples
         self.needs_weights: bool = config.needs_weights
+        self.needs_collision: bool = config.needs_collision
+        self.needs_chunks: bool = config.needs_chunks
+        self.weighs_by_likelihood = config.pair_weights == "wpo"
         self.needs_rejected: bool = self.family.u is not None
-        self.compares_to_shorter: bool = self.family.token_level
+        self.pair_columns = config.pair_columns
+        self.compares_to_shorter: bool = self._reads_to_shorter()
         self.learned_baseline: bool = config.effective_baseline.learned
+
+    def _reads_to_shorter(self) -> bool:
+        p = self.params
+        drops_rest = p.ld_alpha == 0 and p.ld_reference == "weighted"
+        whole = p.nll_weight > 0 or self.weighs_by_likelihood
+        return (self.family.token_level or drops_rest) and not whole
 
     def __repr__(self) -> str:
         return f"Objective({self.name!r}, {self.params}, {self.generator})"
@@ -123,13 +146,26 @@ class Objective:
             return self._sft(chosen)
         rejected = clean_side(scores, "rejected", self.fields)
         tie = clean_tie(scores)
-        u = self.family.u(chosen, rejected, self.params)
-        per_pair, compared = self._reduce(self._smoothed(u, tie), chosen, rejected)
-        extra: dict[str, Tensor] = {}
+        u, extra = self._with_margin(self.family.u(chosen, rejected, self.params), scores)
+        if self.family.link == "chunks":
+            loss = self._chunk_loss(chosen, rejected, scores, extra)
+        else:
+            loss = self._smoothed(u, tie)
+        per_pair, compared = self._reduce(loss, chosen, rejected)
+        if self.family.is_compared is not None:
+            selected = compared & self.family.is_compared(chosen, rejected)
+            per_pair = torch.where(selected, per_pair, 0)
+            extra["pairs/skipped_share"] = metrics.token_mean((~selected).to(u.dtype), compared)
         if self.name == "t_reg":
             pull = torch.where(compared, losses.t_reg_pull(u, chosen, rejected, self.params), 0)
             per_pair = per_pair + pull
             extra["loss/t_reg"] = pull.detach().mean()
+        if self.weighs_by_likelihood:
+            likelihood = pair_terms.wpo_weight(*self._for_likelihood(chosen, rejected))
+            # A selection, as an answer without tokens has no likelihood.
+            per_pair = torch.where(compared, likelihood * per_pair, per_pair)
+            extra["pairs/wpo_weight"] = metrics.token_mean(likelihood, compared)
+        per_pair = self._with_terms(per_pair, compared, chosen, scores, extra)
         counted: Tensor | None = None
         if tie is not None:
             extra["ties/share"] = tie.to(u.dtype).mean()
@@ -138,6 +174,52 @@ class Objective:
                 per_pair = torch.where(counted, per_pair, 0)
         found = self._metrics(u, chosen, rejected, compared)
         return ObjectiveOutput(per_pair, mean(per_pair, counted), found | extra)
+
+    def _chunk_loss(
+        self, chosen: Side, rejected: Side, scores: TokenScores, extra: dict[str, Tensor]
+    ) -> Tensor:
+        """The loss of `arc`, with its metric in `extra`. [B]"""
+        margins = None
+        if "margin" in self.pair_columns:
+            margins = pair_terms.pair_values(scores, "pair_margins", chosen.logps.dtype)
+        loss, clamped = arc.loss(chosen, rejected, margins, self.params)
+        extra["arc/clamped_share"] = clamped.mean()
+        return loss
+
+    def _for_likelihood(self, chosen: Side, rejected: Side) -> tuple[Side, Side]:
+        """The sides, without a collision probability that the caller gives but the settings leave out."""
+        if self.needs_collision:
+            return chosen, rejected
+        return replace(chosen, log_collision=None), replace(rejected, log_collision=None)
+
+    def _with_margin(self, u: Tensor, scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+        """u plus the margin of each pair, and the metric of the margins."""
+        if "margin" not in self.pair_columns:
+            return u, {}
+        margins = pair_terms.pair_values(scores, "pair_margins", u.dtype)
+        if self.family.link == "chunks":  # a target, not a part of u
+            return u, {"pairs/margin": margins.mean()}
+        return u + margins, {"pairs/margin": margins.mean()}
+
+    def _with_terms(
+        self,
+        per_pair: Tensor,
+        compared: Tensor,
+        chosen: Side,
+        scores: TokenScores,
+        extra: dict[str, Tensor],
+    ) -> Tensor:
+        """The preference loss with the NLL term and the weight of each pair; adds metrics to `extra`. [B]"""
+        if self.params.nll_weight:
+            nll = torch.where(compared, pair_terms.nll(chosen, self.params.nll_normalization), 0)
+            per_pair = per_pair + self.params.nll_weight * nll
+            extra["loss/nll"] = nll.detach().mean()
+        if "weight" in self.pair_columns:
+            weights = pair_terms.pair_values(scores, "pair_weights", per_pair.dtype)
+            # Not a product where there is nothing to compare: the weight of such a pair is not read.
+            per_pair = torch.where(compared, weights * per_pair, per_pair)
+            extra["pairs/weight"] = weights.mean()
+        return per_pair
 
     def _smoothed(self, u: Tensor, tie: Tensor | None) -> Tensor:
         """(1 - eps) loss(u) + eps loss(-u). Same shape."""
@@ -186,6 +268,23 @@ class Objective:
             if self.generator.name == "beta_family":
                 outliers = self.generator.is_outlier(u).to(u.dtype)
                 found["u/outlier_share"] = metrics.token_mean(outliers, over)
+        exponents = [
+            losses.f_exponent(side.log_ratio.sum(-1), self.params.f_divergence)
+            for side in (chosen, rejected)
+            if self.params.f_divergence.kind != "reverse_kl"
+        ]
+        present = [exponent for exponent in exponents if exponent is not None]
+        if present:
+            clamped = (torch.cat(present) > losses.MAX_EXPONENT).to(u.dtype)
+            found["f_divergence/clamped_share"] = metrics.token_mean(clamped, torch.cat([compared, compared]))
+        if self.name == "tgdpo":
+            negative = [
+                (losses.stretch(side, sign, self.params) < 0)
+                for side, sign in ((chosen, 1.0), (rejected, -1.0))
+            ]
+            found["tgdpo/negative_share"] = metrics.token_mean(
+                torch.cat(negative).to(u.dtype), torch.cat([chosen.mask, rejected.mask])
+            )
         token_u = self._token_u(u, chosen, rejected)
         found["rewards/token_accuracy"] = metrics.token_mean((token_u < 0).to(u.dtype), both)
         found |= self._baseline_metrics(chosen, rejected)
@@ -222,7 +321,7 @@ class Objective:
             mask = getattr(scores, f"{side}_mask")
             for name in FIELDS:
                 values = getattr(scores, f"{side}_{name}")
-                if name == "mask" or values is None or mask is None:
+                if name in ("mask", "chunks") or values is None or mask is None:
                     continue
                 at = (values.isnan() & mask.to(torch.bool)).nonzero()
                 if len(at):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tbpo_ray.config.objective import TieModel
+from tbpo_ray.config.objective_traits import TieModel
 
 
 def loss(u: Tensor, tie: Tensor, model: TieModel, strength: float) -> Tensor:

@@ -17,7 +17,7 @@ from tbpo_ray.errors import InputError
 from tbpo_ray.objectives.blockwise import TokenStatistics
 from tbpo_ray.objectives.vocab_scan import LayerInputs, ScanOptions
 
-OUTPUTS = ("logp", "entropy", "kl", "reverse_kl", "k3", "ref_logp")
+OUTPUTS = ("logp", "entropy", "log_collision", "kl", "reverse_kl", "k3", "ref_logp")
 REFERENCE_OUTPUTS = ("kl", "reverse_kl", "k3", "ref_logp")
 # Bytes of float32 logits in a block, and the most tokens in one. On the CPU a block stays in the cache and
 # below the size at which the allocator would map (and fault in) fresh pages for it every time; on an
@@ -33,6 +33,8 @@ class TokenStats:
     Args:
         logp: log pi(label | state).
         entropy: of pi(. | state).
+        log_collision: log of the sum of pi(v | state)^2 over the vocabulary, the log-probability that two
+            draws agree; never carries a gradient.
         kl: KL(pi_ref || pi) of the state, exact.
         reverse_kl: KL(pi || pi_ref) of the state, exact.
         k3: its sampled k3 estimate.
@@ -41,6 +43,7 @@ class TokenStats:
 
     logp: Tensor | None = None
     entropy: Tensor | None = None
+    log_collision: Tensor | None = None
     kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     k3: Tensor | None = None
@@ -83,8 +86,8 @@ def token_log_probs(  # noqa: PLR0913  (a public signature that callers rely on)
         labels: token ids; values outside the mask are not read. [..., T] int
         mask: which tokens to compute. [..., T] bool
         ref_hidden, ref_weight: the reference's; ref_weight None means the same layer. [..., T, H'], [V, H']
-        want: outputs, any of logp, entropy, kl, reverse_kl, k3, ref_logp; all but the first two need the
-            reference. By default logp and entropy, and kl if there is a reference.
+        want: outputs, any of logp, entropy, log_collision, kl, reverse_kl, k3, ref_logp; all but the first
+            three need the reference. By default logp and entropy, and kl if there is a reference.
         block_tokens: tokens in a block; by default 1,024 on the CPU, 4,096 on an accelerator.
         bias, ref_bias: biases of the output layers, if they have any. [V]
         softcap: cap of the logits (Gemma's `final_logit_softcapping`), for both models.
@@ -174,7 +177,7 @@ def _reference_layer(
 def _scan_options(request: _Request, policy: LayerInputs, tokens: int) -> ScanOptions:
     """Choose the blocks, and which outputs carry a gradient."""
     learns = torch.is_grad_enabled() and (policy.layer_learns or policy.hidden.requires_grad)
-    fixed = {"ref_logp", *request.no_grad}
+    fixed = {"ref_logp", "log_collision", *request.no_grad}
     differentiable = tuple(name for name in request.outputs if learns and name not in fixed)
     block_bytes, most_rows = CPU_BLOCK if policy.hidden.device.type == "cpu" else DEVICE_BLOCK
     rows = min(request.block_tokens or most_rows, max(1, tokens))

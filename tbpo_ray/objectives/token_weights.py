@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from tbpo_ray.config.objective import WeightTransform
+from tbpo_ray.config.objective_traits import WeightTransform
 from tbpo_ray.errors import InputError
 
 HALF_SPREAD = 0.3

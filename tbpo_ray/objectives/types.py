@@ -31,11 +31,19 @@ class TokenScores:
         chosen_baseline: c_t, the state baseline (learned b, or a KL): depends on the prefix only. For `tdpo1`
             and `tdpo2` KL(pi_ref || pi), for `tis_dpo` with alpha above 0 KL(pi || pi_ref). [B, T]
         rejected_baseline: [B, T] float
-        chosen_weights: token weights (`tis_dpo`), oracle token scores (`sepo`) or self-assigned token
-            rewards (`t_reg`). [B, T] float
+        chosen_weights: token weights (`tis_dpo`), oracle token scores (`sepo`), self-assigned token
+            rewards (`t_reg`), the guide's log-ratio (`tgdpo`) or token advantages (`arc_bpo`). [B, T] float
         rejected_weights: [B, T] float
+        chosen_log_collision: log of the sum of pi(v | state)^2 over the vocabulary, with
+            `objective.pair_weights=wpo`. [B, T] float
+        rejected_log_collision: [B, T] float
+        chosen_chunks: the chunk that each token belongs to (`arc_bpo`), from 0. [B, T] int
+        rejected_chunks: [B, T] int
         tie: True for a pair whose answers are equally good; None if no pair is. `objective.ties` says what
             becomes of it. [B] bool
+        pair_margins: by how much a pair's score difference has to exceed 0, with `objective.pair_margins`.
+            [B] float
+        pair_weights: factor on a pair's loss, with `objective.pair_weights`. [B] float
     """
 
     chosen_logps: Tensor
@@ -48,7 +56,13 @@ class TokenScores:
     rejected_baseline: Tensor | None = None
     chosen_weights: Tensor | None = None
     rejected_weights: Tensor | None = None
+    chosen_log_collision: Tensor | None = None
+    rejected_log_collision: Tensor | None = None
+    chosen_chunks: Tensor | None = None
+    rejected_chunks: Tensor | None = None
     tie: Tensor | None = None
+    pair_margins: Tensor | None = None
+    pair_weights: Tensor | None = None
 
 
 @dataclass
@@ -76,6 +90,8 @@ class Side:
     ref_logps: Tensor | None = None
     baseline: Tensor | None = None
     weights: Tensor | None = None
+    log_collision: Tensor | None = None
+    chunks: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -84,7 +100,7 @@ class Side:
         return self.logps - self.ref_logps
 
 
-FIELDS = ("logps", "ref_logps", "mask", "baseline", "weights")
+FIELDS = ("logps", "ref_logps", "mask", "baseline", "weights", "log_collision", "chunks")
 
 
 def clean_side(scores: TokenScores, side: str, needed: tuple[str, ...]) -> Side:
@@ -102,8 +118,11 @@ def clean_side(scores: TokenScores, side: str, needed: tuple[str, ...]) -> Side:
     mask = fields["mask"].to(torch.bool)
     logps = masked(fields["logps"], mask)
     assert logps is not None
-    optional = {name: masked(fields[name], mask) for name in ("ref_logps", "baseline", "weights")}
-    return Side(logps=logps, mask=mask, **optional)
+    optional = {
+        name: masked(fields[name], mask) for name in FIELDS if name not in ("logps", "mask", "chunks")
+    }
+    chunks = None if fields["chunks"] is None else fields["chunks"].long()
+    return Side(logps=logps, mask=mask, chunks=chunks, **optional)
 
 
 def check_shapes(fields: dict[str, Tensor | None], shape: torch.Size, side: str) -> None:

@@ -54,7 +54,8 @@ class ScanOptions:
     """How one call goes through the output layer.
 
     Attributes:
-        outputs: requested outputs, in order, of logp, entropy, kl, reverse_kl, k3, ref_logp.
+        outputs: requested outputs, in order, of logp, entropy, log_collision, kl, reverse_kl, k3,
+            ref_logp.
         differentiable: those of them that carry a gradient.
         rows, cols: tokens and vocabulary entries in a block.
         scale, softcap: z = softcap * tanh(scale * (h W^T + b) / softcap).
@@ -150,6 +151,7 @@ class Scan:
     Attributes, all [rows, 1] unless stated otherwise:
         p, q: running softmax of policy and reference.
         z_label, zq_label: their logits at the label.
+        p_squared: sum of e^2z (log_collision).
         p_logp: sum of e^z z (entropy); cross: sum of e^zq (zq - z) (kl); reverse_cross: sum of e^z (z - zq)
             (reverse_kl); all shifted by the maxima.
         pw, pzw, qw, pgw: sums of e^z W, e^z z W, e^zq W and e^z (z - zq) W [rows, H], for gradient vectors
@@ -172,7 +174,7 @@ class Scan:
         self.zero = hidden.new_zeros(n, 1, dtype=dtype)
         # A label outside the vocabulary is in no block, so its log-prob stays NaN.
         self.z_label = self.zq_label = self.zero + torch.nan
-        self.p_logp = self.cross = self.reverse_cross = self.zero
+        self.p_logp = self.p_squared = self.cross = self.reverse_cross = self.zero
         self.p, self.q = Softmax(self.zero), Softmax(self.zero)
         self.drawn = Reservoir(self.zero, options) if "k3" in options.outputs else None
         grads = options.differentiable if options.save_gradients else ()
@@ -203,6 +205,8 @@ class Scan:
         block = self.policy.weight[cols]
         separate = "entropy" in self.options.outputs
         e = z.exp() if separate else z.exp_()
+        if "log_collision" in self.options.outputs:
+            self.p_squared = self.p_squared * keep**2 + torch.linalg.vecdot(e, e)[:, None]
         if gap is not None:
             self.add_gap(gap.mul_(e), step - (q_before - self.q.top), keep, slope, block)
         if separate:
@@ -258,6 +262,8 @@ class Scan:
         found = {"logp": self.z_label - p.lse}
         if "entropy" in self.options.outputs:
             found["entropy"] = p.total.log() - self.p_logp / p.total
+        if "log_collision" in self.options.outputs:
+            found["log_collision"] = self.p_squared.log() - 2 * p.total.log()
         if self.ref is not None:
             found["ref_logp"] = self.zq_label - q.lse
             found["kl"] = self.cross / q.total - q.total.log() + p.total.log()

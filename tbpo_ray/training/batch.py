@@ -62,6 +62,12 @@ class PairBatch:
     """[R, L] int32, packed layout only: the pair that a position belongs to, -1 at padding"""
     tie: Tensor | None = None
     """[B] bool: True where neither answer is better; None if the data has no ties"""
+    pair_margins: Tensor | None = None
+    """[B] float32: by how much each pair's score difference has to exceed 0; None if it is not read"""
+    pair_weights: Tensor | None = None
+    """[B] float32: factor on each pair's loss; None if it is not read"""
+    chunks: Tensor | None = None
+    """[S, B, T] int64: the chunk of its answer that each token belongs to; None if it is not read"""
 
     @property
     def pairs(self) -> int:
@@ -243,7 +249,7 @@ class BatchLayout:
 def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLayout) -> PairBatch:
     """Collate the columns of prepared data: `prompt_ids`, `chosen_ids`, `rejected_ids`, and where present
     `chosen_mask`, `rejected_mask`, `chosen_ref_logps`, `rejected_ref_logps`, `chosen_weights`,
-    `rejected_weights`, `tie`."""
+    `rejected_weights`, `chosen_chunks`, `rejected_chunks`, `tie`, `pair_margin`, `pair_weight`."""
     names = ("chosen", "rejected")[: layout.sides]
 
     def each_side(suffix: str) -> list[Sequence[np.ndarray]] | None:
@@ -265,7 +271,22 @@ def collate_columns(columns: Mapping[str, Sequence[np.ndarray]], layout: BatchLa
     )
     if "tie" in columns:  # one value per pair, none for the placeholder of a rank without pairs
         batch.tie = torch.tensor([bool(value.any()) for value in columns["tie"]])
+    chunks = each_side("chunks")
+    if chunks is not None:
+        padded = _pad_values(chunks, batch.mask.sum(-1).numpy(), batch.mask.shape[-1])
+        batch.chunks = None if padded is None else padded.long()
+    batch.pair_margins, batch.pair_weights = (
+        _one_each(columns, "pair_margin"),
+        _one_each(columns, "pair_weight"),
+    )
     return batch
+
+
+def _one_each(columns: Mapping[str, Sequence[np.ndarray]], name: str) -> Tensor | None:
+    """A column with one number per pair; 0 for the placeholder of a rank without pairs. [B] float32"""
+    if name not in columns:
+        return None
+    return torch.tensor([float(value[0]) if len(value) else 0.0 for value in columns[name]])
 
 
 def _select(

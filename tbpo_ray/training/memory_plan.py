@@ -120,6 +120,10 @@ def dummy_batch(plan: RunPlan, lengths: np.ndarray) -> PairBatch:
             columns[f"{side}_ref_logps"] = values
         if plan.objective.needs_weights:
             columns[f"{side}_weights"] = values
+        if plan.objective.needs_chunks:
+            columns[f"{side}_chunks"] = values
+    for name in plan.objective.pair_columns:
+        columns[f"pair_{name}"] = [np.ones(1, dtype=np.float32)] * len(lengths)
     layout = BatchLayout(plan.sides, 0, plan.shared_prompt, plan.truncate_to_shorter, plan.packed)
     with unset_fake_temporarily():
         return collate_columns(columns, layout)

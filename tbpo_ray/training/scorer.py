@@ -24,7 +24,7 @@ from tbpo_ray.training.pair_attention import (
     use_pair_attention,
 )
 
-ScorerOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+ScorerOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Scores of the answer tokens. A plain tuple, because DeepSpeed searches tuples for tensors, not dataclasses:
 
 - log-prob of each label [S, B, T]
@@ -32,6 +32,7 @@ ScorerOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 - exact KL(reference || policy), exact KL(policy || reference), or sampled k3 [S, B, T]; zeros where not
   requested
 - the reference's log-prob of each label [S, B, T]; zeros where not requested
+- the policy's log collision probability, without a gradient [S, B, T]; zeros where not requested
 - detached hidden states of the predicting positions [S, B, T, H]
 """
 
@@ -117,9 +118,10 @@ class PairScorer(nn.Module):
         """Score a batch.
 
         Args:
-            outputs: `logp`, any of `entropy` and `ref_logp`, and one of `kl`, `reverse_kl` and `k3`.
-            reference: what the last four are computed from; `adapter_off` is this model with its
-                LoRA adapter disabled.
+            outputs: `logp`, any of `entropy`, `log_collision` and `ref_logp`, and one of `kl`, `reverse_kl`
+                and `k3`.
+            reference: what `ref_logp` and the divergences are computed from; `adapter_off` is this model
+                with its LoRA adapter disabled.
             samples: tokens drawn from the reference per state, for `k3`.
             generator: random state for these draws.
         """
@@ -157,6 +159,7 @@ class PairScorer(nn.Module):
             (stats.entropy if stats.entropy is not None else zeros).view(shape),
             (divergence if divergence is not None else zeros).view(shape),
             (stats.ref_logp if stats.ref_logp is not None else zeros).view(shape),
+            (stats.log_collision if stats.log_collision is not None else zeros).view(shape),
             hidden.detach().view(*shape, -1),
         )
 
@@ -211,6 +214,7 @@ def to_scores(
     batch: PairBatch,
     baseline: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    log_collision: Tensor | None = None,
 ) -> TokenScores:
     """Pack the scores of both sides for the objective; the rejected fields are None for a batch without them.
 
@@ -218,6 +222,7 @@ def to_scores(
         logp: [S, B, T] policy log-probs of the labels.
         baseline: [S, B, T] state baseline c_t, where the objective reads one.
         ref_logps: [S, B, T] reference log-probs; default: the cached ones of the batch.
+        log_collision: [S, B, T] log collision probabilities of the policy, where the objective reads them.
     """
     fields: dict[str, Any] = {
         "logps": logp,
@@ -225,13 +230,17 @@ def to_scores(
         "ref_logps": ref_logps if ref_logps is not None else batch.ref_logps,
         "baseline": baseline,
         "weights": batch.weights,
+        "log_collision": log_collision,
+        "chunks": batch.chunks,
     }
     scores: dict[str, Any] = {
         f"{side}_{name}": None if values is None else values[index]
         for index, side in enumerate(("chosen", "rejected")[: batch.labels.shape[0]])
         for name, values in fields.items()
     }
-    return TokenScores(**scores, tie=batch.tie)
+    return TokenScores(
+        **scores, tie=batch.tie, pair_margins=batch.pair_margins, pair_weights=batch.pair_weights
+    )
 
 
 def _causal(model: nn.Module) -> Any:

@@ -53,6 +53,8 @@ class PreferenceStep:
             names = ("logp", "entropy", "reverse_kl")
         elif self.objective.needs_samples:
             names = ("logp", "k3")
+        if self.objective.needs_collision:
+            names = (*names, "log_collision")
         return (*names, "ref_logp") if self.is_live else names
 
     def __call__(
@@ -70,7 +72,7 @@ class PreferenceStep:
         generator = None
         if self.objective.needs_samples:
             generator = torch.Generator(batch.labels.device).manual_seed(self.seed * 1_000_003 + step)
-        logp, entropy, divergence, ref_logp, hidden = forward(
+        logp, entropy, divergence, ref_logp, log_collision, hidden = forward(
             batch,
             outputs=self.outputs,
             reference=reference,
@@ -82,7 +84,14 @@ class PreferenceStep:
             baseline = self.head(hidden, divergence if self.objective.needs_kl else None, batch.mask)
         elif self.needs_distribution:
             baseline = divergence
-        result = self.objective(to_scores(logp, batch, baseline, ref_logp if self.is_live else None))
+        scores = to_scores(
+            logp,
+            batch,
+            baseline,
+            ref_logp if self.is_live else None,
+            log_collision if self.objective.needs_collision else None,
+        )
+        result = self.objective(scores)
         metrics = dict(result.metrics)
         if self.objective.needs_kl or self.objective.needs_reverse_kl:
             names = ("chosen", "rejected")

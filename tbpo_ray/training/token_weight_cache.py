@@ -1,4 +1,4 @@
-"""Token weights stored next to the prepared pairs, for the objectives `tis_dpo`, `sepo` and `t_reg`.
+"""Token weights stored next to the prepared pairs, for the objectives that read them.
 
 They are estimated from the log-probs of two models, or of one model under two instructions, each scored once
 by `reference_scores`; or they are taken from the records. Runs with the same pairs and settings share them.
@@ -63,11 +63,14 @@ def check_token_weights(plan: RunPlan, *, planned: Collection[str] = ()) -> None
     Raises:
         InputError: naming the key.
     """
-    settings = plan.config.objective.token_weights
-    if not plan.objective.needs_weights or settings.source != "models":
+    own = plan.config.objective
+    settings = own.token_weights
+    if not plan.objective.needs_weights or own.weights_from_records:
         return
     check_instructions(plan.config)
     policy = policy_folder(plan.config)
+    if planned and own.name == "tgdpo":
+        return  # its other model is the run's own reference
     if planned:
         given = {"positive": settings.positive, "negative": settings.negative}
         models = {
@@ -78,7 +81,7 @@ def check_token_weights(plan: RunPlan, *, planned: Collection[str] = ()) -> None
     else:
         models = dict(zip(("positive", "negative"), weight_models(plan.config), strict=True))
     for side, model in models.items():
-        check_same_tokenizer(policy, model.path, f"objective.token_weights.{side}")
+        check_same_tokenizer(policy, model.path, _model_key(plan.config, side))
 
 
 def check_instructions(config: Config) -> None:
@@ -101,6 +104,8 @@ def weight_models(config: Config) -> tuple[WeightModel, WeightModel]:
     """
     settings, name = config.objective.token_weights, config.objective.name
     check_instructions(config)
+    if name == "tgdpo":
+        return _guide_and_reference(config)
     policy = config.model.name_or_path
     instructions = T_REG_INSTRUCTIONS if name == "t_reg" else ("", "")
     positive = (settings.positive or policy, settings.positive_instruction or instructions[0])
@@ -114,14 +119,29 @@ def weight_models(config: Config) -> tuple[WeightModel, WeightModel]:
     return _resolve(config, "positive", *positive), _resolve(config, "negative", *negative)
 
 
+def _guide_and_reference(config: Config) -> tuple[WeightModel, WeightModel]:
+    guide, reference = config.objective.guide.model, config.model.reference or config.model.name_or_path
+    if guide is None or guide == reference:
+        problem = "needs a guide" if guide is None else "compares it with the reference, which is the same"
+        raise InputError(f"objective.guide.model={guide}: objective.name=tgdpo {problem}; {_remedy('tgdpo')}")
+    own = policy_folder(config) if config.model.reference is None else None
+    other = own or local_model(reference, cache_dir(config), key="model.reference")
+    return _resolve(config, "positive", guide, ""), WeightModel(other, "")
+
+
+def _model_key(config: Config, side: str) -> str:
+    """The key that names one of the two models."""
+    if config.objective.name == "tgdpo":
+        return "objective.guide.model" if side == "positive" else "model.reference"
+    return f"objective.token_weights.{side}"
+
+
 def _remedy(objective: str) -> str:
     """What to do where the models that an objective compares are missing."""
     helpers = HELPERS.get(objective)
     if helpers is None:
         return "give two instructions"
-    models = " and ".join(
-        f"objective.token_weights.{helper.side} ({helper.purpose})" for helper in helpers.values()
-    )
+    models = " and ".join(f"{helper.model_key} ({helper.purpose})" for helper in helpers.values())
     keys = " and ".join(f"objective.helpers.{name}" for name in helpers)
     return f"give {models}; or run jobs/pipeline.py, which trains what is missing as {keys} says"
 
@@ -129,7 +149,7 @@ def _remedy(objective: str) -> str:
 def _resolve(config: Config, side: str, model: str, instruction: str) -> WeightModel:
     if model == config.model.name_or_path:
         return WeightModel(policy_folder(config), instruction)
-    key = f"objective.token_weights.{side}"
+    key = _model_key(config, side)
     return WeightModel(local_model(model, cache_dir(config), seed=config.run.seed, key=key), instruction)
 
 
@@ -150,7 +170,7 @@ def token_weights(
     assert not plan.truncate_to_shorter
     cache, objective = plan.cache_dir, plan.config.objective
     scores: list[Path] = []
-    if objective.token_weights.source == "models":
+    if not objective.weights_from_records:
         scores = [
             reference_scores(
                 plan,
@@ -209,7 +229,9 @@ def _estimate(objective: ObjectiveConfig, positive: Tensor, negative: Tensor, *,
     if objective.name == "tis_dpo":
         transform = objective.token_weights.transform
         return contrastive_weights(positive, negative, chosen=chosen, transform=transform)
-    return {"sepo": oracle_scores, "t_reg": self_rewards}[objective.name](positive, negative)
+    # The log-ratio of a tuned model and its reference: an oracle's or a guide's implicit reward.
+    estimate = self_rewards if objective.name == "t_reg" else oracle_scores
+    return estimate(positive, negative)
 
 
 def _from_records(prepared: PreparedPairs, file: str) -> Iterator[Columns]:

@@ -32,8 +32,11 @@ def logged_metrics(config: Config) -> set[str]:
     zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
     inputs = ["logps", "baseline"]
     inputs += ["ref_logps"] * objective.needs_reference + ["weights"] * objective.needs_weights
+    inputs += ["log_collision"] * objective.needs_collision
+    inputs += ["chunks"] * objective.needs_chunks
     sides = {f"{side}_{name}": zeros for side in ("chosen", "rejected") for name in inputs}
-    names = set(objective(TokenScores(**sides, chosen_mask=mask, rejected_mask=mask)).metrics)
+    pairs = {"pair_margins": torch.zeros(1), "pair_weights": torch.ones(1)}
+    names = set(objective(TokenScores(**sides, **pairs, chosen_mask=mask, rejected_mask=mask)).metrics)
     if objective.needs_kl:
         names |= {"entropy", "kl/exact"}
     if objective.needs_reverse_kl:
@@ -58,6 +61,13 @@ def _judge_kind(config: Config) -> str:
     return str(config.evaluation.judge.get("kind", "checker"))
 
 
+def _metric_variant(config: Config) -> tuple[object, ...]:
+    """What the names of the logged metrics depend on."""
+    own = config.objective
+    terms = (own.nll_weight > 0, own.pair_margins, own.pair_weights, own.f_divergence.kind)
+    return (own.name, own.baseline_kind, *terms)
+
+
 def check_metrics(config: Config, probes: Sequence[Config]) -> None:
     """Refuse a metric that some trial would not have.
 
@@ -68,8 +78,8 @@ def check_metrics(config: Config, probes: Sequence[Config]) -> None:
         InputError: naming the metric, and the available ones.
     """
     tune = config.tune
-    # The logged names depend on the objective and its baseline alone.
-    variants = {(p.objective.name, p.objective.baseline_kind): p for p in probes}
+    # The logged names depend on the objective, its baseline and the terms of its loss alone.
+    variants = {_metric_variant(probe): probe for probe in probes}
     logged = [logged_metrics(probe) for probe in variants.values()]
     faults = []
     for metric in tune.metrics:

@@ -2,7 +2,8 @@
 
 `sepo` needs an oracle, `tis_dpo` a model trained towards chosen answers and one trained towards rejected ones
 (:data:`tbpo_ray.config.helpers.HELPERS`). A helper starts from the model that the policy starts from. Its run
-is in `<run>/helpers/NAME/`, and its export becomes `objective.token_weights.positive` or `negative`.
+is in `<run>/helpers/NAME/`, and its export becomes `objective.token_weights.positive` or `negative`, or
+`objective.guide.model`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _OWN: Mapping[str, Any] = {
     "training.export": "last",
 }
 """What a helper does not inherit: it is neither evaluated nor chosen by a metric."""
+HAVE_ORACLES = ("sepo", "arc_bpo")
+"""Objectives that compare one helper with its own reference, whichever that is."""
 _BUDGET = ("training.max_steps", "training.epochs")
 
 
@@ -102,7 +105,7 @@ def check_helpers(start: Config, helpers: Sequence[Helper], base: Config) -> Non
         check_run(base)  # first, so that faults of the run are not reported as faults of its helpers
     for helper in helpers:
         own = helper.config.objective
-        if own.needs_weights and own.token_weights.source == "models" and not _names_models(helper.config):
+        if own.needs_weights and not own.weights_from_records and not _names_models(helper.config):
             raise InputError(
                 f"{helper.key}.objective.name={own.name}: needs helper models itself; use an objective "
                 "without them, such as dpo or sft"
@@ -116,9 +119,11 @@ def check_helpers(start: Config, helpers: Sequence[Helper], base: Config) -> Non
 
 def with_helpers(start: Config, helpers: Sequence[Helper]) -> Config:
     """The run's configuration with the helpers' exports as its token weight models."""
-    fixed = {f"objective__token_weights__{helper.traits.side}": helper.export for helper in helpers}
+    fixed = {helper.traits.model_key.replace(".", "__"): helper.export for helper in helpers}
     for helper in helpers:
-        if start.objective.name == "sepo" and not _is_same_model(helper.reference, start.model.name_or_path):
+        if start.objective.name in HAVE_ORACLES and not _is_same_model(
+            helper.reference, start.model.name_or_path
+        ):
             fixed["objective__token_weights__negative"] = helper.reference
     return stage_config(start, {}, **fixed) if fixed else start
 
@@ -172,16 +177,20 @@ def _check_names(start: Config, known: Mapping[str, HelperTraits]) -> None:
 
 def _is_needed(start: Config, name: str, traits: HelperTraits) -> bool:
     weights = start.objective.token_weights
-    if weights.source != "models":
+    if not start.objective.needs_weights:
+        if name in start.objective.helpers:
+            log_progress(f"objective.helpers.{name}: not trained; objective.arc.shape reads no token weights")
         return False
-    given = getattr(weights, traits.side)
+    if start.objective.weights_from_records:
+        return False
+    given = start.objective.guide.model if traits.own_key else getattr(weights, traits.side)
     if given is not None:
         if name in start.objective.helpers:
-            key = f"objective.token_weights.{traits.side}"
+            key = traits.model_key
             log_progress(f"objective.helpers.{name}: not trained, because {key}={given} is given")
         return False
     # One model under two instructions needs no other model, unless a helper is asked for.
-    instructions = weights.positive_instruction or weights.negative_instruction
+    instructions = not traits.own_key and (weights.positive_instruction or weights.negative_instruction)
     return not instructions or name in start.objective.helpers
 
 
@@ -242,7 +251,15 @@ def _stored_budget(folder: Path) -> tuple[int | None, float] | None:
 
 def _check_references(start: Config, helpers: Sequence[Helper]) -> None:
     """Token scores are differences of log-probs: they mean something only against the right reference."""
-    if start.objective.name == "sepo":
+    if start.objective.name == "tgdpo":
+        for guide in helpers:
+            if not _is_same_model(guide.reference, _reference(start)):
+                raise InputError(
+                    f"{_reference_key(guide)}={guide.reference}: the guide's reference is not the run's own, "
+                    f"{_reference(start)}, with which its log-probs are compared; use the same"
+                )
+        return
+    if start.objective.name in HAVE_ORACLES:
         given = start.objective.token_weights.negative
         for oracle in helpers:
             expected = given or _reference(start)
@@ -284,6 +301,8 @@ def _is_same_model(one: str, other: str) -> bool:
 def _names_models(config: Config) -> bool:
     weights = config.objective.token_weights
     given = (weights.positive, weights.negative, weights.positive_instruction, weights.negative_instruction)
+    if config.objective.name == "tgdpo":
+        return config.objective.guide.model is not None
     return config.objective.name == "t_reg" or any(given)
 
 

@@ -22,7 +22,7 @@ from tbpo_ray.workflows.pipeline import stages
 SHARED = (
     "objective.helpers", "objective.name", "objective.token_weights.source",
     "objective.token_weights.positive", "objective.token_weights.negative", "model.name_or_path",
-    "model.reference",
+    "model.reference", "objective.guide.model", "objective.arc.shape",
 )  # fmt: skip
 """Keys that decide which helper models there are, or what fits them."""
 
@@ -50,12 +50,12 @@ def check_study_helpers(config: Config, searched: Iterable[str], probes: Sequenc
         raise InputError(
             f"space: {varied[0]}: the helper models of objective.name={needing} are trained once for all "
             "trials, so that this key must not vary; remove it from the space, or give models of your own in "
-            "objective.token_weights.positive and negative"
+            "objective.token_weights.positive and negative, or objective.guide.model"
         )
 
 
 def study_helper_plan(config: Config) -> tuple[str, list[str]]:
-    """The plan of a study's helpers, and the keys of `objective.token_weights` that they will set."""
+    """The plan of a study's helpers, and which of the compared models they will be."""
     helpers = plan_helpers(config)
     plans = [
         f"\n# helper {helper.name}, once for all trials: {helper.config.objective.name}, "
@@ -80,8 +80,9 @@ def with_study_helpers(best: Config, config: Config) -> Config:
     helpers = plan_helpers(start)
     if not helpers:
         return best
-    weights = with_helpers(start, helpers).objective.token_weights
+    named = with_helpers(start, helpers).objective
     fixed: dict[str, Any] = {
-        f"objective__token_weights__{s}": getattr(weights, s) for s in ("positive", "negative")
+        f"objective__token_weights__{s}": getattr(named.token_weights, s) for s in ("positive", "negative")
     }
+    fixed["objective__guide__model"] = named.guide.model
     return stage_config(best, {}, objective__helpers={}, **fixed)

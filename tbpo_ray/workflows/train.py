@@ -31,10 +31,12 @@ from tbpo_ray.tracking.store import check_store
 from tbpo_ray.tracking.tracker import Tracker
 from tbpo_ray.training import checkpoint as ckpt
 from tbpo_ray.training.automatic import describe_defaults, resolve_automatic
+from tbpo_ray.training.chunk_columns import chunk_columns
 from tbpo_ray.training.cost import measure_cost
 from tbpo_ray.training.deepspeed_engine import check_offload_library
 from tbpo_ray.training.memory_plan import check_fits, fewest_workers, plan_memory
 from tbpo_ray.training.metrics_file import read_metrics
+from tbpo_ray.training.pair_columns import pair_columns
 from tbpo_ray.training.resume_checks import (
     adopt_resolved,
     refuse_changes,
@@ -142,7 +144,8 @@ def prepare_inputs(plan: RunPlan, models: tuple[str, str]) -> Inputs:
 
 
 def score_inputs(plan: RunPlan, inputs: Inputs) -> ExtraColumns:
-    """Compute the reference scores and token weights that the objective reads."""
+    """Compute the reference scores, token weights and chunks that the objective reads, and collect the
+    numbers of the records."""
     from tbpo_ray.training.reference_scores import reference_scores
 
     columns = ExtraColumns()
@@ -153,6 +156,10 @@ def score_inputs(plan: RunPlan, inputs: Inputs) -> ExtraColumns:
             folders.append(str(reference_scores(plan, prepared, inputs.reference, progress=log_progress)))
         if plan.objective.needs_weights:
             folders.append(str(token_weights(plan, prepared, progress=log_progress)))
+        if plan.objective.needs_chunks:
+            folders.append(str(chunk_columns(plan, prepared, inputs.model)))
+        if plan.objective.pair_columns:
+            folders.append(str(pair_columns(plan, prepared)))
     return columns
 
 

@@ -242,6 +242,7 @@ class _Study:
                     *map(to_tree, (probe.data, probe.model)),
                     probe.training.precision,
                     probe.objective.name,
+                    plan.objective.pair_columns,
                     plan.reference_mode,
                     plan.truncate_to_shorter,
                 ]

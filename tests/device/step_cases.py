@@ -60,6 +60,8 @@ def batch(
         ref_logps=values,
         weights=[[np.abs(value) / 3 for value in side] for side in values],
     )
+    found.chunks = torch.arange(found.labels.shape[-1]).expand_as(found.labels) // 3
+    found.pair_margins, found.pair_weights = torch.rand(2, PAIRS, generator=torch.Generator().manual_seed(0))
     if ties:
         found.tie = torch.tensor([True, *[False] * (PAIRS - 1)])
     return found

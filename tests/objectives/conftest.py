@@ -33,4 +33,10 @@ def hand_scores() -> TokenScores:
         rejected_baseline=row(0.4, 0.1, nan),
         chosen_weights=row(1.0, 2.0, 0.5),
         rejected_weights=row(0.5, 1.0, nan),
+        chosen_log_collision=row(-0.1, -0.2, -0.3),
+        rejected_log_collision=row(-0.2, -0.4, nan),
+        chosen_chunks=torch.tensor([[0, 0, 1]]),
+        rejected_chunks=torch.tensor([[0, 1, -1]]),
+        pair_margins=row(0.3)[0],
+        pair_weights=row(2.0)[0],
     )

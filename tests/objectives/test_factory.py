@@ -114,12 +114,12 @@ def test_every_objective_has_a_formula_and_traits() -> None:
     settings = {key.removeprefix("objective.") for key in READ_BY}
     assert settings < set(ObjectiveConfig.model_fields)
     for name, family in FAMILIES.items():
-        assert ("bregman" in TRAITS[name].settings) == (family.link == "bregman")
+        assert ("bregman" in TRAITS[name].settings) == (family.link in ("bregman", "chunks"))
 
 
 def test_the_rejected_side_may_be_none_for_sft_only() -> None:
     scores = random_scores()
-    for field in ("logps", "ref_logps", "mask", "baseline", "weights"):
+    for field in ("logps", "ref_logps", "mask", "baseline", "weights", "log_collision", "chunks"):
         setattr(scores, f"rejected_{field}", None)
     whole, alone = build_objective({"name": "sft"})(random_scores()), build_objective({"name": "sft"})(scores)
     torch.testing.assert_close(alone.per_pair_loss, whole.per_pair_loss, rtol=0, atol=0)
@@ -156,7 +156,7 @@ def test_one_configuration_serves_every_name(name: str) -> None:
     }
     objective = build_objective(section)
     assert objective.name == name and name in repr(objective)
-    assert objective.params.beta == {"simpo": 2.0, "sepo": 1.0}.get(name, 0.1)
+    assert objective.params.beta == {"simpo": 2.0, "sepo": 1.0, "confpo": 1.5}.get(name, 0.1)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -169,7 +169,7 @@ def test_mismatched_shapes_and_missing_fields(name: str) -> None:
     scores = random_scores()
     for field in ("ref_logps", "baseline", "weights"):
         setattr(scores, f"chosen_{field}", None)
-    if name in ("simpo", "sft"):
+    if name in ("simpo", "confpo", "sft"):
         objective(scores)
         return
     with pytest.raises(InputError, match=r"chosen_(ref_logps|weights): None"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from objective_cases import CONFIGS, map_sides, random_scores, rows
 
-from tbpo_ray.objectives import GENERATORS, OBJECTIVES, TokenScores, build_objective, losses
+from tbpo_ray.objectives import GENERATORS, OBJECTIVES, TokenScores, build_objective, losses, pair_terms
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 every_loss = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -87,6 +87,33 @@ HAND = {
     # R^w = -.5 (-1 - 4 - .25) = 2.625, R^l = -.5 (-1 - 1) = 1
     "t_reg": math.log1p(math.exp(-0.45)) + 0.25 * 3.625 / (1 + math.exp(0.45)),
     "t_reg_simpo": math.log1p(math.exp(2 / 15)) + 0.25 * (2.625 / 3 + 0.5) / (1 + math.exp(-2 / 15)),
+    # the chosen answer's first two tokens (probabilities below a mean of .37), the rejected one's first
+    "confpo": math.log1p(math.exp(0.5 * (-2 + 1.5) + 0.4)),
+    # weights 1 + .4 (1, 2, .5) on (.5, -.2, .5) and 1 - .4 (.5, 1) on (-.4, .3)
+    "tgdpo": math.log1p(math.exp(-0.5 * (0.7 - 0.36 + 0.6 - (-0.32 + 0.18)))),
+    # a = .15, .25 with target .5; a = -.2, .15 with target -.5; at lam 1, D = (e^-tau - e^-a)^2 / 8
+    "arc_bpo": sum((math.exp(-0.5) - math.exp(-a)) ** 2 for a in (0.15, 0.25)) / 16
+    + sum((math.exp(0.5) - math.exp(-a)) ** 2 for a in (-0.2, 0.15)) / 16,
+    "dpo_nll": math.log1p(math.exp(-0.45)) + 0.2 * 3.5 / 3,
+    "dpo_nll_sum": math.log1p(math.exp(-0.45)) + 0.01 * 3.5,
+    "tbpo_nll": (math.exp(-0.45) - 0.45 + math.exp(0.25) + 0.25) / 8 + 0.2 * 3.5 / 3,
+    "dpo_margins": 0.9 * math.log1p(math.exp(-0.15)) + 0.1 * math.log1p(math.exp(0.15)),
+    "simpo_margins": math.log1p(math.exp(1 / 3 + 0.3)),
+    "t_reg_margins": math.log1p(math.exp(-0.15)) + 0.25 * 3.625 / (1 + math.exp(0.15)),
+    "dpo_weights": 2 * (math.log1p(math.exp(-0.45)) + 0.2 * 3.5 / 3),
+    "tbpo_weights": 2 * (math.exp(-0.45) - 0.45 + math.exp(0.25) + 0.25) / 8,
+    # means of log pi - log collision: -2.9/3 and -1.2
+    "dpo_wpo": math.exp(-2.9 / 3 - 1.2) * math.log1p(math.exp(-0.45)) + 0.2 * 3.5 / 3,
+    "dpo_wpo_none": math.exp(-3.5 / 3 - 1.5) * math.log1p(math.exp(-0.45)),
+    "tbpo_wpo": math.exp(-2.9 / 3 - 1.2) * (math.exp(-0.45) - 0.45 + math.exp(0.25) + 0.25) / 8,
+    "dpo_forward_kl": math.log1p(math.exp(-0.5 * (math.exp(0.1) - math.exp(-0.8)))),
+    "dpo_js": math.log1p(math.exp(-0.5 * (math.log1p(math.exp(0.1)) - math.log1p(math.exp(-0.8))))),
+    "dpo_alpha": math.log1p(math.exp(-0.5 * (math.exp(0.03) - math.exp(-0.24)) / 0.3)),
+    "dpo_ld": math.log1p(math.exp(-0.275)),  # S^w = .3 + .3 (.5)
+    "dpo_ld_0": math.log1p(math.exp(-0.2)),
+    "dpo_ld_full": math.log1p(math.exp(-0.625)),  # S^w = -3.15 + 4.3
+    "dpo_ld_0_full": math.log1p(math.exp(-0.7)),
+    "dpo_ld_0_nll": math.log1p(math.exp(-0.2)) + 0.2 * 3.5 / 3,
     "tbpo_none": (math.exp(-0.45) - 0.45 + math.exp(0.25) + 0.25) / 8,
     "tbpo_q": (math.exp(-0.3) - 0.3 + math.exp(0.2) + 0.2) / 8,
     "tbpo_a": (math.exp(-0.6) - 2 * math.exp(0.3) + math.exp(0.4) - 2 * math.exp(-0.2)) / 2,
@@ -162,7 +189,12 @@ def test_gradient_is_the_numerical_one(config: dict[str, Any]) -> None:
 
 
 def frozen_weight(config: dict[str, Any], scores: TokenScores) -> Any:
-    """A context in which the weight that `t_reg` stops the gradient of is a constant in values too."""
+    """A context in which the weight that `t_reg` and `wpo` stop the gradient of is a constant."""
+    if config.get("pair_weights") == "wpo":
+        with mock.patch.object(pair_terms, "wpo_weight", wraps=pair_terms.wpo_weight) as called:
+            build_objective(config)(scores)
+        constant = pair_terms.wpo_weight(*called.call_args.args)
+        return mock.patch.object(pair_terms, "wpo_weight", lambda *_: constant)
     if config["name"] != "t_reg":
         return nullcontext()
     original, at = losses.t_reg_pull, []
@@ -210,6 +242,7 @@ def test_nan_stays_nan_in_its_own_pair(config: dict[str, Any]) -> None:
     reads += ["chosen_weights", "rejected_weights"] if objective.needs_weights else []
     reads_baseline = objective.needs_kl or objective.needs_reverse_kl or objective.learned_baseline
     reads += ["chosen_baseline"] if reads_baseline else []
+    reads += ["rejected_log_collision"] if objective.needs_collision else []
     for name in reads:
         scores = scores_for(config, grad=False)
         getattr(scores, name)[1, 0] = float("nan")

@@ -42,6 +42,7 @@ def plain(
     every = {
         "logp": logp.gather(-1, label)[..., 0],
         "entropy": -(logp.exp() * logp).sum(-1),
+        "log_collision": (2 * logp).logsumexp(-1),
         "kl": (ref.exp() * (ref - logp)).sum(-1),
         "reverse_kl": (logp.exp() * (logp - ref)).sum(-1),
         "ref_logp": ref.gather(-1, label)[..., 0],
@@ -358,3 +359,34 @@ def test_bad_input(x, change, words) -> None:
     with pytest.raises(InputError) as error:
         token_log_probs(**x)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@every_layer
+@frozen_or_not
+@pytest.mark.parametrize("blocks", [(2, 4), (None, None), (1, 1)], ids=str)
+def test_the_collision_probability_has_no_gradient_and_leaves_the_others_alone(
+    x, layer, frozen, blocks
+) -> None:
+    options = dict(layer)
+    bias = x["bias"] if options.pop("bias", False) else None
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_(not frozen)
+    expected = plain(hidden, weight, x, bias, options.get("softcap"), options.get("logit_scale", 1.0))
+    found = {}
+    for names in (("logp", "entropy", "kl"), ("logp", "entropy", "log_collision", "kl")):
+        stats = ours(
+            hidden, weight, x, bias=bias, want=names, block_tokens=blocks[0], block_vocab=blocks[1], **options
+        )
+        total = stats.logp.sum() + 0.3 * stats.entropy.sum() - 0.2 * stats.kl.sum()
+        found[names] = (*(getattr(stats, name) for name in names[:2]), *torch.autograd.grad(total, hidden))
+    assert not stats.log_collision.requires_grad
+    torch.testing.assert_close(stats.log_collision, expected["log_collision"].detach())
+    for before, after in zip(*found.values(), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_the_collision_probability_of_a_certain_state_is_one() -> None:
+    hidden, weight = torch.eye(2)[None] * 1e4, torch.tensor([[1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    labels, mask = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
+    for block in (1, 3):
+        stats = token_log_probs(hidden, weight, labels, mask, want=("log_collision",), block_vocab=block)
+        assert stats.log_collision is not None and stats.log_collision.tolist() == [[0.0, 0.0]]

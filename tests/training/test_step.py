@@ -37,7 +37,7 @@ class Scorer:
     def __init__(self, batch: PairBatch):
         rng = torch.Generator().manual_seed(0)
         shape = batch.labels.shape
-        self.tensors = [(-torch.rand(*shape, generator=rng)).requires_grad_() for _ in range(4)]
+        self.tensors = [(-torch.rand(*shape, generator=rng)).requires_grad_() for _ in range(5)]
         self.hidden = torch.rand(*shape, 8, generator=rng)
         self.outputs: tuple[str, ...] = ()
 
@@ -58,6 +58,13 @@ class Scorer:
         ),
         ({"name": "tdpo2"}, ("logp", "entropy", "kl", "ref_logp"), "kl/exact"),
         ({"name": "t_reg", "base": "simpo"}, ("logp",), None),
+        ({"name": "dpo", "pair_weights": "wpo"}, ("logp", "log_collision"), None),
+        ({"name": "dpo", "pair_weights": "wpo", "wpo_alignment": "none"}, ("logp",), None),
+        (
+            {"name": "tdpo2", "pair_weights": "wpo"},
+            ("logp", "entropy", "kl", "log_collision", "ref_logp"),
+            "kl/exact",
+        ),
     ],
 )
 def test_what_is_asked_of_the_scorer(section: dict, outputs: tuple[str, ...], metric: str | None) -> None:
@@ -78,7 +85,7 @@ def test_the_reverse_kl_is_the_baseline_of_tis_dpo() -> None:
     scorer = Scorer(batch)
     objective = build_objective({"name": "tis_dpo", "alpha": 0.5})
     loss, _ = PreferenceStep(objective, None, "adapter_off")(scorer, batch)
-    logp, _, kl, ref, _ = scorer(batch, ())
+    logp, _, kl, ref, _, _ = scorer(batch, ())
     assert batch.weights is not None
     fields = {"logps": logp, "ref_logps": ref, "mask": batch.mask, "baseline": kl, "weights": batch.weights}
     sides = {f"{side}_{k}": v[i] for i, side in enumerate(("chosen", "rejected")) for k, v in fields.items()}

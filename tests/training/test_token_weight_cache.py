@@ -115,12 +115,17 @@ def test_weights_are_those_of_the_two_models(ray_session, tmp_path, small_model,
 
 
 @pytest.mark.e2e
-def test_a_run_with_token_weights_trains(ray_session, tmp_path, small_model, other_model):
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("sepo", "objective.token_weights.positive"), ("tgdpo", "objective.guide.model"), ("arc_bpo", None)],
+)
+def test_a_run_with_token_weights_or_chunks_trains(
+    ray_session, tmp_path, small_model, other_model, name, key
+):
     from tbpo_ray.workflows.train import train
 
-    config = settings(
-        tmp_path, small_model, "sepo", f"objective.token_weights.positive={other_model}", "run.name=sepo"
-    )
+    given = [f"{key}={other_model}"] if key else ["objective.pair_weights=wpo", "objective.nll_weight=0.1"]
+    config = settings(tmp_path, small_model, name, *given, f"run.name={name}")
     assert train(config).metrics["step"] == 2
 
 

@@ -292,3 +292,38 @@ def test_costs_are_in_the_verdict_and_its_table(tmp_path):
     del tree["costs"]
     (tmp_path / "old.json").write_text(str(tree).replace("'", '"').replace("None", "null"))
     assert Verdict.load(tmp_path / "old.json").costs == []
+
+
+def test_the_guide_of_tgdpo_becomes_its_own_key(tmp_path):
+    config = settings(tmp_path, "tgdpo")
+    _, start = stages(config)
+    (guide,) = planned(tmp_path, "tgdpo").values()
+    assert guide.config.objective.name == "dpo" and guide.config.data.share_range == (0, 1)
+    named = with_helpers(start, [guide]).objective
+    assert named.guide.model == guide.export and named.token_weights.positive is None
+    assert planned(tmp_path, "tgdpo", "objective.guide.model=builtin:tiny") == {}
+    assert "helper guide" in pipeline_plan(config)
+
+
+def test_a_guide_with_another_reference_is_refused(tmp_path, tiny_model):
+    key = "objective.helpers.guide.model.reference"
+    with pytest.raises(InputError, match=f"{key}=.*the guide's reference is not the run's own"):
+        planned(tmp_path, "tgdpo", f"{key}={tiny_model}")
+
+
+def test_arc_bpo_has_an_oracle_for_advantages_only(tmp_path):
+    assert planned(tmp_path, "arc_bpo") == {}
+    advantage = "objective.arc.shape=advantage"
+    (oracle,) = planned(tmp_path, "arc_bpo", advantage).values()
+    assert oracle.traits.model_key == "objective.token_weights.positive"
+    assert planned(tmp_path, "arc_bpo", advantage, "objective.token_weights.source=columns") == {}
+
+
+def test_training_tgdpo_alone_asks_for_the_guide(tmp_path, tiny_model):
+    with pytest.raises(
+        InputError, match=r"objective.guide.model=None: .* needs a guide; give objective.guide.model"
+    ):
+        weight_models(settings(tmp_path, "tgdpo", f"model.name_or_path={tiny_model}"))
+    same = [f"{key}={tiny_model}" for key in ("model.name_or_path", "objective.guide.model")]
+    with pytest.raises(InputError, match="compares it with the reference, which is the same"):
+        weight_models(settings(tmp_path, "tgdpo", *same))
