@@ -93,7 +93,7 @@ def plane_map(
     metric, better = config.tune.metrics[0], config.tune.modes[0] == "max"
     points = []
     for trial in trials:
-        at = plane_point(stage_config(config, trial.params).objective.bregman)
+        at = plane_point(stage_config(config, trial.params).objective.effective_bregman)
         if trial.number not in values or at is None:
             continue
         value = values[trial.number]
@@ -117,7 +117,7 @@ def _map_range(values: Sequence[float], low: float, high: float) -> tuple[float,
 
 def plane_point(bregman: BregmanConfig) -> tuple[float, float] | None:
     """The point (a, b) with a >= b of a generator, up to a factor; None for a function of the user's own."""
-    lam = bregman.lam
+    lam = 0.0 if bregman.lam is None else bregman.lam
     points: dict[str, tuple[float, float]] = {
         "logistic": (0.0, 0.0),
         "kliep": (0.0, -1.0),

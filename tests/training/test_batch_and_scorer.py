@@ -193,7 +193,7 @@ def test_the_gate_metric_is_the_mean_over_real_tokens():
     scorer = PairScorer(llama()).eval()
     reference = PairScorer(perturbed_llama()).eval()
     _, metrics = PreferenceStep(objective, head, reference)(scorer, batch)
-    gates = torch.sigmoid(head.gate(scorer(batch)[4]).squeeze(-1))[batch.mask]
+    gates = torch.sigmoid(head.gate(scorer(batch)[-1]).squeeze(-1))[batch.mask]
     torch.testing.assert_close(metrics["baseline/gate"], gates.mean().detach())
     torch.testing.assert_close(metrics["baseline/gate_std"], gates.std(correction=0).detach())
 
