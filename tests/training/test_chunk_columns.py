@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def test_chunks_reach_the_objective_for_the_trained_tokens_alone(tmp_path: Path,
     rejected = [*tokenizer.encode("\n", add_special_tokens=False), *chosen]
     # The newline of the rejected answer is context only.
     mask = [False] * (len(rejected) - len(chosen)) + [True] * len(chosen)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "prompt_ids": [[1, 5]], "chosen_ids": [chosen], "rejected_ids": [rejected], "chosen_mask": [None],
         "rejected_mask": [mask], "source": ["x.jsonl"], "row": [0], "metadata": ["{}"],
     }  # fmt: skip
@@ -43,7 +44,10 @@ def test_chunks_reach_the_objective_for_the_trained_tokens_alone(tmp_path: Path,
         zeros = torch.zeros(batch.labels.shape)
         scores = to_scores(zeros, batch, ref_logps=zeros)
         assert run.objective(scores).loss.isfinite() and scores.chosen_chunks is not None
-        sides = (scores.chosen_chunks, scores.chosen_mask), (scores.rejected_chunks, scores.rejected_mask)
+        sides: Any = (
+            (scores.chosen_chunks, scores.chosen_mask),
+            (scores.rejected_chunks, scores.rejected_mask),
+        )
         return folder, [values[keep].tolist() for values, keep in sides]
 
     folder, (first, second) = chunks("objective.chunks.min_tokens=1")

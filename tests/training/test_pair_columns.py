@@ -30,7 +30,7 @@ def prepared(folder: Path, *metadata: dict[str, Any]) -> PreparedPairs:
     """Pairs of two and three answer tokens, with these further columns in their records."""
     folder.mkdir()
     n = len(metadata)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "prompt_ids": [[1, 5]] * n, "chosen_ids": [[6, 2]] * n, "rejected_ids": [[7, 8, 2]] * n,
         "source": ["x.jsonl"] * n, "row": list(range(7, 7 + n)), "metadata": list(map(json.dumps, metadata)),
     }  # fmt: skip
@@ -59,7 +59,9 @@ def test_numbers_reach_the_objective(tmp_path: Path, overrides: tuple[str, ...],
 
 def test_a_rank_without_pairs_gets_a_placeholder(tmp_path: Path) -> None:
     empty = [np.zeros(0, dtype=np.float32)]
-    columns = {name: [np.zeros(0, dtype=np.int64)] for name in ("chosen_ids", "rejected_ids")}
+    columns: dict[str, list[Any]] = {
+        name: [np.zeros(0, dtype=np.int64)] for name in ("chosen_ids", "rejected_ids")
+    }
     columns |= {"prompt_ids": [np.zeros(1, dtype=np.int64)], "pair_margin": empty, "pair_weight": empty}
     batch = collate_columns(columns, BatchLayout(2, 0, True, False))
     assert batch.pair_margins is not None and batch.pair_weights is not None
