@@ -183,4 +183,4 @@ def test_proposals_and_ends_are_on_the_disk_before_anything_depends_on_them(tmp_
     synced = []
     monkeypatch.setattr("tbpo_ray.tuning.ledger.os.fsync", lambda fd: synced.append(fd))
     run_study(tmp_path, trials=3, reports=5)
-    assert len(synced) == 2 * 3
+    assert len(synced) == 1 + 2 * 3  # the first state, then a proposal and an end of each trial
