@@ -19,6 +19,7 @@ from tbpo_ray.tuning.searchers import propose
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_state import StudyState, Trial
 from tbpo_ray.tuning.trial import OBJECTIVE, STEP
+from tbpo_ray.tuning.trial_checkpoints import CheckpointPruner
 
 NO_LIMIT = 10**9
 MAX_REASON_CHARS = 500
@@ -147,12 +148,21 @@ def make_scheduler(
 class Recorder(Callback):
     """Writes Tune's events to the study state and logs the progress."""
 
-    def __init__(self, state: StudyState, tune: TuneConfig, slots: Sequence[int] | None, workers: int):
+    def __init__(
+        self,
+        state: StudyState,
+        tune: TuneConfig,
+        slots: Sequence[int] | None,
+        workers: int,
+        pruner: CheckpointPruner | None = None,
+    ):
         """
         Args:
             slots: pbt: trial numbers in the order of Tune's own trials; otherwise None.
             workers: training workers of each trial.
+            pruner: deletes checkpoints of trials that have ended.
         """
+        self.pruner = pruner
         self.state, self.tune, self.slots, self.workers = state, tune, slots, workers
         self.seconds_before: dict[int, float] = {}
 
@@ -195,7 +205,7 @@ class Recorder(Callback):
             report = _add_report(recorded, result)
         self.record(recorded, report)
         if recorded.ended:
-            self._log(recorded)
+            self._end(recorded)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         recorded = self.recorded_trial(trial)
@@ -203,7 +213,7 @@ class Recorder(Callback):
         if not recorded.ended:
             recorded.state = "stopped"
             self.record(recorded)
-            self._log(recorded)
+            self._end(recorded)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         recorded = self.recorded_trial(trial)
@@ -212,7 +222,12 @@ class Recorder(Callback):
         message = str(trial.get_error() or "the trial's process died").strip()
         recorded.reason = message.splitlines()[-1][:MAX_REASON_CHARS]
         self.record(recorded)
-        self._log(recorded)
+        self._end(recorded)
+
+    def _end(self, trial: Trial) -> None:
+        self._log(trial)
+        if self.pruner is not None:
+            self.pruner.on_end(trial)
 
     def _log(self, trial: Trial) -> None:
         measured = [f"{m} {trial.values[m]:.4g}" for m in self.tune.metrics if _has_value(trial, m)]
