@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tbpo_ray.data import reader as reader_module
 from tbpo_ray.data.reader import OPEN_FILES, OTHER_FILES, PairReader, check_descriptors
 from tbpo_ray.data.shards import LENGTHS, MANIFEST, PreparedPairs, write_shard
 from tbpo_ray.errors import InputError
@@ -73,9 +72,14 @@ def test_a_small_cache_and_closed_files_change_no_value(prepared):
 
 
 def test_a_reader_needs_only_the_manifest_at_its_start(prepared, monkeypatch):
-    looked_at = []
+    looked_at: list[str] = []
     stat = Path.stat
-    monkeypatch.setattr(Path, "stat", lambda self, **o: looked_at.append(self.name) or stat(self, **o))
+
+    def recording_stat(self: Path, **options: bool) -> os.stat_result:
+        looked_at.append(self.name)
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", recording_stat)
     PairReader(PreparedPairs.load(prepared.path))
     assert [name for name in looked_at if name.startswith("part-")] == []
     PreparedPairs.load(prepared.path, check_files=True)
@@ -95,10 +99,10 @@ def test_the_driver_still_finds_a_missing_shard(prepared, tmp_path):
 def test_a_low_limit_of_open_files_is_refused_with_the_calculation(prepared, monkeypatch):
     in_use = len(os.listdir("/dev/fd"))
     needed = in_use + OPEN_FILES + OTHER_FILES
-    monkeypatch.setattr(reader_module.resource, "getrlimit", lambda kind: (64, 64))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
     with pytest.raises(InputError, match=rf"ulimit -n=64: .*{OPEN_FILES} \+ {OTHER_FILES} = \d+\. Raise it"):
         PairReader(prepared)
-    monkeypatch.setattr(reader_module.resource, "getrlimit", lambda kind: (needed + 8, needed + 8))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (needed + 8, needed + 8))
     check_descriptors()
-    monkeypatch.setattr(reader_module.resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
     check_descriptors()
