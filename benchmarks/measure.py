@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import statistics
@@ -60,6 +61,16 @@ def ratio(numerator: Sequence[Measured], denominator: Sequence[Measured], key: s
 def summarize_ratios(ratios: Sequence[float]) -> dict[str, float]:
     """The median, the minimum and the maximum of a ratio over the rounds."""
     return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Slope of log value over log size by least squares: 0 is constant, 1 is linear, 2 is quadratic.
+
+    Values below a thousandth count as a thousandth: memory that was already there cannot be told from none.
+    """
+    x = [math.log(size) for size in sizes]
+    y = [math.log(max(value, 1e-3)) for value in values]
+    return statistics.linear_regression(x, y).slope
 
 
 def run_child(arguments: Sequence[str], payload: Mapping[str, Any], python: str = sys.executable) -> Measured:

@@ -27,6 +27,7 @@ PARTS = (
     "balance",
     "memory_plan",
     "checkpoint",
+    "scale",
 )
 """Modules of this package with the functions `run(config, quick=..., only=...)` and `markdown(result)`."""
 

@@ -338,6 +338,9 @@ class TuneConfig(Section):
     confirm: CountOrZero = 2
     """Number of new seeds with which the best configuration and the one without the search run again; 0: no
     confirmation."""
+    keep_checkpoints: Literal["best", "all"] = "best"
+    """Which trials that have ended keep their checkpoints: `best` those of the Pareto front (with one metric
+    the best one) and those that failed, which can resume; `all` every trial."""
     resume_errored: bool = False
     """When a study is resumed, also resume its failed trials, from their latest checkpoints."""
 

@@ -263,7 +263,7 @@ def _load_cached(folder: Path) -> PreparedPairs | None:
     if not folder.is_dir():
         return None
     try:
-        return PreparedPairs.load(folder)
+        return PreparedPairs.load(folder, check_files=True)
     except InputError:
         # Renamed before it is deleted, so that no other process finds it half deleted under its name.
         trash = Path(tempfile.mkdtemp(prefix=f".{folder.name}-damaged-", dir=folder.parent))

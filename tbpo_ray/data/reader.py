@@ -6,6 +6,8 @@ data set is decoded once and a large one stays on disk.
 
 from __future__ import annotations
 
+import os
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,10 @@ from tbpo_ray.data.shards import TIE_COLUMN, TOKEN_COLUMNS, PreparedPairs
 from tbpo_ray.errors import InputError
 
 CACHE_BYTES = 256 * 2**20
+OPEN_FILES = 32
+"""Maximum number of Parquet files that a reader keeps open, each with its footer in memory."""
+OTHER_FILES = 64
+"""Descriptors that a process needs for everything else: weights, checkpoints, connections."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,20 @@ class PairReader:
         cache_bytes: maximum size of the cache of decoded row groups.
 
     Raises:
-        InputError: when an extra folder does not match the shards.
+        InputError: when an extra folder does not match the shards, or the process may not open enough files.
     """
 
     def __init__(
         self, prepared: PreparedPairs, extra_dirs: Sequence[str] = (), cache_bytes: int = CACHE_BYTES
     ):
+        check_descriptors()
         self._folders = [Path(prepared.path), *map(Path, extra_dirs)]
         self._shards = prepared.shards
         self._starts = prepared.starts()
         further = (*prepared.mask_columns, *prepared.tie_columns)
         self._own_columns = (*TOKEN_COLUMNS, *further)
-        self._files: dict[tuple[int, int], _File] = {}
+        self._files: OrderedDict[tuple[int, int], _File] = OrderedDict()
+        self._max_files = max(OPEN_FILES, len(self._folders))
         self._groups: OrderedDict[tuple[int, int, int], dict[str, tuple[np.ndarray, np.ndarray]]] = (
             OrderedDict()
         )
@@ -121,7 +129,9 @@ class PairReader:
         return out
 
     def _file(self, folder: int, shard: int) -> _File:
-        if (folder, shard) not in self._files:
+        if (folder, shard) in self._files:
+            self._files.move_to_end((folder, shard))
+        else:
             import pyarrow.parquet as pq
 
             name, pairs = self._shards[shard]
@@ -140,6 +150,8 @@ class PairReader:
             lists = tuple(item.name for item in parquet.schema_arrow if pa.types.is_list(item.type))
             columns = self._own_columns if folder == 0 else lists
             self._files[folder, shard] = _File(parquet, columns, np.cumsum([0, *sizes]))
+            if len(self._files) > self._max_files:
+                self._files.popitem(last=False)[1].parquet.close(force=True)
         return self._files[folder, shard]
 
     def _group(self, folder: int, shard: int, group: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -161,6 +173,23 @@ class PairReader:
         while self._bytes > self._limit and len(self._groups) > 1:
             self._bytes -= _size(self._groups.popitem(last=False)[1])
         return columns
+
+
+def check_descriptors() -> None:
+    """Refuse a limit of open files with which a reader would fail in the middle of a run.
+
+    Raises:
+        InputError: with the calculation.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    in_use = len(os.listdir("/dev/fd"))
+    needed = in_use + OPEN_FILES + OTHER_FILES
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise InputError(
+            f"ulimit -n={limit}: too few open files; {in_use} are open, a reader of pairs opens up to "
+            f"{OPEN_FILES}, and {OTHER_FILES} are for weights, checkpoints and connections: {in_use} + "
+            f"{OPEN_FILES} + {OTHER_FILES} = {needed}. Raise it, for example with ulimit -n 1024"
+        )
 
 
 def _size(columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:

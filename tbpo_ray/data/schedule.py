@@ -128,18 +128,26 @@ class Schedule:
         self.limits = Limits(micro_batch_pairs, micro_batch_tokens)
         self.packed = rows == "packed"
         self._seed, self._length_batches = seed, length_batches
-        self._tokens = pair_tokens(lengths, truncate_to_shorter)
-        self._rows = row_tokens(lengths, truncate_to_shorter=truncate_to_shorter, rows=rows, sides=sides)
-        self.tokens_per_pair = float(np.asarray(lengths)[:, :TOKEN_COUNTS].sum(axis=1).mean())
+        # Memory-mapped where they come from a file: sizes are computed for the pairs that are looked at, so
+        # that a process holds nothing per pair before it asks for an order.
+        self._lengths = np.asarray(lengths)
+        self._truncate = truncate_to_shorter
+        self._row_options: dict[str, Any] = {"rows": rows, "sides": sides}
+        self.tokens_per_pair = _total(self._lengths[:, :TOKEN_COUNTS]) / self.pairs
         """Mean number of tokens of a prompt and its two answers, before truncation to the shorter one."""
         self.steps_per_epoch = -(-self.pairs // pairs_per_step)
         # The tolerance keeps a product such as 0.07 * 100 = 7.000000000000001 from adding a step.
         self.steps_total = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._id_type = np.int32 if self.pairs < 2**31 else np.int64
         self._deal: tuple[tuple[int, int], Deal] | None = None
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """The pair ids of an epoch in the order in which they fill its steps: [N] int64."""
+        return self._order(epoch).astype(np.int64)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """:meth:`epoch_order` in the smallest type, kept for two epochs."""
         if epoch not in self._orders:
             self._orders[epoch] = self._permute(epoch)
             while len(self._orders) > 2:  # a step can be read ahead in the next epoch
@@ -149,7 +157,8 @@ class Schedule:
     def step_pairs(self, step: int) -> np.ndarray:
         """The pair ids of an optimizer step, counted from 0: at most [pairs_per_step] int64."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        return self.epoch_order(epoch)[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
+        part = slice(index * self.pairs_per_step, (index + 1) * self.pairs_per_step)
+        return self._order(epoch)[part].astype(np.int64)
 
     def pairs_before(self, step: int) -> int:
         """The number of pairs seen after `step` steps."""
@@ -173,25 +182,28 @@ class Schedule:
     def _distribute(self, ids: np.ndarray, world: int) -> Deal:
         if world == 1 and self.limits.tokens is None and not self.packed:
             assert self.limits.pairs is not None
-            ids = ids[np.lexsort((ids, self._tokens[ids]))]
-            found = deal_even(self._tokens[ids], self.limits.pairs)
+            tokens = self._pair_tokens(ids)
+            order = np.lexsort((ids, tokens))
+            found = deal_even(tokens[order], self.limits.pairs)
         else:
-            ids = ids[np.lexsort((ids, self._rows[ids]))]
+            tokens = self._row_tokens(ids)
+            order = np.lexsort((ids, tokens))
             distribute = deal_packed if self.packed else deal_padded
-            found = distribute(self._rows[ids], world, self.limits)
+            found = distribute(tokens[order], world, self.limits)
+        ids = ids[order]
         return [[ids[part] for part in parts] for parts in found]
 
     def padding_share(self, steps: int = 64, world: int = 1) -> float:
         """Share of padding among the tokens that go through the model, over the first steps."""
         counted = range(min(steps, self.steps_total))
-        real = sum(int(self._rows[self.step_pairs(step)].sum()) for step in counted)
+        real = sum(int(self._row_tokens(self.step_pairs(step)).sum()) for step in counted)
         return 1 - real / sum(
             self.padded_tokens(step, rank, world) for step in counted for rank in range(world)
         )
 
     def micro_batch_tokens(self, ids: np.ndarray) -> int:
         """Tokens of a micro-batch of these pairs that go through the model, padding included."""
-        return padded_tokens(self._rows[ids], packed=self.packed)
+        return padded_tokens(self._row_tokens(ids), packed=self.packed)
 
     def padded_tokens(self, step: int, rank: int, world: int) -> int:
         """Tokens of a rank's micro-batches in a step, padding included."""
@@ -207,17 +219,23 @@ class Schedule:
         lockstep = sum(
             max(self.micro_batch_tokens(parts[index]) for parts in found) for index in range(len(found[0]))
         )
-        return float(self._rows[self.step_pairs(step)].sum()) / (world * lockstep)
+        return float(self._row_tokens(self.step_pairs(step)).sum()) / (world * lockstep)
 
     def busy_bound(self, step: int, world: int) -> float:
         """The most that :meth:`busy_share` can be: no step is shorter than its longest pair."""
-        rows = self._rows[self.step_pairs(step)]
+        rows = self._row_tokens(self.step_pairs(step))
         total = float(rows.sum())
         return total / (world * max(float(align(int(rows.max()))), total / world))
 
+    def _pair_tokens(self, ids: np.ndarray) -> np.ndarray:
+        return pair_tokens(self._lengths[ids], self._truncate)
+
+    def _row_tokens(self, ids: np.ndarray) -> np.ndarray:
+        return row_tokens(self._lengths[ids], truncate_to_shorter=self._truncate, **self._row_options)
+
     def _permute(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(self.pairs)
+        order = rng.permutation(self.pairs).astype(self._id_type)
         group = min(self.limits.pairs or GROUP_PAIRS, self.pairs_per_step)
         grouped = self.pairs // group * group
         if not self._length_batches or grouped == 0:
@@ -225,9 +243,15 @@ class Schedule:
         # Sort by length within windows, divide into groups of similar length and shuffle the groups. The
         # pairs of the incomplete last group come from the permutation, so that they are of any length.
         window = _WINDOW_STEPS * max(self.pairs_per_step, 4 * group) // group * group
-        ranked = order[:grouped].copy()
+        ranked = order[:grouped]  # sorted in place
         for start in range(0, grouped, window):
             part = ranked[start : start + window]
-            ranked[start : start + window] = part[np.argsort(self._tokens[part], kind="stable")]
+            ranked[start : start + window] = part[np.argsort(self._pair_tokens(part), kind="stable")]
         groups = ranked.reshape(-1, group)
-        return np.concatenate([groups[rng.permutation(len(groups))].reshape(-1), order[grouped:]])
+        order[:grouped] = groups[rng.permutation(len(groups))].reshape(-1)
+        return order
+
+
+def _total(lengths: np.ndarray, rows: int = 2**20) -> int:
+    """The sum of [N, k] lengths, in parts that bound the memory."""
+    return sum(int(lengths[at : at + rows].sum(dtype=np.int64)) for at in range(0, len(lengths), rows))

@@ -48,8 +48,13 @@ class PreparedPairs:
     """Pairs by value of `data.card_column`, the most frequent first."""
 
     @classmethod
-    def load(cls, path: str | Path, *, verify: bool = False) -> PreparedPairs:
-        """Open a prepared folder; with `verify`, also compare the digest of every shard.
+    def load(cls, path: str | Path, *, check_files: bool = False, verify: bool = False) -> PreparedPairs:
+        """Open a prepared folder; by default only its manifest is read.
+
+        Args:
+            check_files: also look for every shard and compare its size. The driver does so once, and not each
+                of the processes that read the pairs.
+            verify: also compare the digest of every shard.
 
         Raises:
             InputError: when the folder is incomplete or damaged.
@@ -59,7 +64,7 @@ class PreparedPairs:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: contains no prepared pairs ({error})") from error
-        for shard in manifest["shards"]:
+        for shard in manifest["shards"] if check_files or verify else ():
             file = folder / shard["file"]
             intact = file.is_file() and file.stat().st_size == shard["bytes"]
             if not intact or (verify and file_digest(file) != shard["sha256"]):

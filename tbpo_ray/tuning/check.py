@@ -22,7 +22,7 @@ PROBES = 64
 MAX_FAULTS = 5
 MAY_CHANGE = (
     "tracking", "cluster", "compare", "export", "sft.cluster", "sft.tracking", "runs", "tune.trials",
-    "tune.max_concurrent", "tune.num_workers", "tune.confirm", "tune.resume_errored",
+    "tune.max_concurrent", "tune.num_workers", "tune.confirm", "tune.resume_errored", "tune.keep_checkpoints",
 )  # fmt: skip
 """Keys and sections that may differ when a study resumes."""
 

@@ -19,6 +19,7 @@ from tbpo_ray.tuning.searchers import propose
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_state import StudyState, Trial
 from tbpo_ray.tuning.trial import OBJECTIVE, STEP
+from tbpo_ray.tuning.trial_checkpoints import CheckpointPruner
 
 NO_LIMIT = 10**9
 MAX_REASON_CHARS = 500
@@ -55,7 +56,8 @@ def propose_next(space: Space, state: StudyState, tune: TuneConfig, seed: int, s
     if params is None:
         return None
     state.trials.append(Trial(number, params))
-    state.save()
+    # On the disk before its run begins: another proposal under this name would meet that run's folder.
+    state.record(state.trials[-1], durable=True)
     return state.trials[-1]
 
 
@@ -146,12 +148,21 @@ def make_scheduler(
 class Recorder(Callback):
     """Writes Tune's events to the study state and logs the progress."""
 
-    def __init__(self, state: StudyState, tune: TuneConfig, slots: Sequence[int] | None, workers: int):
+    def __init__(
+        self,
+        state: StudyState,
+        tune: TuneConfig,
+        slots: Sequence[int] | None,
+        workers: int,
+        pruner: CheckpointPruner | None = None,
+    ):
         """
         Args:
             slots: pbt: trial numbers in the order of Tune's own trials; otherwise None.
             workers: training workers of each trial.
+            pruner: deletes checkpoints of trials that have ended.
         """
+        self.pruner = pruner
         self.state, self.tune, self.slots, self.workers = state, tune, slots, workers
         self.seconds_before: dict[int, float] = {}
 
@@ -160,9 +171,9 @@ class Recorder(Callback):
         self.start_time = time.monotonic()
         self.earlier_seconds = float(self.state.facts.get("search_seconds", 0.0))
 
-    def save(self) -> None:
-        self.state.facts["search_seconds"] = self.earlier_seconds + time.monotonic() - self.start_time
-        self.state.save()
+    def record(self, trial: Trial, report: dict[str, float] | None = None) -> None:
+        seconds = self.earlier_seconds + time.monotonic() - self.start_time
+        self.state.record(trial, report, durable=trial.ended, search_seconds=seconds)
 
     def recorded_trial(self, tune_trial: Any) -> Trial:
         """The trial of the study that one of Tune's trials runs."""
@@ -175,7 +186,7 @@ class Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         recorded = self.recorded_trial(trial)
         recorded.state, recorded.workers = "running", self.workers
-        self.save()
+        self.record(recorded)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -187,21 +198,22 @@ class Recorder(Callback):
         recorded.seconds = before + float(result["time_total_s"])
         for fact in ("params", "generation", "lineage"):
             setattr(recorded, fact, result.get(fact, getattr(recorded, fact)))
+        report = None
         if "state" in result:
-            _record_outcome(recorded, result)
+            _set_outcome(recorded, result)
         else:
-            _record_report(recorded, result)
-        self.save()
+            report = _add_report(recorded, result)
+        self.record(recorded, report)
         if recorded.ended:
-            self._log(recorded)
+            self._end(recorded)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         recorded = self.recorded_trial(trial)
         # A trial that ran to its end has reported its outcome; any other was stopped by the scheduler.
         if not recorded.ended:
             recorded.state = "stopped"
-            self.save()
-            self._log(recorded)
+            self.record(recorded)
+            self._end(recorded)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         recorded = self.recorded_trial(trial)
@@ -209,8 +221,13 @@ class Recorder(Callback):
         # The last line of Ray's error is the exception itself; the lines above are its traceback.
         message = str(trial.get_error() or "the trial's process died").strip()
         recorded.reason = message.splitlines()[-1][:MAX_REASON_CHARS]
-        self.save()
-        self._log(recorded)
+        self.record(recorded)
+        self._end(recorded)
+
+    def _end(self, trial: Trial) -> None:
+        self._log(trial)
+        if self.pruner is not None:
+            self.pruner.on_end(trial)
 
     def _log(self, trial: Trial) -> None:
         measured = [f"{m} {trial.values[m]:.4g}" for m in self.tune.metrics if _has_value(trial, m)]
@@ -222,7 +239,7 @@ class Recorder(Callback):
         )
 
 
-def _record_outcome(trial: Trial, result: dict[str, Any]) -> None:
+def _set_outcome(trial: Trial, result: dict[str, Any]) -> None:
     """The last report of a trial: how it ended, and the final metrics of each seed."""
     trial.state, trial.reason = result["state"], result.get("reason", "")
     trial.repeats = result.get("repeats", [])
@@ -232,11 +249,12 @@ def _record_outcome(trial: Trial, result: dict[str, Any]) -> None:
         trial.step = int(trial.values.get("step", trial.step))
 
 
-def _record_report(trial: Trial, result: dict[str, Any]) -> None:
-    """An intermediate report; after a resume or a takeover it replaces those at the same or a later step."""
+def _add_report(trial: Trial, result: dict[str, Any]) -> dict[str, float]:
+    """Add an intermediate report to the trial, and return it."""
     trial.step, trial.values = int(result[STEP]), result["row"]
-    trial.reports = [r for r in trial.reports if r[STEP] < trial.step]
-    trial.reports.append({STEP: trial.step, OBJECTIVE: result[OBJECTIVE], **result["row"]})
+    report = {STEP: trial.step, OBJECTIVE: result[OBJECTIVE], **result["row"]}
+    trial.add_report(report)
+    return report
 
 
 def _has_value(trial: Trial, metric: str) -> bool:

@@ -26,9 +26,8 @@ def log_ended_trial(
         if row["step"] <= trial.step:
             tracker.log_metrics({k: v for k, v in row.items() if k != "step"}, int(row["step"]))
     tracker.log_params({f"sampled.{key}": value for key, value in trial.params.items()})
-    tracker.set_tags({"tune.state": trial.state, "tune.reason": trial.reason})
-    for takeover in trial.lineage:
-        tracker.set_tags({f"tune.took_over_at_{takeover['step']}": f"t{takeover['donor']:03d}"})
+    takeovers = {f"tune.took_over_at_{t['step']}": f"t{t['donor']:03d}" for t in trial.lineage}
+    tracker.set_tags({"tune.state": trial.state, "tune.reason": trial.reason} | takeovers)
     if trial.state == "finished":
         for metric in metrics:
             tracker.log_metrics(_seed_statistics(trial, metric))

@@ -17,6 +17,7 @@ from tbpo_ray.cluster.session import start_ray
 from tbpo_ray.config.loading import stage_config, to_tree, to_yaml
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.preparation import find_sources
+from tbpo_ray.data.reader import check_descriptors
 from tbpo_ray.data.shards import PreparedPairs
 from tbpo_ray.errors import InputError, RunFailedError
 from tbpo_ray.models.hub import check_hub
@@ -93,6 +94,7 @@ def check_run(config: Config) -> RunPlan:
         InputError: naming the key.
     """
     plan = resolve_run(config)
+    check_descriptors()
     _check_sources(config)
     return plan
 

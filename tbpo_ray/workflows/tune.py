@@ -38,6 +38,7 @@ from tbpo_ray.tuning.searchers import trial_count
 from tbpo_ray.tuning.space import Space
 from tbpo_ray.tuning.study_state import ENDED, StudyState, Trial, pareto_front
 from tbpo_ray.tuning.trial import KEEP_ALL, Setup, run_trial, trial_config
+from tbpo_ray.tuning.trial_checkpoints import CheckpointPruner
 from tbpo_ray.tuning.trial_tracking import log_ended_trial
 from tbpo_ray.workflows.confirmation import confirm_best
 from tbpo_ray.workflows.evaluate import evaluate
@@ -167,6 +168,7 @@ class _Study:
         self.state, self.tracker = state, tracker
         self.trials_dir = folder / TRIALS
         self.trials_dir.mkdir(exist_ok=True)
+        self.pruner = CheckpointPruner(self.trials_dir, config.tune)
 
     def run(self, concurrent: int) -> StudyResult:
         start = self._starting_config()
@@ -180,6 +182,7 @@ class _Study:
         front = pareto_front(self.state.trials, self.config.tune)
         if not front:
             raise RunFailedError(self._no_result())
+        self.pruner.finish(self.state.trials)
         note = self._confirm(start, front[0], concurrent)
         self.state.facts |= {"note": note, "best": front[0].number}
         self.state.facts["reference_scorings"] = len(scorings(cache)) - before
@@ -315,7 +318,7 @@ class _Study:
                 name="tune",
                 storage_path=str(scratch),
                 verbose=0,
-                callbacks=[Recorder(self.state, settings, slots, start.cluster.max_workers)],
+                callbacks=[Recorder(self.state, settings, slots, start.cluster.max_workers, self.pruner)],
                 # A trial reports its own errors as results, so failures here are lost processes and nodes.
                 failure_config=ray_tune.FailureConfig(max_failures=max(0, start.cluster.max_failures)),
             ),

@@ -215,7 +215,8 @@ def test_pbt_takes_over_the_weights_of_the_better_trial(out, small_model):
     from safetensors.torch import load_file
 
     settings = overrides(out, small_model, "pbt", tune__algorithm="grid", tune__scheduler="pbt",
-                         tune__trials=2, tune__max_concurrent=1, tune__grace_steps=4)  # fmt: skip
+                         tune__trials=2, tune__max_concurrent=1, tune__grace_steps=4,
+                         tune__keep_checkpoints="all")  # fmt: skip
     result = tune(load_config(None, settings), Space.parse({RATE: {"grid": [1.0e-3, 0.0]}}))
     trials = StudyState.open(result.folder / "study.json").trials
     assert [t.state for t in trials] == ["finished", "finished"]
@@ -270,7 +271,8 @@ def test_a_killed_study_resumes(tmp_path, small_model):
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump({RATE: {"loguniform": [1.0e-5, 1.0e-3]}}))
     settings = overrides(tmp_path, small_model, "killed", tune__trials=3, tune__scheduler="none",
-                         tune__max_concurrent=1, training__max_steps=24)  # fmt: skip
+                         tune__max_concurrent=1, training__max_steps=24,
+                         tune__keep_checkpoints="all")  # fmt: skip
     command, environment = job(tmp_path, space, settings)
     folder = tmp_path / "killed"
     running = folder / "trials" / "t001" / "checkpoints" / "step-00000003" / "manifest.json"
