@@ -251,4 +251,4 @@ def test_a_node_holds_one_copy_of_the_model_while_it_is_loaded(tmp_path, tiny_mo
     assert len(peaks) == 2 and sizes[0] == sizes[1]
     for peak, size in zip(peaks, sizes[0], strict=True):
         assert 2 * size > 100e6
-        assert 1.0 < peak / (2 * size) < 1.3
+        assert 0.7 < peak / (2 * size) < 1.3
