@@ -2,8 +2,8 @@
 
 Rank 0 reads the model as any other loader does. The other ranks build the same modules without weights. Then
 DeepSpeed's `zero.Init` takes one weight at a time: rank 0 broadcasts it, every rank keeps its part, and the
-whole weight is freed before the next one. So a node never holds much more than one copy of the model, and
-what is trained on is what rank 0 has read and checked, whatever its architecture and format.
+whole weight is freed before the next one. So no rank but the first ever holds a whole model, and what is
+trained on is what rank 0 has read and checked, whatever its architecture and format.
 """
 
 from __future__ import annotations
@@ -299,17 +299,13 @@ def _allocate(parameter: nn.Parameter, weight: _Weight, device: torch.device) ->
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """Address ranges that are mapped from files."""
+    """Address ranges that are mappings of safetensors files."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return []
-    found = []
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0":
-            start, end = addresses.split("-")
-            found.append((int(start, 16), int(end, 16)))
-    return found
+    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
+    ranges = (line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors"))
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
 def _give_back(whole: Tensor, files: list[tuple[int, int]]) -> None:

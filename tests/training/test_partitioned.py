@@ -1,11 +1,8 @@
-"""ZeRO stage 3 divides a model while it is loaded: the same training, and one copy of the model on a node."""
+"""ZeRO stage 3 divides a model while it is loaded: the training is the same."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -186,56 +183,3 @@ def test_models_that_take_another_way_are_loaded_as_well(tmp_path, tiny_model):
         assert same and equal
         assert "model.name_or_path: cannot be built without its weights (planted)" in sentences[0]
         assert "lack 1 weights of the model (model.norm.weight" in refusal
-
-
-def load_watched(rank, world, warm_up, model, prepared, signals):
-    """Load a model when the watcher says so; returns the bytes of its weights on this rank."""
-    at = Path(signals)
-    build(settings_of(warm_up), prepared, divided=True)
-    (at / f"ready-{rank}").write_text(str(os.getpid()))
-    while not (at / "go").exists():
-        time.sleep(0.01)
-    _, found = build(settings_of(model, "objective.name=dpo"), prepared, divided=True)
-    (at / f"done-{rank}").touch()
-    return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in found.scorer.parameters())
-
-
-def resident(pids: list[int]) -> int:
-    """Bytes of physical memory of processes, where pages that they share count once."""
-    found = 0
-    for pid in pids:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        found += int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1])
-    return 1024 * found
-
-
-def watch(signals: Path, peak: list[int]) -> None:
-    """Start loading when both ranks are ready, and find the peak until the first of them is done."""
-    while len(ready := list(signals.glob("ready-*"))) < 2:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    pids = [int(file.read_text()) for file in ready]
-    before = resident(pids)
-    (signals / "go").touch()
-    while not list(signals.glob("done-*")):
-        peak[0] = max(peak[0], resident(pids) - before)
-        time.sleep(0.01)  # reading locks the memory of the ranks
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_node_holds_one_copy_of_the_model_while_it_is_loaded(tmp_path, tiny_model, dtype):
-    """Of 100 MB, on two ranks, mapped from a file of the same dtype or converted from another one."""
-    prepared = write_pairs(tmp_path / "pairs", LENGTHS).path
-    warm_up = save_model(tmp_path / "small", tiny_model, LLAMA)
-    shape = {
-        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "head_dim": 64, "dtype": dtype, "initializer_range": 0.02,
-    }  # fmt: skip
-    model = save_model(tmp_path / "large", tiny_model, LLAMA, **shape)
-    peak = [0]
-    watcher = threading.Thread(target=watch, args=(tmp_path, peak), daemon=True)
-    watcher.start()
-    sizes = in_group(tmp_path, 2, load_watched, warm_up, model, prepared, str(tmp_path))
-    watcher.join(10)
-    assert sum(sizes) > 100e6 and sizes[0] == sizes[1]
-    assert 1.0 < peak[0] / sum(sizes) < 1.3
