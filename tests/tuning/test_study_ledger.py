@@ -33,7 +33,7 @@ def run_study(folder, trials: int, reports: int) -> StudyState:
     recorder.setup()
     for index in range(trials):
         trial = SimpleNamespace(config=search.suggest(str(index)), get_error=lambda: "boom")
-        event = {"iteration": 0, "trials": [], "trial": trial}
+        event: dict[str, Any] = {"iteration": 0, "trials": [], "trial": trial}
         recorder.on_trial_start(**event)
         for step in range(1, reports + 1):
             value = 0.1 * step if step < reports else math.nan
