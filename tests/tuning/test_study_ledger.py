@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import asdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
