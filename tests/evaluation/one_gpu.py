@@ -1,4 +1,4 @@
-"""Evaluate policies on a cluster whose one GPU is only a number, and print who holds it when roles change.
+"""Evaluate policies on a cluster whose one GPU is only a number; print who holds a model when roles change.
 
 The models run on the CPU: the engines by the CPU build of vLLM, the reference by a function that ignores its
 device.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tbpo_ray.config.loading import load_config
 from tbpo_ray.evaluation import evaluator, pool_judge, reference_kl
 
 ROLES: list[tuple[str, list[str]]] = []
+SEEN: set[str] = set()
 NAMES = ("WatchedEngine", "EngineCore", "score_on_cpu")
 
 
@@ -33,6 +36,12 @@ def holders() -> list[str]:
             continue
         found += [name for name in NAMES if name in line]
     return found
+
+
+def look() -> None:
+    while True:
+        SEEN.update(holders())
+        time.sleep(0.2)
 
 
 def noting(role: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +67,7 @@ def main(folder: str, model: str) -> None:
         setattr(module, name, noting(role, getattr(module, name)))
     setattr(reference_kl, "answer_logprobs", score_on_cpu)  # noqa: B010 (its type is narrower)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    threading.Thread(target=look, daemon=True).start()
     start_ray(num_cpus=4, num_gpus=1, labels={"pool": "generate"})
     config = load_config(
         None,
@@ -76,7 +86,7 @@ def main(folder: str, model: str) -> None:
     except Exception as error:  # an untrained judge gives no verdict, which ends the evaluation
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     ROLES.append(("end", holders()))
-    print(json.dumps(ROLES))
+    print(json.dumps({"roles": ROLES, "seen": sorted(SEEN)}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("one_gpu.py")
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_role_begins_when_no_process_of_another_is_left(tiny_model, tmp_path):
@@ -23,7 +24,8 @@ def test_a_role_begins_when_no_process_of_another_is_left(tiny_model, tmp_path):
         env=environment, capture_output=True, text=True, timeout=580, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    roles = json.loads(done.stdout.splitlines()[-1])
-    # Policy b is the same model with the same prompts, but has samples of its own.
+    found = json.loads(done.stdout.splitlines()[-1])
+    roles = found["roles"]
     assert [name for name, _ in roles] == ["policy", "policy", "reference", "judge", "end"], done.stderr
     assert [held for _, held in roles] == [[]] * 5
+    assert {"EngineCore", "WatchedEngine"} <= set(found["seen"])  # while the roles are at work
