@@ -28,4 +28,4 @@ def test_a_role_begins_when_no_process_of_another_is_left(tiny_model, tmp_path):
     roles = found["roles"]
     assert [name for name, _ in roles] == ["policy", "policy", "reference", "judge", "end"], done.stderr
     assert [held for _, held in roles] == [[]] * 5
-    assert found["seen"] == ["EngineCore", "WatchedEngine", "score_on_cpu"]  # while the roles are at work
+    assert {"EngineCore", "WatchedEngine"} <= set(found["seen"])  # while the roles are at work
