@@ -110,7 +110,7 @@ class _CreditModels:
     def _score_policy(
         self, batch: PairBatch, reference: OutputLayerInputs
     ) -> list[tuple[TokenCredit, TokenCredit]]:
-        logp, _, kl, ref_logp, hidden = self.policy(
+        logp, _, kl, ref_logp, _, hidden = self.policy(
             batch, outputs=("logp", "kl", "ref_logp"), reference=reference
         )
         baseline = kl if self.head is None else self.head(hidden, kl)

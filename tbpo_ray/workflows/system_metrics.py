@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from tbpo_ray.cluster.node_metrics import NodeMetrics
 from tbpo_ray.config.schema import Config
-from tbpo_ray.errors import TbpoError, first_line
+from tbpo_ray.errors import first_line
 from tbpo_ray.storage.paths import output_dir
 from tbpo_ray.tracking.environment import system_metrics_seconds
 from tbpo_ray.tracking.tracker import Tracker
@@ -41,9 +41,6 @@ def system_metrics(config: Config, run_id: str) -> Iterator[None]:
 
 
 def _record(config: Config, run_id: str, seconds: float, stop: threading.Event) -> None:
-    from mlflow.exceptions import MlflowException
-    from ray.exceptions import RayError
-
     nodes = NodeMetrics()
     try:
         # A tracker of its own, because the buffer of a tracker belongs to one thread.
@@ -55,7 +52,7 @@ def _record(config: Config, run_id: str, seconds: float, stop: threading.Event) 
             if stop.wait(seconds):
                 break
         tracker.flush()
-    except (TbpoError, MlflowException, RayError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         # Training must not depend on the measurement of its machines, nor on what Ray's agents answer.
         log.warning("system metrics are no longer logged (%s: %s)", type(error).__name__, first_line(error))
     finally:

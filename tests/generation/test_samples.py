@@ -180,11 +180,6 @@ def test_an_engine_reserves_cache_for_what_prompts_and_answers_need(tmp_path):
         ({"max_position_embeddings": 512}, {"max_model_len": 513}, False),
         ({"max_position_embeddings": 512}, {"engine": {"max_model_len": 513}}, False),
         ({"max_position_embeddings": 512, "model_max_length": 600}, {"max_model_len": 600}, True),
-        (
-            {"max_position_embeddings": 512},
-            {"engine": {"max_model_len": 900, "hf_overrides": {"a": 1}}},
-            True,
-        ),
         ({"max_position_embeddings": 512, "rope_scaling": {"type": "yarn"}}, {"max_model_len": 900}, True),
         (
             {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}},
@@ -198,7 +193,7 @@ def test_an_engine_reserves_cache_for_what_prompts_and_answers_need(tmp_path):
         ),
         ({}, {"max_model_len": 900}, True),
     ],
-    ids=["all", "above", "engine", "vllms-key", "overridden", "scaled", "not-scaled", "by-layer", "unknown"],
+    ids=["all", "above", "engine", "vllms-key", "scaled", "not-scaled", "by-layer", "unknown"],
 )
 def test_a_length_that_the_model_does_not_have_is_refused(tmp_path, config, settings, accepted):
     folder = model_with(tmp_path / "model", config)

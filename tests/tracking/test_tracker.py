@@ -91,7 +91,7 @@ def test_secrets_are_redacted_by_key_and_by_pattern(store):
     config = load_config(
         None,
         [
-            "evaluation.judge={kind: llm, api_key: tiger, api_key_env: OPENAI_API_KEY, url: 'http://me:tiger@host/v1'}",
+            "evaluation.judge={kind: llm, api_key_env: OPENAI_API_KEY, url: 'http://me:tiger@host/v1'}",
             "generation.engine={hf_token: tiger, max_num_seqs: 4}",
         ],
     )
