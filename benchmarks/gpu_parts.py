@@ -145,9 +145,11 @@ def llama(
         torch.set_default_dtype(before)
 
 
-def pair_columns(lengths: np.ndarray, vocabulary: int, seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """Columns of prepared pairs with random tokens, and all further columns of tokens. lengths [N, 3]"""
-    rng = np.random.default_rng(seed)
+def pair_columns(
+    lengths: np.ndarray, vocabulary: int, *, chunks: bool = False
+) -> dict[str, list[np.ndarray]]:
+    """Columns of prepared pairs with random tokens, reference log-probs, weights and chunks. lengths [N, 3]"""
+    rng = np.random.default_rng(0)
     columns: dict[str, list[np.ndarray]] = {}
     for at, name in enumerate(("prompt", "chosen", "rejected")):
         columns[f"{name}_ids"] = [rng.integers(0, vocabulary, n) for n in lengths[:, at]]
@@ -155,7 +157,8 @@ def pair_columns(lengths: np.ndarray, vocabulary: int, seed: int = 0) -> dict[st
         sizes = [len(ids) for ids in columns[f"{name}_ids"]]
         columns[f"{name}_ref_logps"] = [rng.normal(-3, 1, n).astype(np.float32) for n in sizes]
         columns[f"{name}_weights"] = [rng.uniform(0.5, 1.5, n).astype(np.float32) for n in sizes]
-        columns[f"{name}_chunks"] = [np.arange(n) // 16 for n in sizes]
+        if chunks:
+            columns[f"{name}_chunks"] = [np.arange(n) // 16 for n in sizes]
     return columns
 
 
@@ -167,9 +170,10 @@ def collated(
     shared: bool = True,
     truncated: bool = False,
     sides: int = 2,
+    chunks: bool = False,
 ) -> PairBatch:
     layout = BatchLayout(sides, 0, shared, truncated)
-    return collate_columns(pair_columns(lengths, vocabulary), layout).to(device)
+    return collate_columns(pair_columns(lengths, vocabulary, chunks=chunks), layout).to(device)
 
 
 def sorted_batches(kind: str, pairs: int, per_batch: int) -> list[np.ndarray]:

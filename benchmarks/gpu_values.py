@@ -139,7 +139,7 @@ def _step_against_cpu(
         if objective.needs_kl or objective.needs_reverse_kl:
             reference = PairScorer(llama(shape, torch.device("cpu"), seed=1).to(device, dtype)).eval()
             reference.requires_grad_(False)
-        pair_batch = collated(lengths, shape.vocabulary, device, sides=sides)
+        pair_batch = collated(lengths, shape.vocabulary, device, sides=sides, chunks=True)
         found.append(_run(model, SECTIONS[name], shape.width, pair_batch, reference))
     errors = [relative_error(there, here) for here, there in zip(*found, strict=True)]
     limit = FP32_LIMIT if dtype == torch.float32 else BF16_LIMIT
