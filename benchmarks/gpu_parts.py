@@ -148,7 +148,7 @@ def llama(
 def pair_columns(
     lengths: np.ndarray, vocabulary: int, *, chunks: bool = False
 ) -> dict[str, list[np.ndarray]]:
-    """Columns of prepared pairs with random tokens, reference log-probs, weights and chunks. lengths [N, 3]"""
+    """Columns of prepared pairs: random tokens, reference log-probs, weights, chunks. lengths [N, 3]"""
     rng = np.random.default_rng(0)
     columns: dict[str, list[np.ndarray]] = {}
     for at, name in enumerate(("prompt", "chosen", "rejected")):
