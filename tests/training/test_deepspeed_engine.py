@@ -149,7 +149,10 @@ def train_case(rank, world, case):
         losses.append(total.item() / PAIRS)
     if case.out:
         Path(case.out).mkdir(parents=True, exist_ok=True)
-        save_file(fragment_tensors(engine), Path(case.out) / f"optimizer-{rank:04d}.safetensors")
+        save_file(
+            {k: v.clone() for k, v in fragment_tensors(engine).items()},
+            Path(case.out) / f"optimizer-{rank:04d}.safetensors",
+        )
     return losses
 
 
