@@ -16,6 +16,7 @@ from tbpo_ray.objectives import build_state_baseline
 from tbpo_ray.training.batch import BatchLayout
 from tbpo_ray.training.deepspeed_engine import deepspeed_config, partitions_weights
 from tbpo_ray.training.distributed import broadcast_object, rank
+from tbpo_ray.training.finite_weights import refuse_non_finite_weights
 from tbpo_ray.training.partitioned import (
     block_weights,
     build_empty,
@@ -136,7 +137,9 @@ def load_checked(
 
     def load(attention: str) -> Any:
         if from_host:
-            return run_from_host(load_model(model, dtype=plan.dtype, attention=attention), device)
+            whole = load_model(model, dtype=plan.dtype, attention=attention)
+            refuse_non_finite_weights(whole, _name_of(plan, key), model)
+            return run_from_host(whole, device)
         network = load_model(model, dtype=plan.dtype, attention=attention, device=device)
         return cast("Any", network).to(device)
 
@@ -174,17 +177,22 @@ def load_checked(
 def _check(
     plan: RunPlan, network: Any, model: str, pairs: CheckPairs, key: str, load: Callable[[str], Any]
 ) -> tuple[Any, ScoringChoice]:
-    name = getattr(plan.config.model, key.removeprefix("model.")) or plan.config.model.name_or_path
     return check_scoring(
         network,
         pairs,
         batch_layout(plan, model, network.get_input_embeddings().weight.shape[0]),
-        key=f"{key}={name}",
+        key=_name_of(plan, key),
         folder=model,
         shared_required=plan.config.training.shared_prompt is True,
         packing_required=plan.config.training.packing is True,
         reload=load,
     )
+
+
+def _name_of(plan: RunPlan, key: str) -> str:
+    """The key with its value, for messages."""
+    name = getattr(plan.config.model, key.removeprefix("model.")) or plan.config.model.name_or_path
+    return f"{key}={name}"
 
 
 def _match_ranks(

@@ -52,8 +52,13 @@ def refuse_non_finite_scores(model: Any, logps: Iterable[Tensor], key: str, fold
 
 
 def _non_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, int, int]]:
-    """Names of tensors with values that are not finite, the number of these and of all values."""
-    floating = [(name, t.detach()) for name, t in tensors if t.is_floating_point() and t.numel()]
+    """Names of tensors with values that are not finite, the number of these and of all values.
+
+    Tensors without values are left out: those of a model that runs from the host's memory.
+    """
+    floating = [
+        (name, t.detach()) for name, t in tensors if t.is_floating_point() and t.numel() and not t.is_meta
+    ]
     if not floating:
         return
     # A sum is finite only if all values are, and takes no memory, unlike `isfinite` of a large embedding.
