@@ -288,7 +288,9 @@ def test_the_champion_is_served(champion, export, tmp_path):
     port = free_port()
     command = [str(Path(sys.executable).with_name("mlflow")), "models", "serve"]
     command += ["-m", "models:/policy@champion", "--env-manager", "local", "-p", str(port), "-w", "1"]
-    environment = dict(os.environ) | {"MLFLOW_TRACKING_URI": f"sqlite:///{champion}/mlflow.db"}
+    # MLflow starts uvicorn by its name.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{champion}/mlflow.db", "PATH": path}
     log = tmp_path / "log"
     with log.open("w") as out:
         server = subprocess.Popen(
