@@ -173,6 +173,7 @@ def test_the_prompts_of_an_engine_that_hangs_are_sampled_by_another(
     assert len(samples.answered()) == 120 and engines_left(0) == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_prompts_whose_engines_hang_twice_end_the_run(
     ray_session, engines_left, tiny_model, prompts, tmp_path
