@@ -11,8 +11,8 @@ from typing import Any
 from tbpo_ray.config.open_values import type_faults
 
 KEY = "training.deepspeed"
-AUTO, DEFAULT_STAGE = "auto", 1
-"""The value of `stage` that leaves it to the memory plan, and the stage where the plan knows no limit."""
+DEFAULT_STAGE = 1
+"""The stage where `stage: null` leaves it to the memory plan, and that plan knows no limit."""
 OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 """Keys of DeepSpeed's `zero_optimization` that offload, and the ZeRO stages in which they have an effect."""
 OFFLOAD_DEVICES = ("none", "cpu", "nvme")
@@ -76,10 +76,10 @@ OPEN_TYPES: dict[str, Any] = {
 
 
 def zero_stage(options: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed configuration that has been checked; `auto` counts as the default stage."""
+    """ZeRO stage of a DeepSpeed configuration that has been checked; null counts as the default stage."""
     zero = options.get("zero_optimization", {})
     stage = options.get("stage", zero.get("stage", 0))
-    return DEFAULT_STAGE if stage == AUTO else int(stage)
+    return DEFAULT_STAGE if stage is None else int(stage)
 
 
 def offloads(options: Mapping[str, Any]) -> bool:
@@ -146,10 +146,10 @@ def _type_faults(options: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(part, Mapping) and isinstance(part.get("stage"), float):
         yield f"{KEY}.zero_optimization.stage={part['stage']!r}: must be 0, 1, 2 or 3"
     known = {name: value for name, value in options.items() if name not in _SET_ELSEWHERE}
-    if known.get("stage") == AUTO:
-        del known["stage"]
+    if known.get("stage") is None:
+        known.pop("stage", None)
     if "stage" in known and not _is_integer(known["stage"]):
-        yield f"{KEY}.stage={known.pop('stage')!r}: must be 0, 1, 2, 3 or {AUTO}"
+        yield f"{KEY}.stage={known.pop('stage')!r}: must be 0, 1, 2, 3, or null for the lowest that fits"
     yield from type_faults(known, _TOP_KEYS, KEY)
     for name in ("bf16", "fp16"):
         part = options.get(name)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tbpo_ray.config.base import Count, CountOrZero, NonNegative, Positive, Section, Share
-from tbpo_ray.config.deepspeed_options import AUTO, check_deepspeed, check_precision, offloads, zero_stage
+from tbpo_ray.config.deepspeed_options import check_deepspeed, check_precision, offloads, zero_stage
 
 DEFAULT_MICRO_BATCH_PAIRS = 8
 DEFAULT_CHECKPOINTS = 5
@@ -92,8 +92,8 @@ class TrainingConfig(Section):
     reference model on the worker; default: `cached` where the objective allows it."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What all workers do with a step whose loss or gradient is not finite."""
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"stage": AUTO})
-    """`{stage: N}` for ZeRO stage N; `{stage: auto}` for the lowest stage, from 1, with which a worker fits
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"stage": None})
+    """`{stage: N}` for ZeRO stage N; `{stage: null}` for the lowest stage, from 1, with which a worker fits
     into its memory by the memory plan, and stage 1 where that memory is not known; or any DeepSpeed
     configuration, which is passed through. Example with the optimizer state on the CPU:
     `{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}`."""
@@ -164,11 +164,11 @@ class TrainingConfig(Section):
     @property
     def leaves_stage_open(self) -> bool:
         """Whether the ZeRO stage is still to be chosen."""
-        return self.deepspeed.get("stage") == AUTO
+        return self.deepspeed.get("stage", 0) is None
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the DeepSpeed configuration; `auto` counts as 1 until it is resolved."""
+        """ZeRO stage of the DeepSpeed configuration; null counts as 1 until it is resolved."""
         return zero_stage(self.deepspeed)
 
     @property

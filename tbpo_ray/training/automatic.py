@@ -141,7 +141,7 @@ def _chosen(plan: RunPlan, layout: Layout, memory: MemoryPlan, available: int) -
         why += f", which does not know the activations ({memory.failure})"
     notes = []
     if training.leaves_stage_open:
-        notes.append(f"training.deepspeed.stage=auto: {layout.stage}; {why}")
+        notes.append(f"training.deepspeed.stage: {layout.stage}; {why}")
     if training.activation_checkpointing == "auto":
         notes.append(f"training.activation_checkpointing=auto: {str(layout.recompute).lower()}; {why}")
     return tuple(notes)

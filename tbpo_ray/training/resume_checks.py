@@ -36,7 +36,7 @@ AUTOMATIC = {
     "packing": None,
     "shared_prompt": None,
     "activation_checkpointing": "auto",
-    "deepspeed.stage": "auto",
+    "deepspeed.stage": None,
 }
 """Keys of `training` whose value a run resolves when it starts, and the value that leaves it open. A resumed
 run keeps the value that the first call has chosen, on any device."""

@@ -77,10 +77,9 @@ def test_alternatives_replace_each_other_in_both_directions(tmp_path):
         ("{zero_optimization: {stage: 2, reduce_bucket_size: auto}}", f"{ZERO}.reduce_bucket_size='auto'"),
         ("{zero_optimization: {stage: 2, overlap_comm: 1}}", f"{ZERO}.overlap_comm=1"),
         ("{zero_optimisation: {stage: 3}}", ZERO),
-        ("{stage: automatic}", "training.deepspeed.stage='automatic'"),
+        ("{stage: auto}", "training.deepspeed.stage='auto'"),
         ("{stage: 2.0}", "training.deepspeed.stage=2.0"),
         ("{stage: true}", "training.deepspeed.stage=True"),
-        ("{stage: null}", "training.deepspeed.stage=None"),
         ("{stage: 4}", "training.deepspeed.stage=4"),
         ("{stage: 2, zero_optimization: {stage: 2}}", "training.deepspeed"),
         ("{stage: 2, offload_optimizer: {device: cpu}}", f"{ZERO}.offload_optimizer"),
@@ -116,7 +115,7 @@ def test_a_malformed_deepspeed_mapping(value, key):
     "value",
     [
         "{stage: 0}",
-        "{stage: auto}",
+        "{stage: null}",
         "{stage: 2, prescale_gradients: true, gradient_predivide_factor: 2}",
         "{zero_optimization: {stage: 3, reduce_bucket_size: 5e8, stage3_max_live_parameters: 1e9}}",
         "{zero_optimization: {stage: 2, offload_optimizer: null, overlap_comm: true}}",
@@ -129,8 +128,8 @@ def test_a_valid_deepspeed_mapping(value):
 
 
 def test_the_stage_may_be_left_to_the_memory_plan():
-    training = load_config(None, ["training.deepspeed.stage=auto"]).training
-    assert training.deepspeed == load_config(None, []).training.deepspeed == {"stage": "auto"}
+    training = load_config(None, ["training.deepspeed.stage=null"]).training
+    assert training.deepspeed == load_config(None, []).training.deepspeed == {"stage": None}
     assert training.leaves_stage_open and training.zero_stage == 1
     assert not load_config(None, ["training.deepspeed.stage=2"]).training.leaves_stage_open
 

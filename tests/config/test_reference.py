@@ -35,7 +35,7 @@ def test_types_defaults_and_limits() -> None:
         "`logistic`, `kliep`, `lsif`, `ba`, `sba`, `beta_family`",
     ]
     assert rows["cluster.num_workers"][:3] == ["integer or list of integers", "`1`", ">= 1, 2 items"]
-    assert rows["training.deepspeed"][:2] == ["mapping", '`{"stage": "auto"}`']
+    assert rows["training.deepspeed"][:2] == ["mapping", '`{"stage": null}`']
     assert rows["data.train"][0] == "string or list of mappings"
     assert rows["source"][:2] == ["string", "required"]
     assert rows["model.lora"][:2] == ["mapping or null", "`null`"]

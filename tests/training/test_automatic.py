@@ -88,7 +88,7 @@ def test_the_lowest_stage_that_fits_is_chosen_and_recomputing_comes_last():
             {"stage": expected[1]},
         )
         assert [note.partition(":")[0] for note in notes] == [
-            "training.deepspeed.stage=auto",
+            "training.deepspeed.stage",
             "training.activation_checkpointing=auto",
         ]
         assert "GiB by the memory plan" in notes[0]
