@@ -15,7 +15,7 @@ REAL_DATA = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless_test.jsonl.gz"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests of the real data where it is not beside the checkout; the second device comes first.
 
-    Autograd starts a thread for each device that it finds at the first backward pass of a process, so a device
+    Autograd starts a thread for each device that it finds at the first backward pass of a process, so one
     that appears later has none.
     """
     items.sort(key=lambda item: not item.path.is_relative_to(ROOT / "tests" / "device"))
