@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lengths import sample_lengths
 from tbpo_ray.config.schema import Config
 from tbpo_ray.data.reader import MicroBatch
 from tbpo_ray.objectives import build_objective, build_state_baseline
@@ -174,13 +173,6 @@ def collated(
 ) -> PairBatch:
     layout = BatchLayout(sides, 0, shared, truncated)
     return collate_columns(pair_columns(lengths, vocabulary, chunks=chunks), layout).to(device)
-
-
-def sorted_batches(kind: str, pairs: int, per_batch: int) -> list[np.ndarray]:
-    """Lengths [per_batch, 3] of micro-batches of pairs of similar length."""
-    lengths = sample_lengths(kind, pairs)
-    lengths = lengths[np.argsort(lengths.sum(axis=1), kind="stable")]
-    return [lengths[at : at + per_batch] for at in range(0, pairs, per_batch)]
 
 
 def preference_step(

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_parts import ONE_BILLION, TINY, Budget, Machine, Row, Shape, llama
-from benchmarks.gpu_speed import PAIRS_PER_STEP, STEPS, above, gib
-from benchmarks.lengths import sample_lengths
+from benchmarks.gpu_speed import PAIRS_PER_STEP, above, gib, step_lengths
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,16 @@ def peer(machine: Machine, budget: Budget) -> Iterator[Row]:
     except Exception as error:  # a carried package can fail in its own ways
         yield {"case": "TRL's DPOTrainer", "result": f"not run: {type(error).__name__}: {error}"}
         return
-    for kind, pairs in PAIRS_PER_STEP.items():
-        pairs = 4 if machine.quick else pairs
+    for kind in PAIRS_PER_STEP:
+        steps = step_lengths(kind, quick=machine.quick)
+        pairs = len(steps[0])
         for setting in SWEEP[:2] if machine.quick else SWEEP:
             row: Row = {"case": f"{kind}: TRL {trl.__version__} DPO, {setting.describe(pairs)}"}
             if budget.is_spent:
                 yield row | {"result": "skipped: the section's time is up"}
                 continue
             try:
-                row |= _measure(machine, kind, pairs, setting)
+                row |= _measure(machine, steps, setting)
             except torch.OutOfMemoryError:
                 row["result"] = "out of memory"
             except Exception as error:  # the other settings are still worth running
@@ -77,18 +77,15 @@ def peer(machine: Machine, budget: Budget) -> Iterator[Row]:
             yield row
 
 
-def _measure(machine: Machine, kind: str, pairs: int, setting: Setting) -> Row:
+def _measure(machine: Machine, steps: list[np.ndarray], setting: Setting) -> Row:
     """Two steps that warm up, the first on the longest pairs, then a round of section `training`."""
     shape = TINY if machine.quick else ONE_BILLION
-    count = 2 if machine.quick else STEPS
-    lengths = sample_lengths(kind, pairs * count)
-    if machine.quick:
-        lengths = (lengths // 16).clip(2)
     # The trainer's own sampler groups pairs of like length over many steps; here within each step, as ours.
-    batches = [lengths[at::count] for at in range(count)]
+    batches = steps
     if not setting.defaults:
-        batches = [batch[np.argsort(batch.sum(axis=1), kind="stable")] for batch in batches]
-    size = pairs // setting.divisor
+        batches = [batch[np.argsort(batch.sum(axis=1), kind="stable")] for batch in steps]
+    lengths = np.concatenate(steps)
+    size = len(steps[0]) // setting.divisor
     longest = np.tile(lengths[lengths.sum(axis=1).argsort()[-size:]], (setting.divisor, 1))
     batches = [longest, batches[0], *batches]
     marks: list[float] = []

@@ -175,12 +175,7 @@ class Bench:
 
     def steps(self, variant: Variant, kind: str) -> list[list[np.ndarray]]:
         """For each step of a round, the lengths [pairs, 3] of its micro-batches."""
-        quick = self.machine.quick
-        per_step, count = (4, 2) if quick else (PAIRS_PER_STEP[kind], STEPS)
-        lengths = sample_lengths(kind, per_step * count)
-        if quick:
-            lengths = (lengths // 16).clip(2)
-        return [variant.micro_batches(lengths[at::count]) for at in range(count)]
+        return [variant.micro_batches(lengths) for lengths in step_lengths(kind, quick=self.machine.quick)]
 
     def _figures(self, variant: Variant, steps: list[list[np.ndarray]], elapsed: float) -> Row:
         lengths = np.concatenate([batch for step in steps for batch in step])
@@ -212,6 +207,15 @@ class Bench:
             1
         )
         return np.asarray(layers + output + 12.0 * shape.layers * shape.width * seen)
+
+
+def step_lengths(kind: str, *, quick: bool) -> list[np.ndarray]:
+    """Lengths [pairs, 3] of the pairs of each step of a round, the same for every trainer."""
+    pairs, count = (4, 2) if quick else (PAIRS_PER_STEP[kind], STEPS)
+    lengths = sample_lengths(kind, pairs * count)
+    if quick:
+        lengths = (lengths // 16).clip(2)
+    return [lengths[at::count] for at in range(count)]
 
 
 class _TimeUpError(Exception):

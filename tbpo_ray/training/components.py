@@ -64,7 +64,7 @@ class CheckedModel:
     layout: BatchLayout
     sentences: tuple[str, ...] = ()
     is_divided: bool = False
-    """Whether only rank 0 has weights, on any device, which `partitioned.divide` is to divide."""
+    """Whether only rank 0 has weights, on any device, which `divide_weights` is to divide."""
 
 
 def build_components(plan: RunPlan, run_paths: RunPaths, device: torch.device) -> TrainingComponents:
